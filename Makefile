@@ -1,0 +1,58 @@
+# Entry points for people and CI; `make help` lists them. Everything runs from .venv/, which `setup` makes.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON_BIN := .venv/bin
+NATIVE_SOURCES = $$(find csrc tests/native -name '*.h' -o -name '*.cc' | sort)
+PYTEST_ARGS ?=
+
+.PHONY: help setup build test test-native sanitize demo bench lint format stubs docs clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
+
+setup:  ## .venv/ with pinned packages and the extension built; does only what is out of date
+	@tools/setup.sh
+
+build: setup  ## the same: the extension, rebuilt where csrc changed
+
+test: setup  ## native tests, then the whole Python suite (at most 12 minutes)
+	@tools/native_tests.sh
+	@timeout --signal=INT --kill-after=30 720 $(PYTHON_BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-native: setup  ## native tests alone
+	@tools/native_tests.sh
+
+sanitize: setup  ## native tests under ASan and UBSan, then under TSan
+	@tools/native_tests.sh address,undefined
+	@tools/native_tests.sh thread
+
+demo: setup  ## save, crash, recover and verify, in one minute
+	@$(PYTHON_BIN)/python examples/demo.py
+
+bench: setup  ## benchmarks; writes dated JSON to benchmarks/results
+	@$(PYTHON_BIN)/python benchmarks/run.py
+
+lint: setup  ## ruff, clang-format, mypy --strict, and the stub of _core against the built module
+	@$(PYTHON_BIN)/ruff check .
+	@$(PYTHON_BIN)/ruff format --check .
+	@$(PYTHON_BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+	@$(PYTHON_BIN)/mypy --strict python/snapstone
+	@$(PYTHON_BIN)/python tools/stubs.py --check
+
+format: setup  ## rewrites the sources the way lint wants them
+	@$(PYTHON_BIN)/ruff check --fix .
+	@$(PYTHON_BIN)/ruff format .
+	@$(PYTHON_BIN)/clang-format -i $(NATIVE_SOURCES)
+
+stubs: setup  ## regenerates python/snapstone/_core.pyi from the built module
+	@$(PYTHON_BIN)/python tools/stubs.py --write
+
+docs: setup  ## HTML in docs/_build; a warning is an error
+	@$(PYTHON_BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build
+
+clean:  ## build outputs and caches; .venv/ and its packages stay
+	rm -rf build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f .venv/.stamps/package .venv/.stamps/native
+	find python tests benchmarks tools examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,40 @@
+// The fault seam: line one of every function in csrc/os/ and every io_uring completion asks here whether to fail.
+//
+// Off (always, outside tests): one relaxed load and a predictable branch.
+// Armed by arm() or by SNAPSTONE_FAULT in the environment with ';'-separated rules
+//     CALL:NTH[+]:ACTION        fsync:2:errno=EIO   pwrite:3+:errno=ENOSPC   write:1:short=512   renameat2:1:kill
+// CALL is the name given to point() or '*'; NTH counts matching calls of this process from 1; '+' means that call and all later
+// ones. ACTION: errno=NAME|NUMBER, short=BYTES, kill (SIGKILL to this process), delay=MILLISECONDS.
+// Threads: any.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <string>
+
+namespace snapstone::fault {
+
+struct Outcome {
+  int error_number = 0;  // nonzero: fail with this errno without making the call
+  std::uint64_t limit_nbytes = std::numeric_limits<std::uint64_t>::max();  // transfer at most this much
+};
+
+extern std::atomic<bool> armed;
+
+Outcome fire(const char* call, const char* path);
+
+inline Outcome point(const char* call, const char* path) {
+  if (!armed.load(std::memory_order_relaxed)) [[likely]] {
+    return {};
+  }
+  return fire(call, path);
+}
+
+// Replaces all rules and resets the counters; throws std::invalid_argument for a rule that does not parse.
+void arm(const std::string& rules);
+void disarm();
+// Calls of `call` seen since arm(); "*" counts all. Zero while disarmed.
+std::uint64_t seen(const std::string& call);
+
+}  // namespace snapstone::fault

@@ -1,0 +1,369 @@
+// One walk serves both directions: gather() is the case where the box is the whole shard.
+//
+// 1. Layout: per dimension its size, its stride in memory and its stride in the stored string. Size-1 dimensions go,
+// neighbours that are
+//    contiguous on both sides merge, and a contiguous innermost dimension becomes the unit of copying.
+// 2. String offsets grow with the indices and siblings never overlap, so at every dimension at most two children
+// straddle `begin` or
+//    `end`. The walk descends into those (clipped) and copies all children between them without looking at the bounds
+//    again (whole).
+// 3. Where the last two dimensions are transposed in memory, whole planes are copied in tiles, so that a cache line of
+// the tensor is used
+//    up before it is evicted.
+#include "base/strided.h"
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "base/limits.h"
+
+namespace snapstone {
+namespace {
+
+constexpr std::size_t kDimsMax = static_cast<std::size_t>(kTensorDimsMax);
+
+struct Dim {
+  std::int64_t size;
+  std::int64_t memory_stride;  // bytes, any sign
+  std::int64_t string_stride;  // bytes, positive
+};
+
+struct Layout {
+  std::size_t rank = 0;
+  std::array<Dim, kDimsMax> dims;
+  std::int64_t unit_bytes = 0;  // contiguous on both sides
+  std::array<std::int64_t, kDimsMax + 1>
+      span_bytes;  // string bytes from first to last unit under dimension i, inclusive
+  std::array<std::int64_t, kDimsMax + 1> payload_bytes;  // bytes of units under dimension i
+
+  void push(const Dim& dim) {
+    if (dim.size != 1) {
+      dims[rank++] = dim;
+    }
+  }
+
+  void finish(std::int64_t item_bytes) {
+    std::size_t merged = 0;
+    for (std::size_t i = 0; i < rank; ++i) {
+      const Dim& inner = dims[i];
+      if (merged != 0 && dims[merged - 1].memory_stride == inner.memory_stride * inner.size &&
+          dims[merged - 1].string_stride == inner.string_stride * inner.size) {
+        dims[merged - 1] = {dims[merged - 1].size * inner.size, inner.memory_stride, inner.string_stride};
+      } else {
+        dims[merged++] = inner;
+      }
+    }
+    rank = merged;
+    unit_bytes = item_bytes;
+    if (rank != 0 && dims[rank - 1].memory_stride == item_bytes && dims[rank - 1].string_stride == item_bytes) {
+      unit_bytes *= dims[--rank].size;
+    }
+    span_bytes[rank] = payload_bytes[rank] = unit_bytes;
+    for (std::size_t i = rank; i-- > 0;) {
+      span_bytes[i] = (dims[i].size - 1) * dims[i].string_stride + span_bytes[i + 1];
+      payload_bytes[i] = dims[i].size * payload_bytes[i + 1];
+    }
+  }
+};
+
+enum class Direction { kGather, kScatter };
+
+// Bytes of memory are const for the walk; only copy() of the right direction writes.
+template <Direction kDirection>
+class Walk {
+ public:
+  using Linear = std::conditional_t<kDirection == Direction::kGather, std::uint8_t*, const std::uint8_t*>;
+
+  // `linear` holds bytes [begin, end) of the string.
+  Walk(const Layout& layout, std::uint8_t* memory, Linear linear, std::int64_t begin, std::int64_t end)
+      : layout_(layout), memory_(memory), linear_(linear), begin_(begin), end_(end) {}
+
+  // The box below dimension `axis` whose first unit is at `string` and, in memory, at `memory` bytes from the start.
+  std::int64_t clipped(std::size_t axis, std::int64_t string, std::int64_t memory) {
+    if (string >= end_ || string + layout_.span_bytes[axis] <= begin_) {
+      return 0;
+    }
+    if (axis == layout_.rank) {
+      const std::int64_t first = std::max(string, begin_);
+      const std::int64_t last = std::min(string + layout_.unit_bytes, end_);
+      copy_bytes(first - begin_, memory + (first - string), last - first);
+      return last - first;
+    }
+    const Dim& dim = layout_.dims[axis];
+    const std::int64_t span = layout_.span_bytes[axis + 1];
+    const auto descend = [&](std::int64_t i) {
+      return clipped(axis + 1, string + i * dim.string_stride, memory + i * dim.memory_stride);
+    };
+    // Children [whole_first, whole_last) lie inside [begin, end); one on either side may straddle.
+    const std::int64_t before = begin_ - string;
+    const std::int64_t whole_first =
+        before <= 0 ? 0 : std::min((before + dim.string_stride - 1) / dim.string_stride, dim.size);
+    const std::int64_t room = end_ - string - span;
+    const std::int64_t whole_last =
+        room < 0 ? whole_first : std::clamp(room / dim.string_stride + 1, whole_first, dim.size);
+    std::int64_t copied = 0;
+    if (whole_first > 0) {
+      copied += descend(whole_first - 1);
+    }
+    if (whole_last > whole_first) {
+      const std::int64_t count = whole_last - whole_first;
+      whole(axis, count, string + whole_first * dim.string_stride - begin_, memory + whole_first * dim.memory_stride);
+      copied += count * layout_.payload_bytes[axis + 1];
+    }
+    if (whole_last < dim.size) {
+      copied += descend(whole_last);
+    }
+    return copied;
+  }
+
+ private:
+  // `count` children of `axis`, all inside the bounds; `linear` is an offset from begin.
+  void whole(std::size_t axis, std::int64_t count, std::int64_t linear, std::int64_t memory) {
+    const Dim& dim = layout_.dims[axis];
+    if (axis + 1 == layout_.rank) {
+      units({count, dim.memory_stride, dim.string_stride}, linear, memory);
+      return;
+    }
+    if (axis + 2 == layout_.rank && is_transposed(dim, layout_.dims[axis + 1])) {
+      plane({count, dim.memory_stride, dim.string_stride}, layout_.dims[axis + 1], linear, memory);
+      return;
+    }
+    for (std::int64_t i = 0; i < count; ++i) {
+      whole(axis + 1, layout_.dims[axis + 1].size, linear + i * dim.string_stride, memory + i * dim.memory_stride);
+    }
+  }
+
+  bool is_transposed(const Dim& outer, const Dim& inner) const {
+    return layout_.unit_bytes <= 16 && std::abs(outer.memory_stride) < std::abs(inner.memory_stride);
+  }
+
+  // Tiles of one cache line along the dimension that is dense in memory by 16 along the other: power-of-two strides put
+  // the lines of a tile into one set of the L1 cache, which has 8 to 16 ways.
+  void plane(const Dim& outer, const Dim& inner, std::int64_t linear, std::int64_t memory) {
+    constexpr std::int64_t kInnerTile = 16;
+    const std::int64_t outer_tile = std::max<std::int64_t>(64 / layout_.unit_bytes, 8);
+    for (std::int64_t i = 0; i < outer.size; i += outer_tile) {
+      const std::int64_t i_end = std::min(i + outer_tile, outer.size);
+      for (std::int64_t j = 0; j < inner.size; j += kInnerTile) {
+        const Dim row = {std::min(kInnerTile, inner.size - j), inner.memory_stride, inner.string_stride};
+        for (std::int64_t k = i; k < i_end; ++k) {
+          units(row, linear + k * outer.string_stride + j * inner.string_stride,
+                memory + k * outer.memory_stride + j * inner.memory_stride);
+        }
+      }
+    }
+  }
+
+  void units(const Dim& row, std::int64_t linear, std::int64_t memory) {
+    switch (layout_.unit_bytes) {
+      case 1:
+        return units_of<1>(row, linear, memory);
+      case 2:
+        return units_of<2>(row, linear, memory);
+      case 4:
+        return units_of<4>(row, linear, memory);
+      case 8:
+        return units_of<8>(row, linear, memory);
+      case 16:
+        return units_of<16>(row, linear, memory);
+      default:
+        for (std::int64_t i = 0; i < row.size; ++i) {
+          copy_bytes(linear + i * row.string_stride, memory + i * row.memory_stride, layout_.unit_bytes);
+        }
+    }
+  }
+
+  // A constant size turns each memcpy into one load and one store; a constant string stride is one addition less.
+  template <std::size_t kBytes>
+  void units_of(const Dim& row, std::int64_t linear, std::int64_t memory) {
+    const auto copy = [&](std::int64_t string_stride) {
+      for (std::int64_t i = 0; i < row.size; ++i) {
+        copy_fixed<kBytes>(linear + i * string_stride, memory + i * row.memory_stride);
+      }
+    };
+    if (row.string_stride == static_cast<std::int64_t>(kBytes)) {
+      copy(static_cast<std::int64_t>(kBytes));
+    } else {
+      copy(row.string_stride);
+    }
+  }
+
+  template <std::size_t kBytes>
+  void copy_fixed(std::int64_t linear, std::int64_t memory) {
+    if constexpr (kDirection == Direction::kGather) {
+      std::memcpy(linear_ + linear, memory_ + memory, kBytes);
+    } else {
+      std::memcpy(memory_ + memory, linear_ + linear, kBytes);
+    }
+  }
+
+  void copy_bytes(std::int64_t linear, std::int64_t memory, std::int64_t nbytes) {
+    if constexpr (kDirection == Direction::kGather) {
+      std::memcpy(linear_ + linear, memory_ + memory, static_cast<std::size_t>(nbytes));
+    } else {
+      std::memcpy(memory_ + memory, linear_ + linear, static_cast<std::size_t>(nbytes));
+    }
+  }
+
+  const Layout& layout_;
+  std::uint8_t* memory_;
+  Linear linear_;
+  std::int64_t begin_;
+  std::int64_t end_;
+};
+
+void check_ranks(std::size_t sizes, std::size_t others, const char* what) {
+  if (sizes > kDimsMax || sizes != others) {
+    throw std::invalid_argument(std::string("strided: ") + what + ": " + std::to_string(sizes) + " sizes, " +
+                                std::to_string(others) + " strides or offsets, at most " + std::to_string(kDimsMax));
+  }
+}
+
+std::int64_t checked_product(std::int64_t a, std::int64_t b) {
+  std::int64_t product = 0;
+  if (__builtin_mul_overflow(a, b, &product)) {
+    throw std::overflow_error("strided: more than 2^63 bytes");
+  }
+  return product;
+}
+
+bool has_zero(const std::vector<std::int64_t>& sizes) {
+  return std::find(sizes.begin(), sizes.end(), 0) != sizes.end();
+}
+
+// Byte distance in the string between the shard's elements 0 and `index`.
+std::int64_t string_offset(const BoxTarget& box, bool last) {
+  std::int64_t offset = 0;
+  std::int64_t stride = box.target.item_bytes;
+  for (std::size_t i = box.shard_sizes.size(); i-- > 0;) {
+    offset += (box.box_offsets[i] + (last ? box.target.sizes[i] - 1 : 0)) * stride;
+    stride *= box.shard_sizes[i];
+  }
+  return offset;
+}
+
+void check_box(const BoxTarget& box) {
+  check_ranks(box.shard_sizes.size(), box.box_offsets.size(), "box offsets");
+  check_ranks(box.shard_sizes.size(), box.target.sizes.size(), "box sizes");
+  check_ranks(box.shard_sizes.size(), box.target.stride_bytes.size(), "box strides");
+}
+
+}  // namespace
+
+std::int64_t StridedView::nbytes() const {
+  if (has_zero(sizes)) {
+    return 0;
+  }
+  std::int64_t product = item_bytes;
+  for (const std::int64_t size : sizes) {
+    product = checked_product(product, size);
+  }
+  return product;
+}
+
+StridedView StridedView::collapsed() const {
+  check_ranks(sizes.size(), stride_bytes.size(), "view");
+  if (has_zero(sizes)) {
+    return {data, item_bytes, {0}, {item_bytes}};
+  }
+  StridedView result{data, item_bytes, {}, {}};
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 1) {
+      continue;
+    }
+    if (!result.sizes.empty() && result.stride_bytes.back() == stride_bytes[i] * sizes[i]) {
+      result.sizes.back() *= sizes[i];
+      result.stride_bytes.back() = stride_bytes[i];
+    } else {
+      result.sizes.push_back(sizes[i]);
+      result.stride_bytes.push_back(stride_bytes[i]);
+    }
+  }
+  return result;
+}
+
+void gather(const StridedView& source, std::int64_t begin, std::int64_t end, std::uint8_t* target) {
+  if (begin >= end) {
+    return;
+  }
+  check_ranks(source.sizes.size(), source.stride_bytes.size(), "view");
+  const std::int64_t nbytes = source.nbytes();
+  if (begin < 0 || end > nbytes) {
+    throw std::out_of_range("gather: bytes [" + std::to_string(begin) + ", " + std::to_string(end) + ") of " +
+                            std::to_string(nbytes));
+  }
+  Layout layout;
+  std::int64_t string_stride = nbytes;
+  for (std::size_t i = 0; i < source.sizes.size(); ++i) {
+    string_stride /= source.sizes[i];
+    layout.push({source.sizes[i], source.stride_bytes[i], string_stride});
+  }
+  layout.finish(source.item_bytes);
+  Walk<Direction::kGather>(layout, source.data, target, begin, end).clipped(0, 0, 0);
+}
+
+std::int64_t BoxTarget::first_byte() const {
+  check_box(*this);
+  return has_zero(target.sizes) ? 0 : string_offset(*this, false);
+}
+
+std::int64_t BoxTarget::last_byte() const {
+  check_box(*this);
+  return has_zero(target.sizes) ? 0 : string_offset(*this, true) + target.item_bytes;
+}
+
+BoxTarget BoxTarget::collapsed() const {
+  check_box(*this);
+  BoxTarget result{{}, {}, {target.data, target.item_bytes, {}, {}}};
+  for (std::size_t i = 0; i < shard_sizes.size(); ++i) {
+    const std::int64_t size = target.sizes[i];
+    const std::int64_t stride = target.stride_bytes[i];
+    if (shard_sizes[i] == 1 && size == 1) {
+      continue;
+    }
+    // A single outer index folds into this dimension wherever it points; several fold if this dimension is whole and
+    // contiguous with them.
+    const bool foldable =
+        !result.shard_sizes.empty() && (result.target.sizes.back() == 1 ||
+                                        (size == shard_sizes[i] && result.target.stride_bytes.back() == stride * size));
+    if (foldable) {
+      result.box_offsets.back() = result.box_offsets.back() * shard_sizes[i] + box_offsets[i];
+      result.shard_sizes.back() *= shard_sizes[i];
+      result.target.sizes.back() *= size;
+      result.target.stride_bytes.back() = stride;
+    } else {
+      result.shard_sizes.push_back(shard_sizes[i]);
+      result.box_offsets.push_back(box_offsets[i]);
+      result.target.sizes.push_back(size);
+      result.target.stride_bytes.push_back(stride);
+    }
+  }
+  return result;
+}
+
+std::int64_t scatter(const std::uint8_t* source, std::int64_t begin, std::int64_t end, const BoxTarget& box) {
+  check_box(box);
+  if (begin >= end || has_zero(box.target.sizes) || has_zero(box.shard_sizes)) {
+    return 0;
+  }
+  Layout layout;
+  std::int64_t string_stride = box.target.item_bytes;
+  for (const std::int64_t size : box.shard_sizes) {
+    string_stride = checked_product(string_stride, size);
+  }
+  for (std::size_t i = 0; i < box.shard_sizes.size(); ++i) {
+    string_stride /= box.shard_sizes[i];
+    layout.push({box.target.sizes[i], box.target.stride_bytes[i], string_stride});
+  }
+  layout.finish(box.target.item_bytes);
+  return Walk<Direction::kScatter>(layout, box.target.data, source, begin, end)
+      .clipped(0, string_offset(box, false), 0);
+}
+
+}  // namespace snapstone

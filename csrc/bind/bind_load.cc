@@ -1,0 +1,117 @@
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "base/limits.h"
+#include "bind/bind.h"
+#include "os/directory.h"
+#include "pipeline/engine.h"
+#include "pipeline/load_job.h"
+
+namespace snapstone::bind {
+namespace {
+
+using pipeline::LoadJob;
+using pipeline::LoadPlan;
+
+// (chunk table bytes, number of its first data file, path of the index)
+using TableArguments = std::vector<std::tuple<py::bytes, std::uint32_t, std::string>>;
+// (directory, name, recorded size)
+using FileArguments = std::vector<std::tuple<std::string, std::string, std::uint64_t>>;
+// ((table, first_chunk, chunk_count, at, nbytes), item_bytes, shard_sizes, box_offsets, box_sizes, data_ptr, stride_bytes)
+using ShardArguments = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
+using Sizes = std::vector<std::int64_t>;
+using BoxArguments = std::vector<std::tuple<ShardArguments, std::int64_t, Sizes, Sizes, Sizes, std::uint64_t, Sizes>>;
+
+constexpr py::ssize_t kContiguousColumns = 6;  // table, first_chunk, chunk_count, at, nbytes, data_ptr
+
+pipeline::StoredShard make_shard(const ShardArguments& arguments) {
+  const auto& [table, first_chunk, chunk_count, at, nbytes] = arguments;
+  return {table, first_chunk, chunk_count, at, nbytes};
+}
+
+LoadPlan make_plan(const TableArguments& table_arguments) {
+  std::vector<pipeline::ChunkTable> tables;
+  for (const auto& [bytes, first_file, path] : table_arguments) {
+    const std::string_view view(bytes);
+    pipeline::ChunkTable table{{}, first_file, path};
+    table.records.resize(view.size() / sizeof(format::ChunkRecord));
+    std::memcpy(table.records.data(), view.data(), table.records.size() * sizeof(format::ChunkRecord));
+    tables.push_back(std::move(table));
+  }
+  return LoadPlan(std::move(tables));
+}
+
+void add_targets(LoadPlan& plan, const U64Array& contiguous, const BoxArguments& boxes) {
+  if (contiguous.ndim() != 2 || contiguous.shape(1) != kContiguousColumns) {
+    throw std::invalid_argument("contiguous targets are rows of 6 numbers");
+  }
+  for (py::ssize_t i = 0; i < contiguous.shape(0); ++i) {
+    const std::uint64_t* row = contiguous.data(i, 0);
+    plan.add_contiguous({static_cast<std::uint32_t>(row[0]), row[1], row[2], row[3], row[4]}, reinterpret_cast<std::uint8_t*>(row[5]));
+  }
+  for (const auto& [shard, item_bytes, shard_sizes, box_offsets, box_sizes, data, stride_bytes] : boxes) {
+    plan.add_box(make_shard(shard),
+                 {shard_sizes, box_offsets, {reinterpret_cast<std::uint8_t*>(data), item_bytes, box_sizes, stride_bytes}});
+  }
+}
+
+std::vector<os::File> open_files(const FileArguments& arguments, bool direct) {
+  std::vector<os::File> files;
+  for (const auto& [directory_path, name, nbytes] : arguments) {
+    const os::Directory directory = os::open_directory(directory_path);
+    files.push_back(os::open_for_read(directory.fd.get(), directory.path, name, direct));
+    const std::uint64_t actual = os::file_nbytes(files.back());
+    if (actual != nbytes) {
+      throw CorruptError("data file has the wrong size", files.back().path, CorruptError::kNoChunk, std::to_string(nbytes) + " bytes",
+                         std::to_string(actual) + " bytes");
+    }
+  }
+  return files;
+}
+
+std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileArguments& file_arguments, const U64Array& contiguous,
+                                       const BoxArguments& boxes, const std::string& rung, bool verify, bool scrub, std::uint64_t slots_max,
+                                       bool trace) {
+  LoadPlan plan = make_plan(tables);
+  const pipeline::LoadOptions options{io::rung_from_name(rung), verify, scrub, scrub, trace};
+  py::gil_scoped_release release;
+  if (scrub) {
+    plan.add_all_chunks();
+  } else {
+    add_targets(plan, contiguous, boxes);
+  }
+  plan.finish();
+  std::vector<os::File> files = open_files(file_arguments, io::rung_is_direct(options.rung));
+  const std::uint64_t slot_bytes = std::max(round_up(plan.stored_bytes_max(), kPageBytes), kChunkBytesDefault);
+  const std::uint64_t slots = std::clamp<std::uint64_t>(plan.chunks().size(), 1, std::max<std::uint64_t>(slots_max, 1));
+  auto ring = pipeline::Engine::instance().ring(slot_bytes, slots);
+  return std::make_shared<LoadJob>(std::move(plan), std::move(files), std::move(ring), options);
+}
+
+py::list problems(const LoadJob& job) {
+  py::list result;
+  for (const pipeline::Problem& problem : job.problems()) {
+    result.append(py::make_tuple(problem.table, problem.chunk, problem.file, problem.reason, problem.expected, problem.actual));
+  }
+  return result;
+}
+
+}  // namespace
+
+void bind_load(py::module_& module) {
+  auto job = py::class_<LoadJob, std::shared_ptr<LoadJob>>(module, "LoadJob", "Chunks being read into memory; see csrc/pipeline/load_job.h.");
+  job.def(py::init(&make_load_job), py::arg("tables"), py::arg("files"), py::arg("contiguous"), py::arg("boxes"), py::arg("rung"),
+          py::arg("verify"), py::arg("scrub"), py::arg("slots_max"), py::arg("trace"))
+      .def("start", [](const std::shared_ptr<LoadJob>& self) { pipeline::Engine::instance().start(self); },
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("bytes_needed", [](const LoadJob& self) { return self.plan().bytes_needed(); })
+      .def_property_readonly("bytes_read", [](const LoadJob& self) { return self.plan().bytes_read(); })
+      .def_property_readonly("chunk_count", [](const LoadJob& self) { return self.plan().chunks().size(); })
+      .def("problems", &problems, "[(table, chunk, file, reason, expected, actual), ...] of a scrub");
+  bind_job_methods(job);
+}
+
+}  // namespace snapstone::bind

@@ -1,0 +1,96 @@
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "base/limits.h"
+#include "bind/bind.h"
+#include "pipeline/engine.h"
+#include "pipeline/save_job.h"
+#include "store/staging.h"
+
+namespace snapstone::bind {
+namespace {
+
+using format::Layout;
+using pipeline::SaveJob;
+
+// {position: (item_bytes, data_ptr, sizes, stride_bytes)}
+using StridedArguments = std::unordered_map<std::uint32_t, std::tuple<std::int64_t, std::uint64_t, std::vector<std::int64_t>, std::vector<std::int64_t>>>;
+
+std::shared_ptr<Layout> make_layout(const U64Array& nbytes, std::uint64_t chunk_bytes) {
+  const std::span<const std::uint64_t> sizes(nbytes.data(), static_cast<std::size_t>(nbytes.size()));
+  return std::make_shared<Layout>(format::make_layout(sizes, chunk_bytes));
+}
+
+py::tuple places(const Layout& layout) {
+  U64Array first(static_cast<py::ssize_t>(layout.places.size()));
+  U64Array count(static_cast<py::ssize_t>(layout.places.size()));
+  U64Array at(static_cast<py::ssize_t>(layout.places.size()));
+  for (std::size_t i = 0; i < layout.places.size(); ++i) {
+    first.mutable_data()[i] = layout.places[i].first_chunk;
+    count.mutable_data()[i] = layout.places[i].chunk_count;
+    at.mutable_data()[i] = layout.places[i].at;
+  }
+  return py::make_tuple(first, count, at);
+}
+
+pipeline::SaveSources make_sources(const Layout& layout, const U64Array& pointers, const StridedArguments& strided) {
+  if (static_cast<std::size_t>(pointers.size()) != layout.places.size()) {
+    throw std::invalid_argument("one pointer per tensor of the layout is needed");
+  }
+  pipeline::SaveSources sources;
+  sources.contiguous.reserve(layout.places.size());
+  for (py::ssize_t i = 0; i < pointers.size(); ++i) {
+    sources.contiguous.push_back(reinterpret_cast<const std::uint8_t*>(pointers.data()[i]));
+  }
+  for (const auto& [position, view] : strided) {
+    const auto& [item_bytes, data, sizes, stride_bytes] = view;
+    sources.contiguous.at(position) = nullptr;
+    sources.strided[position] = StridedView{reinterpret_cast<std::uint8_t*>(data), item_bytes, sizes, stride_bytes}.collapsed();
+  }
+  return sources;
+}
+
+std::shared_ptr<SaveJob> make_save_job(std::shared_ptr<Layout> layout, const U64Array& pointers, const StridedArguments& strided,
+                                       const store::Staging& staging, const std::string& name, const std::string& rung, int zstd_level,
+                                       std::vector<std::uint8_t> item_bytes, std::uint64_t slots, bool trace) {
+  pipeline::SaveSources sources = make_sources(*layout, pointers, strided);
+  pipeline::SaveOptions options{io::rung_from_name(rung), zstd_level != 0, zstd_level, std::move(item_bytes), trace};
+  if (options.compress && options.item_bytes.size() != layout->places.size()) {
+    throw std::invalid_argument("one item size per tensor is needed when compressing");
+  }
+  py::gil_scoped_release release;
+  auto ring = pipeline::Engine::instance().ring(layout->chunk_bytes, std::max<std::uint64_t>(slots, 1));
+  os::File file = staging.create_file(name, io::rung_is_direct(options.rung));
+  return std::make_shared<SaveJob>(std::move(layout), std::move(sources), std::move(file), std::move(ring), std::move(options));
+}
+
+}  // namespace
+
+void bind_save(py::module_& module) {
+  py::class_<Layout, std::shared_ptr<Layout>>(module, "Layout", "Where each tensor's bytes go; see csrc/format/layout.h.")
+      .def(py::init(&make_layout), py::arg("nbytes"), py::arg("chunk_bytes"))
+      .def_readonly("chunk_bytes", &Layout::chunk_bytes)
+      .def_readonly("file_bytes", &Layout::file_bytes)
+      .def_readonly("payload_bytes", &Layout::payload_bytes)
+      .def_property_readonly("chunk_count", [](const Layout& layout) { return layout.chunks.size(); })
+      .def("places", &places, "(first_chunk, chunk_count, at): one uint64 array each, in tensor order");
+
+  auto job = py::class_<SaveJob, std::shared_ptr<SaveJob>>(module, "SaveJob", "One data file being written; see csrc/pipeline/save_job.h.");
+  job.def(py::init(&make_save_job), py::arg("layout"), py::arg("pointers"), py::arg("strided"), py::arg("staging"), py::arg("name"),
+          py::arg("rung"), py::arg("zstd_level"), py::arg("item_bytes"), py::arg("slots"), py::arg("trace"))
+      .def("start", [](const std::shared_ptr<SaveJob>& self) { pipeline::Engine::instance().start(self); },
+           py::call_guard<py::gil_scoped_release>())
+      .def("wait_staged",
+           [](SaveJob& self, double seconds) { return self.wait_staged(std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1e3))); },
+           py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("staged", &SaveJob::staged)
+      .def_property_readonly("direct", &SaveJob::direct)
+      .def_property_readonly("file_bytes", &SaveJob::file_bytes)
+      .def("chunk_table", [](const SaveJob& self) {
+        return as_bytes(self.chunk_table().data(), self.chunk_table().size() * sizeof(format::ChunkRecord));
+      });
+  bind_job_methods(job);
+}
+
+}  // namespace snapstone::bind

@@ -1,0 +1,85 @@
+// SlotRing: the process's staging memory, fixed-size page-aligned slots in segments that are allocated once and reused by every save and
+// load.
+//
+// Ownership: a slot belongs to exactly one of free list, stage (lane), kernel. Slot is move-only; dropping it frees the slot.
+// Threads:   try_acquire(), acquire() and release from any thread; reserve() from any thread, serialised inside.
+// Limits:    slot_count() * slot_bytes(); grows only in reserve(), by whole segments, never on the step path.
+// Failure:   reserve() throws OsError (ENOMEM) and leaves the ring as it was; everything else is noexcept.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "os/memory.h"
+
+namespace snapstone::mem {
+
+class SlotRing;
+
+class Slot {
+ public:
+  Slot() = default;
+  Slot(Slot&& other) noexcept;
+  Slot& operator=(Slot&& other) noexcept;
+  Slot(const Slot&) = delete;
+  Slot& operator=(const Slot&) = delete;
+  ~Slot();
+
+  std::uint8_t* data() const noexcept { return data_; }
+  int segment() const noexcept { return segment_; }
+  explicit operator bool() const noexcept { return ring_ != nullptr; }
+
+ private:
+  friend class SlotRing;
+  SlotRing* ring_ = nullptr;
+  std::uint8_t* data_ = nullptr;
+  int segment_ = -1;
+};
+
+struct Segment {
+  std::uint8_t* data;
+  std::uint64_t nbytes;
+};
+
+class SlotRing {
+ public:
+  explicit SlotRing(std::uint64_t slot_bytes);
+  ~SlotRing();  // every slot must be back
+
+  std::uint64_t slot_bytes() const noexcept { return slot_bytes_; }
+  std::uint64_t slot_count() const;
+  std::uint64_t free_count() const;
+  std::uint64_t nbytes() const;
+  bool huge() const;                      // the kernel gave huge pages to every segment
+  std::vector<Segment> segments() const;  // append-only: position is the segment number
+
+  // Grows until at least `slots` exist.
+  void reserve(std::uint64_t slots);
+
+  Slot try_acquire() noexcept;                               // empty when none is free
+  Slot acquire(std::chrono::milliseconds timeout) noexcept;  // empty at the timeout
+
+ private:
+  friend class Slot;
+  void release(std::uint8_t* data, int segment) noexcept;
+
+  struct Free {
+    std::uint8_t* data;
+    int segment;
+  };
+
+  const std::uint64_t slot_bytes_;
+  mutable std::mutex mutex_;
+  std::mutex grow_mutex_;
+  std::condition_variable freed_;
+  std::deque<os::MappedMemory> memory_;
+  std::vector<Free> free_;  // a stack: the slot freed last is the warmest in cache
+  std::uint64_t slot_count_ = 0;
+};
+
+}  // namespace snapstone::mem

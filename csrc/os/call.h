@@ -1,0 +1,43 @@
+// The one way csrc/os/ enters the kernel: fault seam, then the call, then again on EINTR.
+//
+// Seam names (base/fault_hook.h) and the functions that pass them:
+//     open       openat with any flags (files, directories, O_TMPFILE)      fcntl      O_DIRECT on, O_NONBLOCK off
+//     after open opendir    fdopendir of a listing     readdir    readdir               stat       fstatat, statx of
+//     one name fstat      fstat, statx of an open descriptor                          statfs     fstatfs mkdir mkdirat
+//     unlink     unlinkat of a file     rmdir      unlinkat of a directory rename     renameat renameat2  renameat2,
+//     any flag    link       linkat fallocate, ftruncate, fsync, pwrite, pread, flock, mmap, madvise: the call of that
+//     name close      UniqueFd::close only; destructors ignore errors, so failing them would prove nothing
+// Reads of /proc (boot id, memory, limits) stay outside the seam: they answer "unknown" and never fail a caller.
+#pragma once
+
+#include <cerrno>
+#include <string>
+
+#include "base/fault_hook.h"
+
+namespace snapstone::os {
+
+// The result of `function`, or -1 with errno set. An injected EINTR takes the same loop as a real one.
+template <class Function>
+auto call(const char* seam, const std::string& path, Function&& function) -> decltype(function()) {
+  for (;;) {
+    const fault::Outcome outcome = fault::point(seam, path.c_str());
+    if (outcome.error_number != 0) [[unlikely]] {
+      errno = outcome.error_number;
+      if (errno != EINTR) {
+        return -1;
+      }
+      continue;
+    }
+    const auto result = function();
+    if (result >= 0 || errno != EINTR) {
+      return result;
+    }
+  }
+}
+
+// `directory`/`name` for messages. Throws OsError(EINVAL, verb) unless `name` is one path component other than "." and
+// "..".
+std::string component_path(const char* verb, const std::string& directory, const std::string& name);
+
+}  // namespace snapstone::os

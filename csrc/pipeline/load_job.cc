@@ -1,0 +1,172 @@
+#include "pipeline/load_job.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "base/clock.h"
+#include "base/limits.h"
+#include "codec/compress.h"
+#include "codec/digest.h"
+#include "pipeline/engine.h"
+#include "pipeline/in_flight.h"
+
+namespace snapstone::pipeline {
+namespace {
+
+constexpr std::chrono::milliseconds kSlotPoll{20};
+
+}  // namespace
+
+LoadJob::LoadJob(LoadPlan plan, std::vector<os::File> files, std::shared_ptr<mem::SlotRing> ring, LoadOptions options)
+    : Job(options.trace), plan_(std::move(plan)), files_(std::move(files)), ring_(std::move(ring)), options_(options) {}
+
+std::vector<Problem> LoadJob::problems() const {
+  std::lock_guard lock(mutex_);
+  return problems_;
+}
+
+// One lane's share of a load: keeps reads in flight, takes in what arrives.
+class LoadJob::LaneRun {
+ public:
+  LaneRun(LoadJob& job, Lane& lane, LaneBooks& books)
+      : job_(job), lane_(lane), books_(books), engine_(lane.io(job.options_.rung, job.ring_)), in_flight_(engine_, books, Stage::kRead) {}
+
+  ~LaneRun() {
+    in_flight_.drain();
+    for (const os::File& file : job_.files_) engine_.forget_file(file);
+  }
+
+  void run() {
+    while (!job_.stopped()) {
+      while (!in_flight_.full() && read_next()) {
+      }
+      if (in_flight_.count() > 0) {
+        take_in_arrived();
+      } else if (claimed_all_) {
+        break;
+      } else {
+        const std::int64_t begin = now_ns();
+        spare_ = job_.ring_->acquire(kSlotPoll);
+        books_.add(Stage::kSlotWait, begin, now_ns(), 0);
+      }
+    }
+  }
+
+ private:
+  bool read_next() {
+    if (claimed_all_) return false;
+    if (!spare_) spare_ = job_.ring_->try_acquire();
+    if (!spare_) return false;
+    const std::uint64_t index = job_.next_chunk_.fetch_add(1);
+    if (index >= job_.plan_.chunks().size()) {
+      claimed_all_ = true;
+      spare_ = {};
+      return false;
+    }
+    const ReadChunk& chunk = job_.plan_.chunks()[index];
+    const format::ChunkRecord& record = job_.plan_.record(chunk);
+    const auto nbytes = static_cast<std::uint32_t>(round_up(record.stored_bytes, kPageBytes));
+    const int segment = lane_.fixed_segment(job_.options_.rung, spare_.segment());
+    const io::Request request{false, &job_.files_[job_.plan_.file(chunk)], spare_.data(), record.offset, nbytes, segment, 0};
+    in_flight_.submit(request, index, std::move(spare_));
+    return true;
+  }
+
+  void take_in_arrived() {
+    in_flight_.complete(1, [this](std::uint64_t index, mem::Slot slot, int error_number) {
+      const ReadChunk& chunk = job_.plan_.chunks()[index];
+      const format::ChunkRecord& record = job_.plan_.record(chunk);
+      const os::File& file = job_.files_[job_.plan_.file(chunk)];
+      try {
+        if (error_number == io::Completion::kEndOfFile) throw job_.corrupt(chunk, "file ends before the chunk does");
+        if (error_number != 0) throw OsError(error_number, "read", file.path, record.offset, record.stored_bytes);
+        job_.take_in(index, slot.data(), lane_, books_);
+      } catch (const CorruptError& error) {
+        if (!job_.options_.collect_problems) throw;
+        job_.note(chunk, error);
+      }
+      job_.progress(record.raw_bytes);
+    });
+  }
+
+  LoadJob& job_;
+  Lane& lane_;
+  LaneBooks& books_;
+  io::IoEngine& engine_;
+  InFlight in_flight_;
+  mem::Slot spare_;
+  bool claimed_all_ = false;
+};
+
+void LoadJob::work(Lane& lane, LaneBooks& books) {
+  if (next_chunk_.load() < plan_.chunks().size()) LaneRun(*this, lane, books).run();
+}
+
+void LoadJob::take_in(std::uint64_t index, const std::uint8_t* slot, Lane& lane, LaneBooks& books) {
+  const ReadChunk& chunk = plan_.chunks()[index];
+  if (options_.check_padding) check_padding(chunk, slot);
+  const std::span<const std::uint8_t> raw = decode(chunk, slot, lane, books);
+  if (options_.verify) check_digest(chunk, raw, books);
+  const std::int64_t begin = now_ns();
+  scatter_targets(chunk, raw.data());
+  if (chunk.target_count > 0) books.add(Stage::kScatter, begin, now_ns(), raw.size());
+}
+
+std::span<const std::uint8_t> LoadJob::decode(const ReadChunk& chunk, const std::uint8_t* slot, Lane& lane, LaneBooks& books) {
+  const format::ChunkRecord& record = plan_.record(chunk);
+  const auto codec = static_cast<codec::Codec>(record.codec);
+  if (codec == codec::Codec::kNone) return {slot, record.raw_bytes};
+  const std::int64_t begin = now_ns();
+  std::uint8_t* raw = lane.scratch(plan_.raw_bytes_max());
+  try {
+    codec::decompress({slot, record.stored_bytes}, codec, {raw, record.raw_bytes});
+  } catch (const CorruptError& error) {
+    throw corrupt(chunk, error.reason(), error.expected(), error.actual());
+  }
+  books.add(Stage::kDecode, begin, now_ns(), record.raw_bytes);
+  return {raw, record.raw_bytes};
+}
+
+void LoadJob::check_digest(const ReadChunk& chunk, std::span<const std::uint8_t> raw, LaneBooks& books) {
+  const std::int64_t begin = now_ns();
+  const codec::Digest actual = codec::digest(raw);
+  books.add(Stage::kDigest, begin, now_ns(), raw.size());
+  const codec::Digest& expected = plan_.record(chunk).digest;
+  if (actual != expected) throw corrupt(chunk, "digest mismatch", codec::hex(expected), codec::hex(actual));
+}
+
+void LoadJob::check_padding(const ReadChunk& chunk, const std::uint8_t* slot) const {
+  const format::ChunkRecord& record = plan_.record(chunk);
+  const std::uint8_t* end = slot + round_up(record.stored_bytes, kPageBytes);
+  if (std::any_of(slot + record.stored_bytes, end, [](std::uint8_t byte) { return byte != 0; })) {
+    throw corrupt(chunk, "padding after the chunk is not zero");
+  }
+}
+
+void LoadJob::scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw) {
+  for (std::uint64_t i = chunk.first_target; i < chunk.first_target + chunk.target_count; ++i) {
+    const ReadTarget& target = plan_.targets()[i];
+    if (target.contiguous != nullptr) {
+      std::memcpy(target.contiguous, raw + target.at, target.shard_end - target.shard_begin);
+    } else {
+      scatter(raw + target.at, static_cast<std::int64_t>(target.shard_begin), static_cast<std::int64_t>(target.shard_end),
+              plan_.box(target.box));
+    }
+  }
+}
+
+CorruptError LoadJob::corrupt(const ReadChunk& chunk, const std::string& reason, std::string expected, std::string actual) const {
+  return CorruptError(reason, files_[plan_.file(chunk)].path, static_cast<std::int64_t>(chunk.chunk), std::move(expected),
+                      std::move(actual));
+}
+
+void LoadJob::note(const ReadChunk& chunk, const CorruptError& error) {
+  std::lock_guard lock(mutex_);
+  if (problems_.size() < kProblemsMax) {
+    problems_.push_back({chunk.table, chunk.chunk, plan_.file(chunk), error.reason(), error.expected(), error.actual()});
+  }
+}
+
+}  // namespace snapstone::pipeline

@@ -1,0 +1,74 @@
+// LoadJob: data files -> slots -> digest check -> codec -> tensor memory. With no targets it is a scrub of every chunk.
+//
+// Guarantee: a byte reaches its target only from a chunk whose digest matched (unless verification is off). finished() without an error means
+//            every target is filled.
+// Ownership: target memory belongs to the caller and must stay mapped until finished().
+// Limits:    at most kQueueDepth chunks per lane in memory, whatever the checkpoint's size.
+// Failure:   the first failure ends the job: OsError, or CorruptError naming file and chunk. With collect_problems every wrong chunk is noted
+//            (problems(), at most kProblemsMax) and the job goes on.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "io/io_engine.h"
+#include "mem/slot_ring.h"
+#include "os/file.h"
+#include "pipeline/job.h"
+#include "pipeline/load_plan.h"
+
+namespace snapstone::pipeline {
+
+struct LoadOptions {
+  io::Rung rung = io::Rung::kBuffered;
+  bool verify = true;
+  bool check_padding = false;     // bytes between chunks must be zero
+  bool collect_problems = false;
+  bool trace = false;
+};
+
+struct Problem {
+  std::uint32_t table;
+  std::uint64_t chunk;
+  std::uint32_t file;
+  std::string reason;
+  std::string expected;
+  std::string actual;
+};
+
+class LoadJob : public Job {
+ public:
+  static constexpr std::size_t kProblemsMax = 1000;
+
+  // `files` are in the order that the plan's tables number them.
+  LoadJob(LoadPlan plan, std::vector<os::File> files, std::shared_ptr<mem::SlotRing> ring, LoadOptions options);
+
+  const LoadPlan& plan() const { return plan_; }
+  std::vector<Problem> problems() const;
+
+ protected:
+  void work(Lane& lane, LaneBooks& books) override;
+
+ private:
+  class LaneRun;
+
+  void take_in(std::uint64_t index, const std::uint8_t* slot, Lane& lane, LaneBooks& books);
+  std::span<const std::uint8_t> decode(const ReadChunk& chunk, const std::uint8_t* slot, Lane& lane, LaneBooks& books);
+  void check_digest(const ReadChunk& chunk, std::span<const std::uint8_t> raw, LaneBooks& books);
+  void check_padding(const ReadChunk& chunk, const std::uint8_t* slot) const;
+  void scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw);
+  CorruptError corrupt(const ReadChunk& chunk, const std::string& reason, std::string expected = {}, std::string actual = {}) const;
+  void note(const ReadChunk& chunk, const CorruptError& error);
+
+  const LoadPlan plan_;
+  const std::vector<os::File> files_;
+  const std::shared_ptr<mem::SlotRing> ring_;
+  const LoadOptions options_;
+  std::atomic<std::uint64_t> next_chunk_{0};
+  std::vector<Problem> problems_;  // guarded by mutex_
+};
+
+}  // namespace snapstone::pipeline

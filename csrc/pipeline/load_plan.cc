@@ -1,0 +1,82 @@
+#include "pipeline/load_plan.h"
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
+#include "base/error.h"
+#include "base/limits.h"
+
+namespace snapstone::pipeline {
+
+template <typename Visit>
+void LoadPlan::for_each_piece(const StoredShard& shard, Visit visit) {
+  const ChunkTable& table = tables_.at(shard.table);
+  if (shard.first_chunk > table.records.size() || shard.chunk_count > table.records.size() - shard.first_chunk) {
+    throw CorruptError("tensor names chunks that are not in the table", table.path, static_cast<std::int64_t>(shard.first_chunk));
+  }
+  std::uint64_t done = 0;
+  for (std::uint64_t chunk = shard.first_chunk; chunk < shard.first_chunk + shard.chunk_count; ++chunk) {
+    const std::uint64_t at = chunk == shard.first_chunk ? shard.at : 0;
+    const std::uint64_t raw = table.records[chunk].raw_bytes;
+    if (at >= raw || done == shard.nbytes) break;
+    const std::uint64_t nbytes = std::min(raw - at, shard.nbytes - done);
+    visit(chunk, static_cast<std::uint32_t>(at), done, done + nbytes);
+    done += nbytes;
+  }
+  if (done != shard.nbytes) {
+    throw CorruptError("tensor is longer than its chunks", table.path, static_cast<std::int64_t>(shard.first_chunk),
+                       std::to_string(shard.nbytes) + " bytes", std::to_string(done) + " bytes");
+  }
+}
+
+void LoadPlan::add_contiguous(const StoredShard& shard, std::uint8_t* target) {
+  bytes_needed_ += shard.nbytes;
+  for_each_piece(shard, [&](std::uint64_t chunk, std::uint32_t at, std::uint64_t begin, std::uint64_t end) {
+    wanted_.push_back({{shard.table, chunk}, {target + begin, -1, at, begin, end}, true});
+  });
+}
+
+void LoadPlan::add_box(const StoredShard& shard, BoxTarget box) {
+  const auto first = static_cast<std::uint64_t>(box.first_byte());
+  const auto last = static_cast<std::uint64_t>(box.last_byte());
+  bytes_needed_ += static_cast<std::uint64_t>(box.target.nbytes());
+  const auto number = static_cast<std::int64_t>(boxes_.size());
+  for_each_piece(shard, [&](std::uint64_t chunk, std::uint32_t at, std::uint64_t begin, std::uint64_t end) {
+    if (begin < last && end > first) wanted_.push_back({{shard.table, chunk}, {nullptr, number, at, begin, end}, true});
+  });
+  boxes_.push_back(box.collapsed());
+}
+
+void LoadPlan::add_all_chunks() {
+  for (std::uint32_t table = 0; table < tables_.size(); ++table) {
+    for (std::uint64_t chunk = 0; chunk < tables_[table].records.size(); ++chunk) {
+      wanted_.push_back({{table, chunk}, {}, false});
+    }
+  }
+}
+
+void LoadPlan::finish() {
+  const auto place = [this](const Wanted& wanted) {
+    return std::make_tuple(file(wanted.chunk), record(wanted.chunk).offset, wanted.chunk.table, wanted.chunk.chunk);
+  };
+  std::stable_sort(wanted_.begin(), wanted_.end(), [&](const Wanted& a, const Wanted& b) { return place(a) < place(b); });
+  for (Wanted& wanted : wanted_) {
+    const bool same = !chunks_.empty() && chunks_.back().table == wanted.chunk.table && chunks_.back().chunk == wanted.chunk.chunk;
+    if (!same) {
+      const format::ChunkRecord& stored = record(wanted.chunk);
+      stored_bytes_max_ = std::max<std::uint64_t>(stored_bytes_max_, stored.stored_bytes);
+      raw_bytes_max_ = std::max<std::uint64_t>(raw_bytes_max_, stored.raw_bytes);
+      bytes_read_ += round_up(stored.stored_bytes, kPageBytes);
+      wanted.chunk.first_target = targets_.size();
+      chunks_.push_back(wanted.chunk);
+    }
+    if (wanted.has_target) {
+      targets_.push_back(wanted.target);
+      ++chunks_.back().target_count;
+    }
+  }
+  wanted_ = {};
+}
+
+}  // namespace snapstone::pipeline

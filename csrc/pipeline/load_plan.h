@@ -1,0 +1,89 @@
+// LoadPlan: which chunks a load reads, each once, and where their bytes go.
+//
+// Built from items: stored shards and the memory that wants them. Pure arithmetic over chunk tables that check_chunk_table() accepted; an item that
+// does not fit its chunks is a CorruptError, so nothing is read or written outside the buffers given.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/strided.h"
+#include "format/chunk_record.h"
+
+namespace snapstone::pipeline {
+
+// One index file's chunk table; record.file counts from first_file in the job's list of data files.
+struct ChunkTable {
+  std::vector<format::ChunkRecord> records;
+  std::uint32_t first_file = 0;
+  std::string path;  // of the index, for messages
+};
+
+// A stored shard: `nbytes` of row-major string that begin at byte `at` of chunk `first_chunk` of `table`.
+struct StoredShard {
+  std::uint32_t table = 0;
+  std::uint64_t first_chunk = 0;
+  std::uint64_t chunk_count = 0;
+  std::uint64_t at = 0;
+  std::uint64_t nbytes = 0;
+};
+
+struct ReadTarget {
+  std::uint8_t* contiguous = nullptr;  // the piece goes here as it is, or
+  std::int64_t box = -1;               // through boxes[box]
+  std::uint32_t at = 0;                // where the piece starts in the chunk
+  std::uint64_t shard_begin = 0;       // bytes [shard_begin, shard_end) of the shard's string
+  std::uint64_t shard_end = 0;
+};
+
+struct ReadChunk {
+  std::uint32_t table = 0;
+  std::uint64_t chunk = 0;
+  std::uint64_t first_target = 0;
+  std::uint64_t target_count = 0;
+};
+
+class LoadPlan {
+ public:
+  explicit LoadPlan(std::vector<ChunkTable> tables) : tables_(std::move(tables)) {}
+
+  void add_contiguous(const StoredShard& shard, std::uint8_t* target);  // the whole shard
+  void add_box(const StoredShard& shard, BoxTarget box);                // part of it, strided
+  void add_all_chunks();                                                // every chunk, no target: verification
+  // Sorts chunks by file and offset and groups their targets. Call once, last.
+  void finish();
+
+  const ChunkTable& table(std::uint32_t table) const { return tables_[table]; }
+  const format::ChunkRecord& record(const ReadChunk& chunk) const { return tables_[chunk.table].records[chunk.chunk]; }
+  std::uint32_t file(const ReadChunk& chunk) const { return tables_[chunk.table].first_file + record(chunk).file; }
+  const std::vector<ReadChunk>& chunks() const { return chunks_; }
+  const std::vector<ReadTarget>& targets() const { return targets_; }
+  const BoxTarget& box(std::int64_t box) const { return boxes_[static_cast<std::size_t>(box)]; }
+  std::uint64_t stored_bytes_max() const { return stored_bytes_max_; }
+  std::uint64_t raw_bytes_max() const { return raw_bytes_max_; }
+  std::uint64_t bytes_needed() const { return bytes_needed_; }
+  std::uint64_t bytes_read() const { return bytes_read_; }
+
+ private:
+  struct Wanted {
+    ReadChunk chunk;
+    ReadTarget target;
+    bool has_target;
+  };
+
+  template <typename Visit>
+  void for_each_piece(const StoredShard& shard, Visit visit);
+
+  std::vector<ChunkTable> tables_;
+  std::vector<Wanted> wanted_;
+  std::vector<ReadChunk> chunks_;
+  std::vector<ReadTarget> targets_;
+  std::vector<BoxTarget> boxes_;
+  std::uint64_t stored_bytes_max_ = 0;
+  std::uint64_t raw_bytes_max_ = 0;
+  std::uint64_t bytes_needed_ = 0;
+  std::uint64_t bytes_read_ = 0;
+};
+
+}  // namespace snapstone::pipeline

@@ -1,0 +1,73 @@
+#include "store/reap.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "base/error.h"
+#include "os/directory.h"
+#include "os/file.h"
+#include "os/file_system.h"
+#include "os/process.h"
+#include "store/names.h"
+
+namespace snapstone::store {
+namespace {
+
+constexpr std::int64_t kOwnerlessAgeNs = 600'000'000'000;
+constexpr std::uint64_t kOwnerBytesMax = 1 << 20;
+
+std::int64_t realtime_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+
+enum class Owners { kThisBoot, kOthers, kUnknown };
+
+Owners owners_of(const os::Directory& staging) {
+  try {
+    const auto bytes = os::read_file(staging.fd.get(), staging.path, kOwnerName, kOwnerBytesMax);
+    const std::string mine = os::boot_id() + "\n";
+    if (bytes.empty() || mine.size() == 1 || bytes.size() % mine.size() != 0) return bytes.empty() ? Owners::kUnknown : Owners::kOthers;
+    for (std::size_t at = 0; at < bytes.size(); at += mine.size()) {
+      if (!std::equal(mine.begin(), mine.end(), bytes.begin() + static_cast<std::ptrdiff_t>(at))) return Owners::kOthers;
+    }
+    return Owners::kThisBoot;
+  } catch (const std::exception&) {
+    return Owners::kUnknown;
+  }
+}
+
+bool provably_dead(const os::Directory& parent, const os::Entry& entry, const os::FileSystemFacts& facts) {
+  const os::Directory staging = os::open_directory_at(parent, entry.name);
+  if (!os::try_lock_exclusive(staging)) return false;
+  switch (owners_of(staging)) {
+    case Owners::kThisBoot:
+      return true;
+    case Owners::kOthers:
+      return !facts.network;  // a local file system has no other host: those owners ended with an earlier boot
+    case Owners::kUnknown:
+      return !facts.network && realtime_ns() - entry.modified_ns > kOwnerlessAgeNs;
+  }
+  return false;
+}
+
+}  // namespace
+
+std::vector<std::string> reap(const std::string& parent_path) {
+  std::vector<std::string> removed;
+  const os::Directory parent = os::open_directory(parent_path);
+  const os::FileSystemFacts facts = os::file_system_facts(parent);
+  for (const os::Entry& entry : os::list_directory(parent)) {
+    const bool staging = is_staging_name(entry.name);
+    if (!entry.is_directory || entry.owner_uid != os::effective_uid() || !(staging || is_trash_name(entry.name))) continue;
+    try {
+      if (staging && !provably_dead(parent, entry, facts)) continue;
+      os::remove_tree_at(parent, entry.name);
+      removed.push_back(entry.name);
+    } catch (const OsError&) {
+      continue;
+    }
+  }
+  return removed;
+}
+
+}  // namespace snapstone::store

@@ -1,0 +1,98 @@
+"""A small GPT over bytes: pre-norm blocks, causal attention, dropout. Nothing here knows about checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCABULARY = 256  # one token per byte
+
+
+@dataclass(frozen=True)
+class GptConfig:
+    layers: int
+    heads: int
+    width: int
+    context: int  # bytes seen at once
+    dropout: float
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GptConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.project_in = nn.Linear(config.width, 3 * config.width)
+        self.project_out = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        query, key, value = (
+            part.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+            for part in self.project_in(x).chunk(3, dim=-1)
+        )
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        out: Tensor = self.project_out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, config: GptConfig) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(config.width)
+        self.attention = Attention(config)
+        self.norm_mlp = nn.LayerNorm(config.width)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.width, 4 * config.width),
+            nn.GELU(),
+            nn.Linear(4 * config.width, config.width),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm_attention(x)))
+        out: Tensor = x + self.dropout(self.mlp(self.norm_mlp(x)))
+        return out
+
+
+class Gpt(nn.Module):
+    def __init__(self, config: GptConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_byte = nn.Embedding(VOCABULARY, config.width)
+        self.embed_position = nn.Embedding(config.context, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, VOCABULARY, bias=False)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of shape (batch, length, 256) for int64 tokens of shape (batch, length)."""
+        positions = torch.arange(tokens.shape[1])
+        x = self.dropout(self.embed_byte(tokens) + self.embed_position(positions))
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    @torch.no_grad()
+    def sample(self, prompt: bytes, count: int, *, temperature: float, generator: torch.Generator) -> bytes:
+        """Continues `prompt` by `count` bytes."""
+        self.eval()
+        tokens = torch.tensor([list(prompt)], dtype=torch.int64)
+        for _ in range(count):
+            logits = self(tokens[:, -self.config.context :])[:, -1, :]
+            drawn = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            tokens = torch.cat([tokens, drawn], dim=1)
+        return bytes(tokens[0, len(prompt) :].tolist())

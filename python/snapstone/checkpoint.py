@@ -1,0 +1,227 @@
+"""Checkpoint: a committed checkpoint, read lazily."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from . import difference, manifest, state, tensors, values
+from .errors import CorruptCheckpointError
+from .manifest import Manifest
+from .plan import TensorItem
+from .reader import Reader
+from .tensors import LocalShard
+
+__all__ = ["Checkpoint", "TensorSlice"]
+
+
+class Checkpoint:
+    """A committed checkpoint. Tensors and values are read, and verified, when asked for.
+
+    Attributes:
+        path: the directory. step, metadata, metrics (`metadata["metrics"]`), format_version, save_id, world_size: from the manifest.
+        nbytes: bytes of all tensors. own_nbytes: bytes of the data files in this directory.
+        stats: what the save or load that returned this object did.
+        missing_keys, unexpected_keys: of a load with strict=False.
+    """
+
+    def __init__(
+        self,
+        source: Reader | str,
+        document: Manifest | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        stats: Mapping[str, Any] | None = None,
+        missing_keys: Sequence[str] = (),
+        unexpected_keys: Sequence[str] = (),
+    ) -> None:
+        self._opened = source if isinstance(source, Reader) else None
+        self.path = source.path if isinstance(source, Reader) else source
+        self.manifest = source.manifest if isinstance(source, Reader) else document or manifest.read(source)
+        self.device = torch.device(device)
+        self.stats: Mapping[str, Any] = stats or {}
+        self.missing_keys = missing_keys
+        self.unexpected_keys = unexpected_keys
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
+        """Opens the checkpoint at `path`; its manifest and indexes are read and checked now, tensors on demand, onto `device`.
+
+        Raises:
+            CheckpointNotFoundError, IncompleteCheckpointError, CorruptCheckpointError, IncompatibleCheckpointError.
+        """
+        return cls(Reader(path), device=device)
+
+    @classmethod
+    def committed(cls, path: str, document: Manifest, stats: Mapping[str, Any]) -> Self:
+        """What a save returns: nothing is read back until asked for."""
+        return cls(path, document, stats=stats)
+
+    @property
+    def step(self) -> int | None:
+        return self.manifest.step
+
+    @property
+    def save_id(self) -> str:
+        return self.manifest.save_id
+
+    @property
+    def world_size(self) -> int:
+        return self.manifest.world_size
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return {key: values.decode(value, name=key) for key, value in self.manifest.metadata.items()}
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        found = self.metadata.get("metrics", {})
+        return {str(key): float(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+    @property
+    def format_version(self) -> tuple[int, int]:
+        return self.manifest.format_version
+
+    @property
+    def nbytes(self) -> int:
+        return self.manifest.nbytes
+
+    @property
+    def own_nbytes(self) -> int:
+        return sum(entry.nbytes for writer in self.manifest.writers for entry in writer.data)
+
+    @property
+    def reader(self) -> Reader:
+        if self._opened is None:
+            self._opened = Reader(self.path)
+        return self._opened
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._opened = None
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.path!r}, step={self.step}, nbytes={self.nbytes}, world_size={self.world_size})"
+
+    def keys(self) -> Sequence[str]:
+        """Names of the tensors, in the order saved."""
+        return list(self.reader.shards)
+
+    def describe(self, name: str) -> TensorItem:
+        """dtype and global shape of a tensor. KeyError if there is none of that name."""
+        return self.reader.describe(name)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor, assembled from all shards and verified, in its saved dtype and global shape."""
+        return self.load_tensors([name])[name]
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """A lazy view: indexing it reads only the chunks that it needs."""
+        return TensorSlice(self, self.describe(name))
+
+    def load_tensors(self, keys: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """Several tensors (default: all) in one pass over the files. Names that share bytes share memory."""
+        names = list(self.keys()) if keys is None else list(keys)
+        loaded: dict[str, torch.Tensor] = {}
+        shared: dict[Any, torch.Tensor] = {}
+        targets = []
+        for name in names:
+            item = self.describe(name)
+            place = (item.dtype, item.shape, tuple((shard.table, shard.stored.place) for shard in self.reader.shards[name]))
+            if place in shared and item.nbytes:
+                loaded[name] = shared[place]
+                continue
+            loaded[name] = shared[place] = torch.empty(item.shape, dtype=tensors.dtype_named(item.dtype))
+            targets.extend(tensors.describe(name, loaded[name]))
+        self._fill(targets)
+        if self.device.type == "cpu":
+            return loaded
+        return {name: tensor.to(self.device) for name, tensor in loaded.items()}
+
+    def objects(self, rank: int = 0) -> Mapping[str, Any]:
+        """The Python values by name, as `rank` saved them. Pickled values are refused: `load(..., allow_pickle=True)` reads them."""
+        return {name: values.decode(value, name=name) for name, (_, value) in self.reader.objects(rank).items()}
+
+    def state_dict(self, rank: int = 0) -> dict[Any, Any]:
+        """Tensors and values nested as they were saved; tuples that held tensors come back as lists."""
+        everything: dict[str, Any] = dict(self.load_tensors())
+        objects = self.reader.objects(rank)
+        everything.update({name: values.decode(value, name=name) for name, (_, value) in objects.items()})
+        encoded = {**self.reader.paths, **{name: path for name, (path, _) in objects.items()}}
+        paths = {name: (name,) if path is None else state.decode_path(path) for name, path in encoded.items()}
+        return state.unflatten(paths, everything)
+
+    def diff(self, other: Checkpoint | str | os.PathLike[str], *, values: bool = False) -> difference.Difference:
+        """What is in this checkpoint and not, or not the same, in `other`; with `values` the largest absolute differences."""
+        theirs = other if isinstance(other, Checkpoint) else Checkpoint.open(other)
+        return difference.compare(self, theirs, values=values)
+
+    def _fill(self, targets: Sequence[LocalShard]) -> None:
+        try:
+            self.reader.fill(targets)
+        except CorruptCheckpointError as error:
+            raise self.reader.name_tensor(error) from None
+
+
+class TensorSlice:
+    """A tensor not read yet: `shape`, `dtype`, and indexing with integers, slices (step 1 and more), `...` as torch does."""
+
+    def __init__(self, checkpoint: Checkpoint, item: TensorItem) -> None:
+        self._checkpoint = checkpoint
+        self._item = item
+        self.shape = torch.Size(item.shape)
+        self.dtype = tensors.dtype_named(item.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return self._item.dtype
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        index = self._normal(key)
+        offsets, sizes, rest = [], [], []
+        for part, extent in zip(index, self.shape, strict=True):
+            if isinstance(part, int):
+                at = part + extent if part < 0 else part
+                if not 0 <= at < extent:
+                    raise IndexError(f"{self._item.name}: index {part} is out of range for a dimension of {extent}")
+                offsets.append(at)
+                sizes.append(1)
+                rest.append(0)
+                continue
+            start, stop, step = part.indices(extent)
+            if step < 1:
+                raise ValueError(f"{self._item.name}: slices need a positive step")
+            offsets.append(start)
+            sizes.append(max(0, stop - start))
+            rest.append(slice(None, None, step))
+        box = torch.empty(sizes, dtype=self.dtype)
+        item = self._item._replace(offsets=tuple(offsets), sizes=tuple(sizes), nbytes=box.numel() * box.element_size())
+        self._checkpoint._fill([LocalShard(item, box)])
+        return box[tuple(rest)].to(self._checkpoint.device)
+
+    def _normal(self, key: Any) -> list[int | slice]:
+        parts = list(key) if isinstance(key, tuple) else [key]
+        given = [part for part in parts if part is not Ellipsis]
+        if len(given) > len(self.shape) or len(parts) - len(given) > 1:
+            raise IndexError(f"{self._item.name}: too many indices for shape {list(self.shape)}")
+        if not all(isinstance(part, slice) or type(part) is int for part in given):
+            raise TypeError(f"{self._item.name}: index with integers, slices and '...'")
+        fill = [slice(None)] * (len(self.shape) - len(given))
+        at = next((position for position, part in enumerate(parts) if part is Ellipsis), len(parts))
+        return [*parts[:at], *fill, *parts[at + 1 :]]
+

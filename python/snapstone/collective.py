@@ -1,0 +1,497 @@
+"""Votes, agreement and exchange between the ranks of a process group, each of which ends by its deadline.
+
+Guarantees  Every call returns or raises at its deadline plus at most 1.5 s, whatever the peers do: raise, die, stop, or
+            take the key-value store down with them. All ranks of a vote, exchange or agreement see the same outcome.
+Ownership   One `Group` per process group, one `Channel` per operation. A channel is taken on the calling thread, in the
+            same order on every rank, and may then be used by one other thread at a time.
+Threads     One daemon thread per group talks to the store, so a store call that hangs never holds up its caller.
+Limits      Only the c10d store of the process group is used, polled and never waited on; no NCCL, no gloo collective.
+            Values above 4 KiB are compressed and split into keys of 4 MiB, since a TCPStore refuses more than 8 MiB.
+Failure     `RankFailedError`, naming ranks by their global number. The one exception to "the same outcome" is a rank
+            that loses its connection to the store: it raises without knowing what its peers decided.
+
+A decision is taken in these steps, and the third one fixes it:
+
+1. A rank that is well posts its vote. Rank 0 waits for all votes, the others for the decision.
+2. Whoever knows an outcome posts it under its own rank: rank 0 when all votes are there (success) or are not there at
+   the deadline, a rank that has an error at once, and any other rank when the deadline has passed and rank 0 is silent.
+3. It claims the decision key with compare-and-set. The first claim wins, and is what every rank, the losers too, obeys.
+
+Success needs the vote of every rank, and a rank with an error never votes, so it may raise without reading the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import queue
+import struct
+import threading
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
+from contextlib import suppress
+from itertools import accumulate, pairwise
+from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from snapstone.errors import RankFailedError
+
+T = TypeVar("T")
+_Combine: TypeAlias = Callable[[list[bytes]], list[bytes]]
+
+GRACE_S: Final = 0.75  # past its deadline: for a peer's verdict to arrive, then for one more answer of the store
+WAKE_S: Final = 0.1  # longest wait that does not look for Ctrl-C
+POLL_MIN_S: Final = 0.001
+POLL_MAX_S: Final = 0.05
+POLL_S_PER_RANK: Final = 0.0001  # all ranks together ask a store at most 10,000 times per second
+LINGER_S: Final = 2.0  # rank 0 may serve the store from this process: how long close() keeps it for slower readers
+COMPRESS_ABOVE_BYTES: Final = 4 << 10
+PART_BYTES: Final = 4 << 20
+FETCH_COUNT: Final = 64  # keys per multi_get
+RETIRED_COUNT_MAX: Final = 32  # closed channels whose keys wait for slower ranks
+REASON_CHARS_MAX: Final = 2000
+NAMED_RANKS_MAX: Final = 16
+
+_HEAD: Final = struct.Struct("<BIQ")  # 1 when compressed, number of parts, raw bytes
+
+
+class Deadline:
+    """An instant of the monotonic clock, `seconds` from now; `None` never comes."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds: Final = math.inf if seconds is None else max(0.0, seconds)
+        self._end: Final = time.monotonic() + self.seconds
+
+    def remaining(self) -> float:
+        """Seconds left, never negative, infinite when there is no limit."""
+        return max(0.0, self._end - time.monotonic())
+
+    @property
+    def expired(self) -> bool:
+        return time.monotonic() >= self._end
+
+    def extended(self, seconds: float) -> Deadline:
+        """`seconds` after this deadline, or from now when it has already passed."""
+        return Deadline(self.remaining() + seconds)
+
+
+class _Store(Protocol):
+    """What is used of `torch.distributed.Store`, whose own stub types values as str."""
+
+    def set(self, key: str, value: bytes) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+    def check(self, keys: list[str]) -> bool: ...
+    def add(self, key: str, value: int) -> int: ...
+    def compare_set(self, key: str, expected_value: bytes, desired_value: bytes) -> bytes: ...
+    def delete_key(self, key: str) -> bool: ...
+
+
+class _StoreWorker:
+    """One daemon thread with a connection of its own. A call that hangs in it can be left behind."""
+
+    def __init__(self, connect: Callable[[], _Store]) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[_Store], Any], Future[Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, args=(self._jobs, connect), name="snapstone-store", daemon=True).start()
+
+    def submit(self, operation: Callable[[_Store], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._jobs.put((operation, future))
+        return future
+
+    def stop(self) -> None:
+        self._jobs.put(None)  # the thread ends after the jobs that it has
+
+    @staticmethod
+    def _serve(jobs: queue.SimpleQueue[Any], connect: Callable[[], _Store]) -> None:
+        store: _Store | None = None
+        while (job := jobs.get()) is not None:
+            operation, future = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    # Connecting hangs like any other call when the store's host is stopped, so it happens here.
+                    if store is None:
+                        store = connect()
+                    future.set_result(operation(store))
+                except BaseException as error:
+                    future.set_exception(error)
+            del job, operation, future  # they may hold the last reference to a group
+
+
+_groups: WeakKeyDictionary[dist.ProcessGroup, Group] = WeakKeyDictionary()
+_incarnations: Counter[str] = Counter()  # of groups, by name: one built again on the same store must not meet old keys
+_create_lock: Final = threading.Lock()
+
+
+class Group:
+    """The ranks that save or load together. `ranks` are their global numbers, in the order of the group."""
+
+    def __init__(self, rank: int, ranks: Sequence[int], store: Store | None = None, prefix: str = "") -> None:
+        self.rank: Final = rank
+        self.world_size: Final = len(ranks)
+        self.ranks: Final = tuple(ranks)
+        self.poll_max_s: Final = max(POLL_MAX_S, POLL_S_PER_RANK * len(ranks))
+        self._store = store
+        self._prefix = prefix
+        self._worker: _StoreWorker | None = None
+        self._worker_lock = threading.Lock()
+        self._lost = False
+        self._sequence = 0
+        self._retired: deque[tuple[str, list[str]]] = deque()  # touched by store workers only
+
+    @classmethod
+    def create(cls, process_group: dist.ProcessGroup | None = None, *, no_dist: bool = False) -> Group:
+        """The group of `process_group` (default: all ranks); one rank alone if `no_dist` or nothing is initialised.
+
+        Raises ValueError when this rank is not a member, or the backend has no store.
+        """
+        if no_dist or not (dist.is_available() and dist.is_initialized()):
+            return cls(0, [0])
+        group = dist.group.WORLD if process_group is None else process_group
+        rank = dist.get_rank(group)
+        if group is None or rank < 0:
+            raise ValueError("process_group: this rank is not a member; call only on the ranks that belong to it")
+        with _create_lock:
+            if group not in _groups:
+                store = distributed_c10d._get_process_group_store(group)
+                if store is None:
+                    raise ValueError("process_group: its backend has no key-value store; pass a gloo or NCCL group")
+                _incarnations[group.group_name] += 1
+                prefix = f"snapstone/{_incarnations[group.group_name]}"
+                _groups[group] = cls(rank, dist.get_process_group_ranks(group), store, prefix)
+            return _groups[group]
+
+    def channel(self, kind: str) -> Channel:
+        """A conversation of its own. Take it in the same order on every rank; `kind` is for messages."""
+        with self._worker_lock:
+            self._sequence += 1
+            return Channel(self, kind, f"{self._sequence}.{kind}")
+
+    def call(self, operation: Callable[[_Store], T], limit: Deadline) -> T:
+        """Run `operation` on the store's thread; RankFailedError when the store breaks, or is silent until `limit`."""
+        future = (worker := self._live_worker()).submit(operation)
+        while not future.done():
+            if limit.expired:
+                future.cancel()  # what has not begun must not happen after its caller has given up
+                self._abandon(worker)
+                raise self._unreachable(f"gave no answer within {limit.seconds:.1f} s")
+            wait_for_futures([future], timeout=min(limit.remaining(), WAKE_S))
+        try:
+            return future.result()
+        except RuntimeError as error:  # c10d's DistError family
+            self._abandon(worker)
+            reason = str(error).partition("\n")[0]  # the rest is a C++ stack
+            raise self._unreachable(f"broke the connection ({reason})") from error
+
+    def retire(self, done: str, posted: list[str]) -> None:
+        """Say that this rank has finished with a channel; its keys go when every rank has. Best effort, never blocks.
+
+        The last rank to finish deletes the counter `done`, and each rank its own keys once the counter is gone.
+        """
+
+        def sweep(store: _Store) -> None:
+            if store.add(done, 1) == self.world_size:
+                store.delete_key(done)
+            self._retired.append((done, posted))
+            for _ in range(len(self._retired)):
+                waiting, keys = self._retired.popleft()
+                if len(self._retired) < RETIRED_COUNT_MAX and store.check([waiting]):
+                    self._retired.append((waiting, keys))
+                else:  # all ranks are done, or one is so far behind that it has failed
+                    for key in [*keys, waiting]:
+                        store.delete_key(key)
+
+        with self._worker_lock:
+            if self._worker is not None:  # else the store is gone
+                self._worker.submit(sweep)
+
+    def _live_worker(self) -> _StoreWorker:
+        with self._worker_lock:
+            if self._worker is None:
+                self._worker = _StoreWorker(self._connect)
+            return self._worker
+
+    def _connect(self) -> _Store:
+        # The trainer's own connection has one lock: polling through a clone never makes the trainer wait.
+        store: Any = self._store
+        if self._lost:  # a dead store says so at once on the old connection; a new one is retried for minutes
+            store.check([self._prefix])
+        with suppress(AttributeError, RuntimeError):  # older torch and stores written in Python cannot clone
+            store = store.clone()
+        return cast(_Store, PrefixStore(self._prefix, store))
+
+    def _abandon(self, worker: _StoreWorker) -> None:
+        worker.stop()
+        with self._worker_lock:
+            self._lost = True
+            if self._worker is worker:
+                self._worker = None
+
+    def _unreachable(self, reason: str) -> RankFailedError:
+        base = self._store
+        while isinstance(base, PrefixStore):
+            base = base.underlying_store
+        host = getattr(base, "host", None)  # of a TCPStore; a FileStore is served by no rank
+        place = "" if host is None else f" at {host}, served by rank 0 or its launcher,"
+        message = f"the process group's {type(base).__name__}{place} {reason}; what the other ranks decided is unknown"
+        return RankFailedError(message, failed_ranks=() if host is None else (0,))
+
+    def __del__(self) -> None:
+        if self._worker is not None:
+            self._worker.stop()
+
+
+class Channel:
+    """One operation's conversation. Every rank makes the same calls in the same order; a label is used once."""
+
+    def __init__(self, group: Group, kind: str, prefix: str) -> None:
+        self.group: Final = group
+        self.kind: Final = kind
+        self._prefix: Final = prefix
+        self._labels: set[str] = set()
+        self._posted: list[str] = []
+        self._failed = False
+        self._closed = False
+
+    def exchange(self, label: str, payload: bytes, deadline: Deadline) -> list[bytes]:
+        """Every rank gets every rank's payload, in rank order; fails on all ranks when one is missing."""
+        return self._decide(label, None, payload, deadline, lambda votes: votes)
+
+    def vote(self, label: str, error: BaseException | None, payload: bytes, deadline: Deadline) -> list[bytes]:
+        """`exchange` in which a rank may say that it failed: it raises `error`, the others RankFailedError, at once."""
+        return self._decide(label, error, payload, deadline, lambda votes: votes)
+
+    def agree(self, label: str, payload: bytes, deadline: Deadline) -> bool:
+        """Whether every rank passed the same bytes; only digests travel."""
+        digest = hashlib.blake2b(payload, digest_size=16).digest()
+        same, *_ = self._decide(label, None, digest, deadline, lambda votes: [b"1" if len(set(votes)) == 1 else b""])
+        return bool(same)
+
+    def gather(self, label: str, payload: bytes, deadline: Deadline) -> list[bytes] | None:
+        """Rank 0 gets every rank's payload, the others None at once. Only rank 0 learns who is missing: vote after."""
+        self._take(label)
+        if self.group.rank != 0:
+            self._call(self._post(f"{label}/vote/{self.group.rank}", payload), deadline)
+            return None
+        if self.group.world_size == 1:
+            return [payload]
+        names = self._vote_names(label)[1:]
+        self._poll(lambda store: store.check(names) or None, deadline)
+        if missing := self._call(lambda store: _absent(store, names, 1), deadline):
+            raise self._failure(self._silent(label, missing, deadline))
+        return [payload, *map(_unpack, self._call(lambda store: _fetch(store, names), deadline))]
+
+    def broadcast(self, label: str, payload: bytes | None, deadline: Deadline) -> bytes:
+        """Every rank gets rank 0's payload; what the others pass is ignored."""
+        self._take(label)
+        key = self._key(name := f"{label}/broadcast")
+        if self.group.rank == 0:
+            if payload is None:
+                raise ValueError(f"broadcast {label!r}: rank 0 must pass a payload")
+            if self.group.world_size > 1:
+                self._call(self._post(name, payload), deadline)
+            return payload
+        late = deadline.extended(GRACE_S)
+        if packed := self._poll(lambda store: _fetch(store, [key])[0] if store.check([key]) else None, late):
+            return _unpack(packed)
+        raise self._failure(self._silent(label, [0], deadline))
+
+    def close(self) -> None:
+        """Let the keys go once every rank is done with them. Never raises.
+
+        Rank 0 waits up to `LINGER_S` for the others: the store may end with this process, and the last outcome with it.
+        """
+        if self._closed or self.group.world_size == 1:
+            return
+        self._closed = True
+        done = self._key("done")
+        self.group.retire(done, self._posted)
+        if self.group.rank == 0 and not self._failed:
+            with suppress(RankFailedError):  # nobody can read from a store that is gone
+                self._poll(lambda store: None if store.check([done]) else True, Deadline(LINGER_S))
+
+    def _decide(
+        self, label: str, error: BaseException | None, payload: bytes, deadline: Deadline, combine: _Combine
+    ) -> list[bytes]:
+        """The numbered steps at the top of this file; `combine` makes the common result out of all votes."""
+        self._take(label)
+        if error is not None:
+            self._report(label, error, deadline)
+            raise error
+        if self.group.world_size == 1:
+            return combine([payload])
+        lead_or_follow = self._lead if self.group.rank == 0 else self._follow
+        verdict, *results = _unframe(lead_or_follow(label, payload, deadline, combine))
+        if verdict:
+            raise self._failure(verdict)
+        return results
+
+    def _lead(self, label: str, payload: bytes, deadline: Deadline, combine: _Combine) -> bytes:
+        names = self._vote_names(label)
+        decision = self._key(f"{label}/decision")
+
+        def tally(store: _Store) -> tuple[bytes | None, list[int], list[bytes]]:
+            decided = self._decided(store, label)
+            missing = [] if decided else _absent(store, names)
+            return decided, missing, [] if decided or missing else _fetch(store, names[1:])
+
+        self._call(self._post(f"{label}/vote/0", b""), deadline)  # present, for a peer that asks who is missing
+        self._poll(lambda store: store.check([decision]) or store.check(names) or None, deadline)
+        decided, missing, votes = self._call(tally, deadline)
+        if decided:
+            return _unpack(decided)
+        if missing:
+            return self._settle(label, self._silent(label, missing, deadline), deadline)
+        return self._settle(label, b"", deadline, combine([payload, *map(_unpack, votes)]))
+
+    def _follow(self, label: str, payload: bytes, deadline: Deadline, _: _Combine) -> bytes:
+        self._call(self._post(f"{label}/vote/{self.group.rank}", payload), deadline)
+        if decided := self._poll(lambda store: self._decided(store, label), deadline.extended(GRACE_S)):
+            return _unpack(decided)
+        names = self._vote_names(label)
+        missing = self._call(lambda store: _absent(store, names), deadline) or [0]  # all voted, so rank 0 is stuck
+        return self._settle(label, self._silent(label, missing, deadline), deadline)
+
+    def _report(self, label: str, error: BaseException, deadline: Deadline) -> None:
+        self._failed = True
+        if self.group.world_size == 1:
+            return
+        rank = self.group.ranks[self.group.rank]
+        reason = f"{type(error).__qualname__}: {error}"[:REASON_CHARS_MAX]
+        try:
+            self._settle(label, _verdict(f"{self.kind} ({label}): rank {rank} failed: {reason}", [rank]), deadline)
+        except RankFailedError as unreachable:
+            error.add_note(f"the other ranks could not be told: {unreachable}")
+
+    def _settle(self, label: str, verdict: bytes, deadline: Deadline, results: Sequence[bytes] = ()) -> bytes:
+        """Propose a failure, or results with an empty verdict; returns the outcome that was decided."""
+        outcome = _frame([verdict, *results])
+        me = str(self.group.rank).encode()
+        decision = self._key(f"{label}/decision")
+        post = self._post(f"{label}/outcome/{self.group.rank}", outcome)
+
+        def claim(store: _Store) -> bytes | None:
+            post(store)
+            if store.compare_set(decision, b"", me) == me:
+                self._posted.append(decision)
+                return None
+            return self._decided(store, label)
+
+        return _unpack(decided) if (decided := self._call(claim, deadline)) else outcome
+
+    def _decided(self, store: _Store, label: str) -> bytes | None:
+        decision = self._key(f"{label}/decision")
+        if not store.check([decision]):
+            return None
+        outcome = f"{label}/outcome/{store.get(decision).decode()}"
+        return _fetch(store, [self._key(outcome)])[0]
+
+    def _post(self, name: str, payload: bytes) -> Callable[[_Store], None]:
+        key = self._key(name)
+        first, *rest = _pack(payload)
+
+        def post(store: _Store) -> None:
+            for index, part in enumerate(rest, 1):
+                self._posted.append(f"{key}#{index}")
+                store.set(f"{key}#{index}", part)
+            self._posted.append(key)
+            store.set(key, first)  # last: whoever sees the key finds all parts
+
+        return post
+
+    def _poll(self, ready: Callable[[_Store], T | None], deadline: Deadline) -> T | None:
+        """Ask until the answer is not None, or None at the deadline."""
+        pause = POLL_MIN_S
+        while True:
+            last = deadline.expired  # taken first, so that there is always one question after the deadline
+            answer = self._call(ready, deadline)
+            if answer is not None or last:
+                return answer
+            time.sleep(min(pause, deadline.remaining()))
+            pause = min(pause * 1.5, self.group.poll_max_s)
+
+    def _call(self, operation: Callable[[_Store], T], deadline: Deadline) -> T:
+        try:
+            return self.group.call(operation, deadline.extended(GRACE_S))
+        except RankFailedError:
+            self._failed = True
+            raise
+
+    def _take(self, label: str) -> None:
+        if self._closed or label in self._labels:
+            raise ValueError(f"{self.kind}: label {label!r} is used twice, or after close()")
+        self._labels.add(label)
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}"
+
+    def _vote_names(self, label: str) -> list[str]:
+        return [self._key(f"{label}/vote/{rank}") for rank in range(self.group.world_size)]
+
+    def _silent(self, label: str, missing: Sequence[int], deadline: Deadline) -> bytes:
+        ranks = [self.group.ranks[index] for index in missing]
+        named = ", ".join(map(str, ranks[:NAMED_RANKS_MAX])) + (", ..." if len(ranks) > NAMED_RANKS_MAX else "")
+        who = f"rank {named}" if len(ranks) == 1 else f"{len(ranks)} ranks ({named})"
+        return _verdict(f"{self.kind} ({label}): no answer from {who} within {deadline.seconds:g} s", ranks)
+
+    def _failure(self, verdict: bytes) -> RankFailedError:
+        self._failed = True
+        failure = json.loads(verdict)
+        return RankFailedError(failure["message"], failed_ranks=tuple(failure["failed_ranks"]))
+
+
+def _absent(store: _Store, names: Sequence[str], start: int = 0) -> list[int]:
+    """Indices of the names that the store lacks, by bisection: few questions when few are missing."""
+    if not names or store.check(list(names)):
+        return []
+    if len(names) == 1:
+        return [start]
+    half = len(names) // 2
+    return _absent(store, names[:half], start) + _absent(store, names[half:], start + half)
+
+
+def _fetch(store: _Store, names: Sequence[str]) -> list[bytes]:
+    """The packed values of names that are known to exist, parts joined."""
+    values: list[bytes] = []
+    for begin in range(0, len(names), FETCH_COUNT):
+        batch = names[begin : begin + FETCH_COUNT]
+        for name, first in zip(batch, store.multi_get(list(batch)), strict=True):
+            _, part_count, _ = _HEAD.unpack_from(first)
+            values.append(b"".join([first, *(store.get(f"{name}#{index}") for index in range(1, part_count))]))
+    return values
+
+
+def _pack(payload: bytes) -> list[bytes]:
+    body = zlib.compress(payload, 1) if len(payload) > COMPRESS_ABOVE_BYTES else payload
+    parts = [body[begin : begin + PART_BYTES] for begin in range(0, len(body), PART_BYTES)] or [b""]
+    parts[0] = _HEAD.pack(body is not payload, len(parts), len(payload)) + parts[0]
+    return parts
+
+
+def _unpack(packed: bytes) -> bytes:
+    compressed, _, nbytes = _HEAD.unpack_from(packed)
+    body = packed[_HEAD.size :]
+    return zlib.decompress(body, bufsize=max(1, nbytes)) if compressed else body
+
+
+def _frame(items: Sequence[bytes]) -> bytes:
+    return struct.pack(f"<I{len(items)}Q", len(items), *map(len, items)) + b"".join(items)
+
+
+def _unframe(frame: bytes) -> list[bytes]:
+    (count,) = struct.unpack_from("<I", frame)
+    sizes = struct.unpack_from(f"<{count}Q", frame, 4)
+    return [frame[begin:end] for begin, end in pairwise(accumulate(sizes, initial=4 + 8 * count))]
+
+
+def _verdict(message: str, ranks: Sequence[int]) -> bytes:
+    return json.dumps({"message": message, "failed_ranks": list(ranks)}).encode()

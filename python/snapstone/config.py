@@ -1,0 +1,140 @@
+"""Options of saves and loads, and the environment variables that set their defaults.
+
+Every knob stands in `docs/tuning.md` with its name, default and when to touch it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+from .errors import CheckpointError
+
+__all__ = ["FORMAT_MAJOR", "FORMAT_MINOR", "LoadOptions", "SaveOptions", "seconds_of", "trace_path"]
+
+FORMAT_MAJOR = 1
+FORMAT_MINOR = 0
+
+MIB = 1 << 20
+HOST_MEMORY_BUDGET_DEFAULT = 1 << 30
+TIMEOUT_SECONDS_DEFAULT = 1800.0
+# A save that nobody waits for needs no more slots than the device takes at once.
+PIPELINE_SLOTS = 128
+ZSTD_LEVEL_DEFAULT = 3
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r}: not an integer") from None
+
+
+def seconds_of(timeout: timedelta | float | None) -> float:
+    """`timeout` in seconds; None is SNAPSTONE_TIMEOUT or 1800 s."""
+    if timeout is None:
+        return float(os.environ.get("SNAPSTONE_TIMEOUT", TIMEOUT_SECONDS_DEFAULT))
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    if not seconds > 0:
+        raise ValueError(f"timeout={timeout!r}: must be positive")
+    return seconds
+
+
+def trace_path(rank: int, world_size: int) -> str | None:
+    """Where SNAPSTONE_TRACE wants the Chrome trace of this rank, or None."""
+    path = os.environ.get("SNAPSTONE_TRACE")
+    if not path or world_size == 1:
+        return path or None
+    stem, extension = os.path.splitext(path)
+    return f"{stem}.rank-{rank:05d}{extension}"
+
+
+def _zstd_level(codec: str | None) -> int:
+    if codec is None or codec == "none":
+        return 0
+    kind, _, level = codec.partition(":")
+    if kind != "zstd" or not (level == "" or level.lstrip("-").isdigit()):
+        raise ValueError(f"codec={codec!r}: use None, 'zstd' or 'zstd:LEVEL'")
+    number = int(level) if level else ZSTD_LEVEL_DEFAULT
+    if number == 0 or not -7 <= number <= 22:
+        raise ValueError(f"codec={codec!r}: zstd levels are -7 to -1 and 1 to 22")
+    return number
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOptions:
+    """Options of one save, checked.
+
+    `zstd_level` 0 stores raw bytes. Sizes are in bytes, times in seconds.
+    """
+
+    overwrite: bool
+    zstd_level: int
+    allow_pickle: bool
+    host_memory_budget: int
+    timeout_seconds: float
+    chunk_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        overwrite: bool = False,
+        codec: str | None = None,
+        allow_pickle: bool = False,
+        host_memory_budget: int | None = None,
+        timeout: timedelta | float | None = None,
+    ) -> SaveOptions:
+        budget = (
+            _integer("SNAPSTONE_HOST_MEMORY_BUDGET", HOST_MEMORY_BUDGET_DEFAULT)
+            if host_memory_budget is None
+            else int(host_memory_budget)
+        )
+        chunk_bytes = _integer("SNAPSTONE_CHUNK_BYTES", MIB)
+        if budget < 8 * chunk_bytes:
+            raise ValueError(
+                f"host_memory_budget={budget}: too small to overlap copies and writes; "
+                f"give at least {8 * chunk_bytes} bytes (8 chunks)"
+            )
+        return cls(
+            overwrite=overwrite,
+            zstd_level=_zstd_level(codec),
+            allow_pickle=allow_pickle,
+            host_memory_budget=budget,
+            timeout_seconds=seconds_of(timeout),
+            chunk_bytes=chunk_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """Options of one load, checked."""
+
+    strict: bool
+    cast: bool
+    verify: bool
+    allow_pickle: bool
+    timeout_seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        strict: bool = True,
+        cast: bool = False,
+        verify: bool = True,
+        strategy: str = "auto",
+        allow_pickle: bool = False,
+        timeout: timedelta | float | None = None,
+    ) -> LoadOptions:
+        if strategy not in ("auto", "direct"):
+            if strategy in ("scatter", "broadcast"):
+                raise CheckpointError(f"strategy={strategy!r} is not in this version; use 'direct'")
+            raise ValueError(f"strategy={strategy!r}: use 'auto', 'direct', 'scatter' or 'broadcast'")
+        return cls(
+            strict=strict, cast=cast, verify=verify, allow_pickle=allow_pickle, timeout_seconds=seconds_of(timeout)
+        )

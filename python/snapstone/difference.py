@@ -1,0 +1,112 @@
+"""What differs between two checkpoints, by name and by chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from . import index
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+__all__ = ["Change", "Difference", "compare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One tensor that both checkpoints have, with other bytes or another dtype or shape.
+
+    `changed_bytes` counts whole chunks; `max_abs_difference` is None unless values were compared and shapes agree.
+    """
+
+    name: str
+    before: str  # dtype and shape
+    after: str
+    nbytes: int
+    changed_bytes: int
+    max_abs_difference: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Falsy when both checkpoints hold the same names, shapes, dtypes, tensor bytes and Python values."""
+
+    added: tuple[str, ...]  # only in the second
+    removed: tuple[str, ...]  # only in the first
+    changed: tuple[Change, ...]
+    changed_objects: tuple[str, ...]
+    same_tensors: int
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed or self.changed or self.changed_objects)
+
+
+def compare(first: Checkpoint, second: Checkpoint, *, values: bool) -> Difference:
+    """From `first` to `second`. Digests decide where both store a tensor alike; otherwise its bytes are read."""
+    before, after = first.reader.shards, second.reader.shards
+    changed = []
+    same = 0
+    for name in before.keys() & after.keys():
+        change = _compare_tensor(first, second, name, values)
+        if change is None:
+            same += 1
+        else:
+            changed.append(change)
+    objects = first.reader.objects(0), second.reader.objects(0)
+    names = objects[0].keys() | objects[1].keys()
+    return Difference(
+        added=tuple(sorted(after.keys() - before.keys())),
+        removed=tuple(sorted(before.keys() - after.keys())),
+        changed=tuple(sorted(changed, key=lambda change: change.name)),
+        changed_objects=tuple(sorted(name for name in names if objects[0].get(name) != objects[1].get(name))),
+        same_tensors=same,
+    )
+
+
+def _compare_tensor(first: Checkpoint, second: Checkpoint, name: str, values: bool) -> Change | None:
+    a, b = first.describe(name), second.describe(name)
+    before, after = f"{a.dtype}{list(a.shape)}", f"{b.dtype}{list(b.shape)}"
+    if before != after:
+        nbytes = max(first.get_slice(name).nbytes, second.get_slice(name).nbytes)
+        return Change(name, before, after, nbytes, nbytes, None)
+    chunks = _chunks(first, name), _chunks(second, name)
+    nbytes = first.get_slice(name).nbytes
+    if chunks[0] is not None and chunks[1] is not None and chunks[0].keys() == chunks[1].keys():
+        changed_bytes = sum(size for key, (size, digest) in chunks[0].items() if chunks[1][key][1] != digest)
+        if changed_bytes == 0:
+            return None
+        largest = _largest(first.get_tensor(name), second.get_tensor(name)) if values else None
+        return Change(name, before, after, nbytes, changed_bytes, largest)
+    left, right = first.get_tensor(name), second.get_tensor(name)
+    if _bits(left).equal(_bits(right)):
+        return None
+    return Change(name, before, after, nbytes, nbytes, _largest(left, right) if values else None)
+
+
+def _chunks(checkpoint: Checkpoint, name: str) -> dict[Any, tuple[int, bytes]] | None:
+    """(shard box, chunk position) -> (bytes, digest); None for a tensor that shares its chunk with others."""
+    found: dict[Any, tuple[int, bytes]] = {}
+    for shard in checkpoint.reader.shards[name]:
+        place, item = shard.stored.place, shard.stored.item
+        one = checkpoint.reader.indexes[shard.table]
+        table = np.frombuffer(one.table, dtype=index.CHUNK_DTYPE)[place.first_chunk : place.first_chunk + place.chunk_count]
+        if int(table["raw_bytes"].sum()) != item.nbytes:
+            return None
+        for position, record in enumerate(table):
+            found[(item.offsets, item.sizes, position)] = (int(record["raw_bytes"]), record["digest"].tobytes())
+    return found
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _largest(left: torch.Tensor, right: torch.Tensor) -> float:
+    if left.numel() == 0:
+        return 0.0
+    wide = torch.complex128 if left.dtype.is_complex else torch.float64
+    return float((left.to(wide) - right.to(wide)).abs().max())

@@ -1,0 +1,80 @@
+"""Fences: until when a snapshot must be taken.
+
+`"now"`: before `async_save` returns. `optimizer` (one or several): before its next step. Parameters and optimizer state change only in a step, so
+they may be copied behind the next forward and backward pass; everything else in the state (batch-norm statistics, RNG states, counters) is
+copied at the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
+from typing import Any, Literal
+
+import torch
+
+from . import state, tensors
+
+__all__ = ["Fence", "OptimizerFence"]
+
+Fence = Literal["now"] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+
+
+class OptimizerFence:
+    """Waits for staging in a pre-step hook of each optimizer; the hooks remove themselves."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._optimizers = optimizers
+
+    @classmethod
+    def of(cls, fence: Fence) -> OptimizerFence | None:
+        """The fence that a caller asked for; None for "now". TypeError for anything else."""
+        if isinstance(fence, str):
+            optimizers: tuple[Any, ...] = ()
+            if fence == "now":
+                return None
+        else:
+            optimizers = (fence,) if isinstance(fence, torch.optim.Optimizer) else tuple(fence)
+        if not optimizers or not all(isinstance(one, torch.optim.Optimizer) for one in optimizers):
+            raise TypeError(f'fence={fence!r}: use "now", an optimizer or a sequence of optimizers')
+        return cls(optimizers)
+
+    def attach(self, staged: Future[None]) -> None:
+        """From now on no optimizer of the fence steps before `staged` is done. Errors of staging surface elsewhere."""
+        hooks: list[Any] = []
+
+        def hold(*_: Any) -> None:
+            wait_for_futures([staged])
+            remove()
+
+        def remove(*_: Any) -> None:
+            while hooks:
+                hooks.pop().remove()
+
+        hooks.extend(optimizer.register_step_pre_hook(hold) for optimizer in self._optimizers)
+
+    def snapshot_volatile(self, flattened: state.Flattened) -> None:
+        """Replaces every tensor that a step of these optimizers does not guard by a copy."""
+        guarded = {tensors.storage_key(tensor) for tensor in self._owned()}
+        for name, tensor in flattened.tensors.items():
+            if tensors.storage_key(tensor) not in guarded:
+                flattened.tensors[name] = tensor.detach().clone()
+
+    def _owned(self) -> Iterator[torch.Tensor]:
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                yield from group["params"]
+            for slots in optimizer.state.values():
+                yield from _tensors_in(slots)
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)

@@ -1,0 +1,200 @@
+"""MANIFEST.json and MANIFEST.xxh128: the root of a checkpoint. `docs/format.md` is normative."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import _native
+from .config import FORMAT_MAJOR, FORMAT_MINOR
+from .errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    IncompatibleCheckpointError,
+    IncompleteCheckpointError,
+)
+from .index import load_json
+
+__all__ = ["DIGEST_NAME", "MANIFEST_NAME", "FileEntry", "Manifest", "Writer", "digest_line", "is_checkpoint", "read", "writer_of"]
+
+MANIFEST_NAME = "MANIFEST.json"
+DIGEST_NAME = "MANIFEST.xxh128"
+_DIGEST_BYTES_MAX = 4096
+_HEX128 = re.compile(r"[0-9a-f]{32}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """`xxh128` covers a file's bytes; of a data file, whose bytes have a digest per chunk, the rows of its chunk table."""
+
+    name: str
+    nbytes: int
+    xxh128: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "nbytes": self.nbytes, "xxh128": self.xxh128}
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    rank: int
+    index: FileEntry
+    data: tuple[FileEntry, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"rank": self.rank, "index": self.index.to_json(), "data": [entry.to_json() for entry in self.data]}
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    save_id: str
+    step: int | None
+    world_size: int
+    nbytes: int  # of all tensors, each counted once
+    writers: tuple[Writer, ...]
+    metadata: Mapping[str, Any]  # typed JSON
+    environment: Mapping[str, Any]
+    format_version: tuple[int, int] = (FORMAT_MAJOR, FORMAT_MINOR)
+
+    def to_bytes(self) -> bytes:
+        document = {
+            "format": "snapstone",
+            "format_version": ".".join(map(str, self.format_version)),
+            "save_id": self.save_id,
+            "step": self.step,
+            "world_size": self.world_size,
+            "nbytes": self.nbytes,
+            "writers": [writer.to_json() for writer in self.writers],
+            "metadata": self.metadata,
+            "environment": self.environment,
+        }
+        return (json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def digest_line(manifest: bytes) -> bytes:
+    """What `xxh128sum MANIFEST.json` prints, and `xxh128sum -c` checks."""
+    return f"{_native.digest_hex(manifest)}  {MANIFEST_NAME}\n".encode("ascii")
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a committed checkpoint stands at `path`; says nothing about its bytes."""
+    return os.path.isfile(os.path.join(path, MANIFEST_NAME)) and not os.path.basename(path).startswith(".")
+
+
+def read(path: str) -> Manifest:
+    """Reads and checks the manifest of the checkpoint at `path`.
+
+    Raises:
+        CheckpointNotFoundError: nothing is there.
+        IncompleteCheckpointError: a directory without a manifest: not a checkpoint, or a save that never committed.
+        CorruptCheckpointError: the manifest is not what was written.
+        IncompatibleCheckpointError: a format newer than this version reads.
+    """
+    manifest_path = os.path.join(path, MANIFEST_NAME)
+    data = _read_root_file(path, MANIFEST_NAME, _native.MANIFEST_BYTES_MAX)
+    recorded = _read_root_file(path, DIGEST_NAME, _DIGEST_BYTES_MAX)
+    expected = digest_line(data)
+    if recorded != expected:
+        raise CorruptCheckpointError(
+            f"{MANIFEST_NAME} and {DIGEST_NAME} do not belong together",
+            path=manifest_path,
+            expected=recorded[:32].decode("ascii", "replace"),
+            actual=expected[:32].decode(),
+        )
+    try:
+        document = load_json(data)
+        return _parse(document, manifest_path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpointError(f"manifest: {type(error).__name__}: {error}", path=manifest_path) from None
+
+
+def _read_root_file(path: str, name: str, limit_nbytes: int) -> bytes:
+    try:
+        return _native.read_file(path, name, limit_nbytes)
+    except FileNotFoundError:
+        if not os.path.lexists(path):
+            raise CheckpointNotFoundError(path=path) from None
+        if os.path.basename(os.path.normpath(path)).startswith(".staging-"):
+            raise IncompleteCheckpointError("a save that never committed", path=path) from None
+        raise IncompleteCheckpointError(f"not a checkpoint: it has no {name}", path=path) from None
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO):
+            raise IncompleteCheckpointError(f"not a checkpoint: {error.strerror}", path=path) from None
+        raise
+
+
+def _parse(document: Any, manifest_path: str) -> Manifest:
+    if type(document) is not dict or document.get("format") != "snapstone":
+        raise ValueError("not a snapstone manifest")
+    version = _version(document["format_version"])
+    if version[0] > FORMAT_MAJOR:
+        raise IncompatibleCheckpointError(
+            f"format {version[0]}.{version[1]} is newer than this version of snapstone reads ({FORMAT_MAJOR}.x); update snapstone",
+            path=manifest_path,
+        )
+    writers = tuple(writer_of(entry) for entry in _typed(document["writers"], list))
+    world_size = _count(document["world_size"])
+    if [writer.rank for writer in writers] != list(range(world_size)):
+        raise ValueError(f"writers are not ranks 0 to {world_size - 1}")
+    names = [entry.name for writer in writers for entry in (writer.index, *writer.data)]
+    if len(set(names)) != len(names):
+        raise ValueError("two files have the same name")
+    step = document["step"]
+    return Manifest(
+        save_id=_hex(document["save_id"]),
+        step=None if step is None else _signed(step),
+        world_size=world_size,
+        nbytes=_count(document["nbytes"]),
+        writers=writers,
+        metadata=_typed(document["metadata"], dict),
+        environment=_typed(document["environment"], dict),
+        format_version=version,
+    )
+
+
+def _version(text: Any) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})\.(\d{1,6})", _typed(text, str), re.ASCII)
+    if match is None:
+        raise ValueError(f"format_version is {text[:80]!r}")
+    return int(match[1]), int(match[2])
+
+
+def writer_of(entry: Any) -> Writer:
+    """The inverse of Writer.to_json; raises ValueError, KeyError or TypeError."""
+    return Writer(_count(entry["rank"]), _file(entry["index"]), tuple(_file(data) for data in _typed(entry["data"], list)))
+
+
+def _file(entry: Any) -> FileEntry:
+    name = _typed(entry["name"], str)
+    if not _native.is_file_name(name):
+        raise ValueError(f"file name {name[:80]!r} is not allowed")
+    return FileEntry(name, _count(entry["nbytes"]), _hex(entry["xxh128"]))
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{str(value)[:80]!r} is not a {kind.__name__}")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{str(value)[:80]} is not a count")
+    return value
+
+
+def _signed(value: Any) -> int:
+    if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"{str(value)[:80]} is not a 64-bit integer")
+    return value
+
+
+def _hex(value: Any) -> str:
+    if type(value) is not str or not _HEX128.match(value):
+        raise ValueError(f"{str(value)[:80]!r} is not a 128-bit hex number")
+    return value

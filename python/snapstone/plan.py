@@ -1,0 +1,166 @@
+"""Save and load plans: which rank writes which shard, whether shards tile their tensor, where they overlap.
+
+Pure functions over names, sizes and offsets: no tensors, no files, no ranks to talk to. Offsets and sizes count elements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from .errors import IncompatibleCheckpointError
+
+__all__ = ["Box", "TensorItem", "assign_writers", "check_tiling", "overlap", "shard_range", "structure_digest"]
+
+Ints = tuple[int, ...]
+
+
+class TensorItem(NamedTuple):
+    """One shard of a named tensor, as one rank holds it."""
+
+    name: str
+    dtype: str
+    shape: Ints  # of the global tensor
+    offsets: Ints  # where the shard starts in it
+    sizes: Ints
+    nbytes: int  # of the shard
+
+
+class Box(NamedTuple):
+    offsets: Ints
+    sizes: Ints
+
+    @property
+    def volume(self) -> int:
+        return math.prod(self.sizes)
+
+
+def shard_range(size: int, parts: int, index: int) -> tuple[int, int]:
+    """First element and count of part `index` when `size` elements are cut as `torch.chunk` cuts them."""
+    step = -(-size // parts)
+    first = min(size, step * index)
+    return first, min(size, first + step) - first
+
+
+def overlap(a: Box, b: Box) -> Box | None:
+    """The common part of two boxes in global coordinates; None when empty."""
+    offsets = tuple(map(max, a.offsets, b.offsets))
+    ends = tuple(
+        min(ao + asz, bo + bsz) for ao, asz, bo, bsz in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    )
+    sizes = tuple(end - offset for end, offset in zip(ends, offsets, strict=True))
+    if any(size <= 0 for size in sizes):
+        return None
+    return Box(offsets, sizes)
+
+
+def structure_digest(items: Iterable[Sequence[object]], *more: object) -> str:
+    """Equal exactly for equal items (names, dtypes, shapes, offsets, sizes) in equal order."""
+    text = json.dumps([list(items), more], separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def assign_writers(ranks: Sequence[Sequence[TensorItem]]) -> list[list[int]]:
+    """For each rank the positions of the items it writes: every distinct shard once, bytes spread evenly.
+
+    Shards that one rank holds alone are fixed; those that several hold go, largest first, to the holder with the fewest
+    bytes so far. Equal input gives equal output.
+
+    Raises:
+        IncompatibleCheckpointError: ranks disagree on a tensor's dtype or global shape.
+    """
+    holders: dict[tuple[str, Ints, Ints], list[tuple[int, int]]] = {}
+    described: dict[str, tuple[int, TensorItem]] = {}
+    for rank, items in enumerate(ranks):
+        for position, item in enumerate(items):
+            first_rank, first = described.setdefault(item.name, (rank, item))
+            if (first.dtype, first.shape) != (item.dtype, item.shape):
+                raise IncompatibleCheckpointError(
+                    f"ranks {first_rank} and {rank} disagree: {first.dtype}{list(first.shape)} and "
+                    f"{item.dtype}{list(item.shape)}; give rank-local tensors rank-specific names",
+                    tensor=item.name,
+                    rank=rank,
+                )
+            holders.setdefault((item.name, item.offsets, item.sizes), []).append((rank, position))
+
+    chosen: list[list[int]] = [[] for _ in ranks]
+    load = [0] * len(ranks)
+    shared: list[tuple[int, list[tuple[int, int]]]] = []
+    for places in holders.values():
+        rank, position = places[0]
+        nbytes = ranks[rank][position].nbytes
+        if len({holder for holder, _ in places}) == 1:
+            chosen[rank].append(position)
+            load[rank] += nbytes
+        else:
+            shared.append((nbytes, places))
+    for nbytes, places in sorted(shared, key=lambda entry: -entry[0]):
+        rank, position = min(places, key=lambda place: (load[place[0]], place[0]))
+        chosen[rank].append(position)
+        load[rank] += nbytes
+    return [sorted(positions) for positions in chosen]
+
+
+def check_tiling(items: Iterable[TensorItem]) -> None:
+    """Raises IncompatibleCheckpointError unless the shards of every tensor cover it exactly once."""
+    boxes: dict[str, dict[tuple[Ints, Ints], Box]] = {}
+    shapes: dict[str, Ints] = {}
+    for item in items:
+        shapes[item.name] = item.shape
+        if 0 not in item.sizes:
+            boxes.setdefault(item.name, {})[(item.offsets, item.sizes)] = Box(item.offsets, item.sizes)
+    for name, shape in shapes.items():
+        parts = list(boxes.get(name, {}).values())
+        covered = sum(part.volume for part in parts)
+        for part in parts:
+            if any(o < 0 or o + s > extent for o, s, extent in zip(part.offsets, part.sizes, shape, strict=True)):
+                raise IncompatibleCheckpointError(f"shard {part} lies outside the tensor {list(shape)}", tensor=name)
+        pair = _first_overlap(parts)
+        if pair is not None:
+            raise IncompatibleCheckpointError(f"shards overlap: {pair[0]} and {pair[1]}", tensor=name)
+        if covered != math.prod(shape):
+            raise IncompatibleCheckpointError(
+                f"shards leave a hole: {covered} of {math.prod(shape)} elements", tensor=name
+            )
+
+
+def _first_overlap(boxes: list[Box]) -> tuple[Box, Box] | None:
+    """Sweeps along the first dimension, so that only boxes that meet there are compared."""
+    if len(boxes) < 2:
+        return None
+    active: list[tuple[int, int]] = []  # (end along dimension 0, position)
+    ordered = sorted(boxes, key=lambda box: box.offsets)
+    for position, box in enumerate(ordered):
+        while active and active[0][0] <= box.offsets[0]:
+            heapq.heappop(active)
+        for _, other in active:
+            if overlap(box, ordered[other]) is not None:
+                return ordered[other], box
+        heapq.heappush(active, (box.offsets[0] + box.sizes[0], position))
+    return None
+
+
+def runs_of(indices: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Cuts an increasing or piecewise increasing index list into (first index, count, position) runs of neighbours."""
+    runs: list[tuple[int, int, int]] = []
+    for position, index in enumerate(indices):
+        if runs and runs[-1][0] + runs[-1][1] == index:
+            first, count, at = runs[-1]
+            runs[-1] = (first, count + 1, at)
+        else:
+            runs.append((index, 1, position))
+    return runs
+
+
+def boxes_of_runs(runs: Sequence[Sequence[tuple[int, int, int]]]) -> list[tuple[Box, Ints]]:
+    """The product of per-dimension runs: (global box, offsets of that part inside the local shard)."""
+    boxes = []
+    for combination in itertools.product(*runs):
+        box = Box(tuple(run[0] for run in combination), tuple(run[1] for run in combination))
+        boxes.append((box, tuple(run[2] for run in combination)))
+    return boxes

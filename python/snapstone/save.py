@@ -1,0 +1,216 @@
+"""`save`, `async_save`, `prepare`: the public verbs that write."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from . import _native, state, values
+from .checkpoint import Checkpoint
+from .collective import Group
+from .config import SaveOptions
+from .fence import Fence, OptimizerFence
+from .handle import SaveHandle, raise_unreported
+from .progress import Progress
+from .trace import Trace
+from .writer import Target, Writer
+
+__all__ = ["async_save", "prepare", "save"]
+
+PathLike = str | os.PathLike[str]
+StateDict = Mapping[str, Any]
+ProgressWanted = bool | Callable[[int, int], None]
+
+
+def save(
+    state_dict: StateDict,
+    *,
+    checkpoint_id: PathLike,
+    step: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    base: PathLike | Literal["auto"] | None = None,
+    codec: str | None = None,
+    allow_pickle: bool = False,
+    host_memory_budget: int | None = None,
+    timeout: timedelta | float | None = None,
+    progress: ProgressWanted = False,
+) -> Checkpoint:
+    """Saves `state_dict`; when it returns, the checkpoint is committed and durable on every rank.
+
+    Args:
+        state_dict: tensors, DTensors, nested dicts and lists, Python values, Stateful objects (modules, optimizers).
+        checkpoint_id: the directory that the checkpoint becomes. Its parents are made.
+        step: recorded in the manifest; default: the state's own "step" if that is an integer.
+        process_group: the ranks that save together (default group); every rank of it calls.
+        no_dist: save alone even though torch.distributed is initialised.
+        metadata: Python values for the manifest, readable without the tensors.
+        overwrite: replace an existing checkpoint, which stays intact until the new one is committed.
+        base: reserved for delta saves, which this version does not have.
+        codec: None, "zstd" or "zstd:LEVEL".
+        allow_pickle: pickle Python values that have no typed-JSON form.
+        host_memory_budget: bytes of staging memory (SNAPSTONE_HOST_MEMORY_BUDGET, 1 GiB).
+        timeout: seconds after which the save fails on every rank (SNAPSTONE_TIMEOUT, 1800 s).
+        progress: True for a bar on a terminal, or a callback (bytes_done, bytes_total) of this rank.
+
+    Raises:
+        FileExistsError: the target exists and `overwrite` is False, or it is not a checkpoint.
+        RankFailedError: another rank raised, died or missed the deadline.
+        CheckpointError: the deadline passed.
+        OSError: the file system refused; errno and filename are set.
+        TypeError, ValueError: the state or an argument cannot be saved; the message names it and the remedy.
+    """
+    options = _options(base, overwrite, codec, allow_pickle, host_memory_budget, timeout)
+    writer = _open(state_dict, checkpoint_id, step, process_group, no_dist, metadata, options)
+    checkpoint: Checkpoint | None = None
+    try:
+        writer.take(lambda: state.flatten(state_dict))
+        writer.open(keep_staged=False)
+        writer.start()
+        checkpoint = _finish(writer, progress)
+    finally:
+        writer.close(succeeded=checkpoint is not None)
+    return checkpoint
+
+
+def async_save(
+    state_dict: StateDict,
+    *,
+    checkpoint_id: PathLike,
+    fence: Fence = "now",
+    step: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    base: PathLike | Literal["auto"] | None = None,
+    codec: str | None = None,
+    allow_pickle: bool = False,
+    host_memory_budget: int | None = None,
+    timeout: timedelta | float | None = None,
+    progress: ProgressWanted = False,
+) -> SaveHandle:
+    """Saves `state_dict` in the background. The arguments of `save`, and:
+
+    Args:
+        fence: "now": the snapshot is taken when this returns. An optimizer, or several: it is taken before their next step, which waits for
+            it; what those optimizers do not own is copied at the call. The state must not change in other ways until then.
+
+    Returns:
+        A SaveHandle. Its errors, if nobody collects them, are raised by the next `save`, `async_save` or `wait`.
+
+    Raises:
+        What `save` raises before bytes are written (`fence="now"`); everything later comes from the handle.
+    """
+    begin = time.monotonic()
+    options = _options(base, overwrite, codec, allow_pickle, host_memory_budget, timeout)
+    optimizers = OptimizerFence.of(fence)
+    writer = _open(state_dict, checkpoint_id, step, process_group, no_dist, metadata, options)
+    try:
+        writer.take(lambda: _snapshot(state_dict, optimizers))
+        if optimizers is None or writer.failed:
+            _stage(writer)
+    except BaseException:
+        writer.close(succeeded=False)
+        raise
+    handle = SaveHandle(writer.target.step, writer.trace.stats, writer.cancel)
+    if optimizers is not None:
+        optimizers.attach(handle.staging_completion)
+    elif writer.staged:
+        handle.staged(None)
+    # Not a daemon: the interpreter waits for it at exit, so a save that was begun is finished or fails by its deadline.
+    threading.Thread(target=_run, args=(writer, handle, optimizers is not None, progress), name="snapstone-save").start()
+    writer.trace.stats["call_seconds"] = time.monotonic() - begin
+    return handle
+
+
+def _snapshot(state_dict: StateDict, optimizers: OptimizerFence | None) -> state.Flattened:
+    flattened = state.flatten(state_dict)
+    if optimizers is not None:
+        optimizers.snapshot_volatile(flattened)
+    return flattened
+
+
+def _stage(writer: Writer) -> None:
+    writer.open(keep_staged=True)
+    writer.start()
+    writer.wait_staged()
+
+
+def _run(writer: Writer, handle: SaveHandle, stage: bool, progress: ProgressWanted) -> None:
+    checkpoint: Checkpoint | None = None
+    error: BaseException | None = None
+    try:
+        if stage:
+            _stage(writer)
+            if writer.staged:
+                handle.staged(None)
+        checkpoint = _finish(writer, progress)
+    except BaseException as failure:
+        error = failure
+    finally:
+        writer.close(succeeded=checkpoint is not None)
+        handle.settle(checkpoint, error)
+
+
+def _finish(writer: Writer, progress: ProgressWanted) -> Checkpoint:
+    with Progress(progress, "save", writer.payload_bytes) as bar:
+        document = writer.finish(bar)
+    writer.trace.close()
+    return Checkpoint.committed(writer.target.path, document, writer.trace.stats)
+
+
+def _options(
+    base: object,
+    overwrite: bool,
+    codec: str | None,
+    allow_pickle: bool,
+    host_memory_budget: int | None,
+    timeout: timedelta | float | None,
+) -> SaveOptions:
+    if base is not None:
+        raise ValueError(f"base={base!r}: delta saves are not in this version; leave it out")
+    return SaveOptions.of(
+        overwrite=overwrite, codec=codec, allow_pickle=allow_pickle, host_memory_budget=host_memory_budget, timeout=timeout
+    )
+
+
+def _open(
+    state_dict: StateDict,
+    checkpoint_id: PathLike,
+    step: int | None,
+    process_group: dist.ProcessGroup | None,
+    no_dist: bool,
+    metadata: Mapping[str, Any] | None,
+    options: SaveOptions,
+) -> Writer:
+    raise_unreported()
+    if step is None:
+        found = state_dict.get("step") if isinstance(state_dict, Mapping) else None
+        step = found if type(found) is int else None
+    encoded = {str(key): values.encode(value, name=f"metadata[{key!r}]") for key, value in (metadata or {}).items()}
+    target = Target(os.path.abspath(os.fspath(checkpoint_id)), step, encoded)
+    group = Group.create(process_group, no_dist=no_dist)
+    return Writer(target, options, group, group.channel("save"), Trace("save", group.rank, group.world_size))
+
+
+def prepare(device: str | torch.device = "cpu", nbytes: int | None = None) -> None:
+    """Allocates staging memory ahead of the first save: `nbytes`, or the whole host memory budget.
+
+    Raises:
+        ValueError: a device that this version cannot stage from. OSError: ENOMEM.
+    """
+    if torch.device(device).type != "cpu":
+        raise ValueError(f"device={device!r}: only CPU staging memory can be prepared in this version")
+    options = SaveOptions.of()
+    wanted = options.host_memory_budget if nbytes is None else min(nbytes, options.host_memory_budget)
+    _native.reserve(options.chunk_bytes, -(-wanted // options.chunk_bytes))

@@ -1,0 +1,485 @@
+"""One rank's part of one save: describe, agree, stage, write, vote, commit.
+
+The steps match the protocol at the top of `csrc/store/staging.cc`. A rank that fails at any of them votes its error, so that its peers raise
+RankFailedError instead of waiting.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import _native, index, manifest, plan, state, tensors, values
+from .collective import Channel, Deadline, Group
+from .config import PIPELINE_SLOTS, SaveOptions
+from .errors import CheckpointError, RankFailedError
+from .index import Place, StoredTensor
+from .manifest import FileEntry, Manifest
+from .plan import TensorItem
+from .progress import Progress
+from .tensors import LocalShard
+from .trace import Trace
+
+__all__ = ["Target", "Writer"]
+
+_POLL_SECONDS = 0.1
+_JOIN_PATIENCE_SECONDS = 90.0  # network file systems cache missing directory entries for a minute
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a checkpoint goes and what its manifest says beside the tensors."""
+
+    path: str
+    step: int | None
+    metadata: Mapping[str, Any]
+
+    @property
+    def parent(self) -> str:
+        return os.path.dirname(self.path)
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+
+@dataclass(slots=True)
+class Structure:
+    """What does not change from save to save while names, shapes, dtypes and placements stay: layout and index rows."""
+
+    layout: Any
+    positions: list[int]  # of the shards to write, in the rank's list
+    tensors_json: str
+    payload_bytes: int  # of all ranks
+    item_bytes: list[int]
+
+
+class StructureCache:
+    """The last few structures by the digests of all ranks' items. Every rank inserts the same keys in the same order."""
+
+    _ENTRIES_MAX = 4
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Structure] = {}
+
+    def get(self, key: str) -> Structure | None:
+        return self._entries.get(key)
+
+    def put(self, key: str, structure: Structure) -> None:
+        self._entries.pop(key, None)
+        self._entries[key] = structure
+        while len(self._entries) > self._ENTRIES_MAX:
+            del self._entries[next(iter(self._entries))]
+
+
+_cache = StructureCache()
+
+
+class Writer:
+    """Runs the steps `take`, `open`, `start`, `wait_staged`, `finish`, `close`, in this order, from one thread at a time."""
+
+    def __init__(self, target: Target, options: SaveOptions, group: Group, channel: Channel, trace: Trace) -> None:
+        self.target = target
+        self.options = options
+        self.group = group
+        self.channel = channel
+        self.trace = trace
+        self.deadline = Deadline(options.timeout_seconds)
+        self._job: Any = None
+        self._staging: Any = None
+        self._structure: Structure | None = None
+        self._flattened = state.Flattened()
+        self._error: BaseException | None = None
+        self._objects: dict[str, Any] = {}
+        self._ties: list[int] = []
+        self._shards: list[LocalShard] = []
+        self._commit_lock = threading.Lock()
+        self._state = "open"  # -> "committing" or "cancelled"
+        self.save_id = ""
+        self.rung = ""
+
+    # Describe and agree -----------------------------------------------------------------------------------------------
+
+    def take(self, make: Callable[[], state.Flattened]) -> None:
+        """Takes the state and encodes its Python values, which may change after this. A failure is kept for the vote in `open`."""
+        try:
+            with self.trace.span("plan"):
+                self._flattened = make()
+                self._objects = encode_objects(self._flattened, self.options.allow_pickle)
+        except BaseException as failure:
+            self._error = failure
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def open(self, *, keep_staged: bool) -> None:
+        """Agrees with all ranks on who writes what, opens the staging directory and prepares the data file.
+
+        With `keep_staged` the whole state gets staging memory if the budget allows.
+        """
+        hello = b""
+        try:
+            if self._error is None:
+                with self.trace.span("plan"):
+                    hello = self._describe()
+        except BaseException as failure:
+            self._error = failure
+        hellos = [json.loads(one) for one in self._vote("plan", self._error, hello)]
+        self._agree_on_structure(hellos)
+        self._open_staging(hellos)
+        if self.group.rank != 0:
+            # Rank 0 stores its values; the others only those that differ from rank 0's, such as RNG states.
+            common, mine = hellos[0]["objects"], hellos[self.group.rank]["objects"]
+            self._objects = {name: entry for name, entry in self._objects.items() if common.get(name) != mine[name]}
+        self._make_job(keep_staged)
+
+    def _describe(self) -> bytes:
+        flattened = self._flattened
+        self._shards = describe_all(flattened)
+        self._ties = tie_positions(self._shards)
+        items = [shard.item for shard in self._shards]
+        paths = [state.encode_path(flattened.paths[item.name]) for item in items]
+        return _json(
+            {
+                "key": plan.structure_digest(items, paths, self._ties, self.options.chunk_bytes),
+                "boot": _native.boot_id(),
+                "target": [self.target.path, self.target.step, self.options.overwrite],
+                "objects": {name: _native.digest_hex(_json(entry)) for name, entry in self._objects.items()},
+            }
+        )
+
+    def _agree_on_structure(self, hellos: list[Any]) -> None:
+        key = "/".join(hello["key"] for hello in hellos) + f"@{self.group.rank}"
+        structure = _cache.get(key)
+        if structure is None:
+            with self.trace.span("plan"):
+                items = [shard.item for shard in self._shards]
+                positions, payload_bytes = self._assign(items)
+                structure = make_structure(
+                    items, self._flattened.paths, self._ties, positions, payload_bytes, self.options.chunk_bytes
+                )
+            _cache.put(key, structure)
+        self._structure = structure
+
+    def _assign(self, items: list[TensorItem]) -> tuple[list[int], int]:
+        """Which of its items this rank writes, and the bytes of all ranks' tensors together."""
+        gathered = self.channel.gather("items", _json(items), self.deadline)
+        error: BaseException | None = None
+        answer = b""
+        if gathered is not None:
+            try:
+                ranks = [[_item(row) for row in json.loads(rows)] for rows in gathered]
+                chosen = plan.assign_writers(ranks)
+                written = [ranks[rank][position] for rank, positions in enumerate(chosen) for position in positions]
+                plan.check_tiling(written)
+                answer = _json({"chosen": chosen, "nbytes": sum(item.nbytes for item in written)})
+            except BaseException as failure:
+                error = failure
+        answers = self._vote("assign", error, answer)
+        document = json.loads(answers[0])
+        return document["chosen"][self.group.rank], document["nbytes"]
+
+    def _open_staging(self, hellos: list[Any]) -> None:
+        """Step 1 of the protocol; every rank ends with the staging directory open."""
+        error: BaseException | None = None
+        answer = b""
+        if self.group.rank == 0:
+            try:
+                self._check_target(hellos)
+                os.makedirs(self.target.parent, exist_ok=True)
+                _native.reap(self.target.parent)
+                self.save_id = uuid.uuid4().hex
+                self.rung, _ = _native.choose_rung(self.target.parent)
+                boots = sorted({hello["boot"] for hello in hellos})
+                self._staging = _native.Staging.create(self.target.parent, self.save_id, boots)
+                answer = _json({"save_id": self.save_id})
+            except BaseException as failure:
+                error = failure
+        self.save_id = json.loads(self._vote("open", error, answer)[0])["save_id"]
+        if self.group.rank != 0:
+            self._staging = join_staging(self.target.parent, self.save_id, self.deadline)
+            self.rung, _ = _native.choose_rung(self.target.parent)
+
+    def _check_target(self, hellos: list[Any]) -> None:
+        wanted = hellos[0]["target"]
+        for rank, hello in enumerate(hellos):
+            if hello["target"] != wanted:
+                raise ValueError(f"ranks 0 and {rank} save to different places: {wanted} and {hello['target']}")
+        if not _native.is_file_name(self.target.name):
+            raise ValueError(
+                f"checkpoint_id={self.target.path!r}: the last component must be 1 to 128 of A-Z a-z 0-9 . _ - and not start with '.'"
+            )
+        if os.path.lexists(self.target.path) and not (self.options.overwrite and manifest.is_checkpoint(self.target.path)):
+            remedy = "it is not a checkpoint, so it is not replaced" if self.options.overwrite else "pass overwrite=True to replace it"
+            raise FileExistsError(17, f"target exists; {remedy}", self.target.path)
+
+    # Bytes ------------------------------------------------------------------------------------------------------------
+
+    def _make_job(self, keep_staged: bool) -> None:
+        structure = self._structure
+        assert structure is not None
+        self._shards = [tensors.on_host(self._shards[position]) for position in structure.positions]
+        pointers = np.empty(len(self._shards), dtype=np.uint64)
+        strided: dict[int, Any] = {}
+        for position, shard in enumerate(self._shards):
+            memory = tensors.memory_of(shard.tensor)
+            pointers[position] = memory.data_ptr
+            if memory.stride_bytes is not None and shard.item.nbytes > 0:
+                strided[position] = (memory.item_bytes, memory.data_ptr, memory.sizes, memory.stride_bytes)
+        layout = structure.layout
+        slots = min(self.options.host_memory_budget // layout.chunk_bytes, layout.chunk_count)
+        if not keep_staged:
+            slots = min(slots, PIPELINE_SLOTS)
+        self._job = _native.SaveJob(
+            layout,
+            pointers,
+            strided,
+            self._staging,
+            data_name(self.group.rank),
+            self.rung,
+            self.options.zstd_level,
+            structure.item_bytes if self.options.zstd_level else [],
+            slots,
+            self.trace.detailed,
+        )
+
+    def start(self) -> None:
+        self._job.start()
+
+    def wait_staged(self) -> None:
+        """Returns when the state may change. Errors surface in `finish`."""
+        while not self._job.wait_staged(_POLL_SECONDS):
+            if self.deadline.expired:
+                self._job.cancel()
+
+    @property
+    def staged(self) -> bool:
+        return bool(self._job is not None and self._job.staged)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of this rank's share."""
+        return self._structure.layout.payload_bytes if self._structure else 0
+
+    def _wait_written(self, progress: Progress) -> None:
+        while not self._job.wait(_POLL_SECONDS):
+            progress.at(self._job.bytes_done)
+            if self.deadline.expired:
+                self._job.cancel()
+                raise CheckpointError(
+                    f"writing did not end within {self.options.timeout_seconds:g} s", path=self.target.path, rank=self.group.rank
+                )
+        self._job.rethrow()
+        progress.at(self._job.bytes_done)
+
+    # Vote and commit --------------------------------------------------------------------------------------------------
+
+    def finish(self, progress: Progress) -> Manifest:
+        """Steps 2 to 8: waits for the data file, writes the index, votes, commits. The manifest of the committed checkpoint."""
+        error: BaseException | None = None
+        entry: dict[str, Any] = {}
+        try:
+            self._wait_written(progress)
+            self.trace.add_job(self._job)
+            entry = self._write_index()
+            with self.trace.span("sync"):
+                self._staging.sync()
+        except BaseException as failure:
+            error = failure
+        with self.trace.span("vote"):
+            votes = self._vote("written", error, _json(entry))
+        with self.trace.span("commit"):
+            return self._commit([json.loads(vote) for vote in votes])
+
+    def _write_index(self) -> dict[str, Any]:
+        structure = self._structure
+        assert structure is not None
+        table = self._job.chunk_table()
+        data = index.encode(
+            save_id=self.save_id,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+            files=[data_name(self.group.rank)],
+            chunk_bytes=structure.layout.chunk_bytes,
+            tensors_json=structure.tensors_json,
+            objects=self._objects,
+            table=table,
+        )
+        name = f"rank-{self.group.rank:05d}.index"
+        with self.trace.span("sync", len(data)):
+            self._staging.write_file(name, data)
+        return manifest.Writer(
+            self.group.rank,
+            FileEntry(name, len(data), _native.digest_hex(data)),
+            (FileEntry(data_name(self.group.rank), self._job.file_bytes, _native.digest_hex(table)),),
+        ).to_json()
+
+    def _commit(self, entries: list[Any]) -> Manifest:
+        document = Manifest(
+            save_id=self.save_id,
+            step=self.target.step,
+            world_size=self.group.world_size,
+            nbytes=self._structure.payload_bytes if self._structure else 0,
+            writers=tuple(manifest.writer_of(entry) for entry in entries),
+            metadata=self.target.metadata,
+            environment={},
+        )
+        if self.group.rank != 0:
+            self._hear_outcome()
+            return document
+        error: BaseException | None = None
+        try:
+            self._enter_commit()
+            data = document.to_bytes()
+            self._staging.commit(data, manifest.digest_line(data), self.target.name, self.options.overwrite)
+        except BaseException as failure:
+            error = failure
+        if self.group.world_size > 1:
+            outcome = {"error": None if error is None else f"{type(error).__name__}: {error}"}
+            try:
+                self.channel.broadcast("outcome", _json(outcome), self.deadline.extended(30.0))
+            except RankFailedError:
+                pass  # the others look at the disk, where the outcome stands
+        if error is not None:
+            raise error
+        return document
+
+    def _enter_commit(self) -> None:
+        with self._commit_lock:
+            if self._state == "cancelled":
+                raise CheckpointError("cancelled before the commit", path=self.target.path)
+            if self.deadline.expired:
+                raise CheckpointError(
+                    f"not committed: the save took longer than {self.options.timeout_seconds:g} s", path=self.target.path
+                )
+            self._state = "committing"
+
+    def _hear_outcome(self) -> None:
+        """Rank 0 may die between the rename and its announcement; then the disk says what happened."""
+        try:
+            outcome = json.loads(self.channel.broadcast("outcome", None, self.deadline.extended(30.0)))
+        except RankFailedError:
+            if self._committed_on_disk():
+                return
+            raise
+        if outcome["error"] is not None:
+            raise RankFailedError(f"rank 0 could not commit: {outcome['error']}", path=self.target.path, failed_ranks=(0,))
+
+    def _committed_on_disk(self) -> bool:
+        try:
+            return manifest.read(self.target.path).save_id == self.save_id
+        except (CheckpointError, OSError):
+            return False
+
+    def cancel(self) -> bool:
+        with self._commit_lock:
+            if self._state == "committing":
+                return False
+            self._state = "cancelled"
+        if self._job is not None:
+            self._job.cancel()
+        return True
+
+    def close(self, succeeded: bool) -> None:
+        """Lets go of everything; after a failure rank 0 removes the staging directory once nothing writes into it."""
+        job, self._job = self._job, None
+        if job is not None and not job.finished:
+            job.cancel()
+            job.wait(5.0)
+            if not job.finished:
+                _orphans.append((job, self._shards))  # the kernel still holds its buffers: neither may be freed
+        self._shards = []
+        self._flattened = state.Flattened()
+        if not succeeded and self.group.rank == 0 and self._staging is not None:
+            self._staging.discard()
+        self._staging = None
+        self.channel.close()
+
+    def _vote(self, label: str, error: BaseException | None, payload: bytes) -> list[bytes]:
+        return self.channel.vote(label, error, payload, self.deadline)
+
+
+_orphans: list[Any] = []
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _item(row: list[Any]) -> TensorItem:
+    name, dtype, shape, offsets, sizes, nbytes = row
+    return TensorItem(name, dtype, tuple(shape), tuple(offsets), tuple(sizes), nbytes)
+
+
+def data_name(rank: int) -> str:
+    return f"rank-{rank:05d}.data"
+
+
+def describe_all(flattened: state.Flattened) -> list[LocalShard]:
+    shards: list[LocalShard] = []
+    for name, tensor in flattened.tensors.items():
+        shards.extend(tensors.describe(name, tensor))
+    return shards
+
+
+def tie_positions(shards: list[LocalShard]) -> list[int]:
+    """For each shard the position of the first one that is the same view of the same memory (its own when there is none)."""
+    first: dict[Any, int] = {}
+    return [
+        first.setdefault(tensors.memory_key(shard.tensor), position) if shard.item.nbytes else position
+        for position, shard in enumerate(shards)
+    ]
+
+
+def encode_objects(flattened: state.Flattened, allow_pickle: bool) -> dict[str, Any]:
+    return {
+        name: {"path": state.encode_path(flattened.paths[name]), "value": values.encode(value, name=name, allow_pickle=allow_pickle)}
+        for name, value in flattened.objects.items()
+    }
+
+
+def make_structure(
+    items: list[TensorItem],
+    paths: Mapping[str, state.LeafPath],
+    ties: list[int],
+    positions: list[int],
+    payload_bytes: int,
+    chunk_bytes: int,
+) -> Structure:
+    """Lays out what this rank writes. Tied shards share one place when the same rank writes both."""
+    chosen = set(positions)
+    owners = [position for position in positions if ties[position] not in chosen or ties[position] == position]
+    layout = _native.Layout(np.array([items[position].nbytes for position in owners], dtype=np.uint64), chunk_bytes)
+    first, count, at = (column.tolist() for column in layout.places())
+    place_of = {position: Place(first[i], count[i], at[i]) for i, position in enumerate(owners)}
+    stored = []
+    for position in positions:
+        item = items[position]
+        path = paths[item.name]
+        place = place_of.get(position) or place_of[ties[position]]
+        stored.append(StoredTensor(item, None if path == (item.name,) else state.encode_path(path), place))
+    item_bytes = [
+        tensors.dtype_bytes(items[position].dtype) if tensors.is_floating(items[position].dtype) else 1 for position in owners
+    ]
+    return Structure(layout, owners, index.encode_tensors(stored), payload_bytes, item_bytes)
+
+
+def join_staging(parent: str, save_id: str, deadline: Deadline) -> Any:
+    """Opens rank 0's staging directory, waiting until a network file system shows it."""
+    patience = Deadline(min(_JOIN_PATIENCE_SECONDS, deadline.remaining()))
+    while True:
+        try:
+            return _native.Staging.join(parent, save_id)
+        except FileNotFoundError:
+            if patience.expired:
+                raise
+            time.sleep(0.05)
