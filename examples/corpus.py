@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sysconfig
 from pathlib import Path
@@ -14,18 +15,17 @@ SKIPPED = {"__pycache__", "dist-packages", "site-packages", "test", "tests", "id
 
 
 def read_corpus(limit_bytes: int) -> bytes:
-    """The first `limit_bytes` of the library's .py files, in the order of their relative paths."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [path.relative_to(root) for path in root.rglob("*.py")]
+    """The first `limit_bytes` of the library's .py files, directory by directory in the order of their names."""
+    root = sysconfig.get_path("stdlib")
     text = bytearray()
-    for file in sorted(files, key=lambda file: file.as_posix()):
+    for directory, below, files in os.walk(root):
+        below[:] = sorted(set(below) - SKIPPED)
+        for file in sorted(files):
+            if file.endswith(".py") and len(text) < limit_bytes:
+                text += (Path(directory) / file).read_bytes()
         if len(text) >= limit_bytes:
-            break
-        if not SKIPPED.intersection(file.parts):
-            text += (root / file).read_bytes()
-    if len(text) < limit_bytes:
-        raise FileNotFoundError(f"{root}: {len(text)} bytes of Python sources, {limit_bytes} wanted")
-    return bytes(text[:limit_bytes])
+            return bytes(text[:limit_bytes])
+    raise FileNotFoundError(f"{root}: {len(text)} bytes of Python sources, {limit_bytes} wanted")
 
 
 class Batches:

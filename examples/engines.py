@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 State = dict[str, Any]
 
@@ -60,8 +61,8 @@ class Engine(Protocol):
 
     def async_save(self, state: State, path: Path, optimizer: torch.optim.Optimizer) -> InFlight: ...
 
-    def load(self, state: State, path: Path, *, part: bool = False) -> None:
-        """Fills `state` in place. `part`: the checkpoint holds more than is asked for."""
+    def load(self, state: State, path: Path) -> None:
+        """Fills all of `state` in place. The checkpoint may hold more, such as what belongs to other ranks."""
 
     def problem(self, path: Path) -> str | None:
         """Why `path` cannot be resumed from, or None."""
@@ -94,8 +95,10 @@ class SnapstoneEngine:
         handle = self._snapstone.async_save(state, checkpoint_id=path, fence=optimizer)
         return InFlight(handle.upload_completion, started)
 
-    def load(self, state: State, path: Path, *, part: bool = False) -> None:
-        self._snapstone.load(state, checkpoint_id=path, strict=not part)
+    def load(self, state: State, path: Path) -> None:
+        loaded = self._snapstone.load(state, checkpoint_id=path, strict=False)
+        if loaded.missing_keys:
+            raise KeyError(f"{path} lacks {', '.join(loaded.missing_keys)}")
 
     def problem(self, path: Path) -> str | None:
         try:
@@ -118,23 +121,17 @@ class DcpEngine:
         self._coordinator = not dist.is_initialized() or dist.get_rank() == 0
 
     def save(self, state: State, path: Path) -> None:
-        import torch.distributed.checkpoint as dcp
-
-        dcp.save(state, checkpoint_id=path, process_group=self._group)
+        state_dict_saver.save(state, checkpoint_id=path, process_group=self._group)
         self._sync(path)
 
     def async_save(self, state: State, path: Path, optimizer: torch.optim.Optimizer) -> InFlight:
-        import torch.distributed.checkpoint as dcp
-
         started = time.perf_counter()
-        response = dcp.async_save(state, checkpoint_id=path, process_group=self._group)
+        response = state_dict_saver.async_save(state, checkpoint_id=path, process_group=self._group)
         future = response if isinstance(response, Future) else response.upload_completion
         return InFlight(future, started, lambda: self._sync(path))
 
-    def load(self, state: State, path: Path, *, part: bool = False) -> None:
-        import torch.distributed.checkpoint as dcp
-
-        dcp.load(state, checkpoint_id=path, process_group=self._group)
+    def load(self, state: State, path: Path) -> None:
+        state_dict_loader.load(state, checkpoint_id=path, process_group=self._group)
 
     def problem(self, path: Path) -> str | None:
         return None if (path / ".metadata").exists() else "no .metadata"
@@ -169,30 +166,6 @@ def drop_page_cache(path: Path) -> None:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
-
-
-class HookClock:
-    """Times what other code's pre-step hooks cost `optimizer`: the wait of `fence=optimizer` is in such a hook."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.waited_s = 0.0
-        self._optimizer = optimizer
-        self._last: Any = None
-        # Global hooks run first, and this one is registered before any engine's.
-        self._first = torch.optim.optimizer.register_optimizer_step_pre_hook(self._start)
-        self._started = 0.0
-
-    def after_save(self) -> None:
-        """Call after each async_save: hooks run in the order of registration, so ours becomes the last again."""
-        if self._last is not None:
-            self._last.remove()
-        self._last = self._optimizer.register_step_pre_hook(self._stop)
-
-    def _start(self, *_: Any) -> None:
-        self._started = time.perf_counter()
-
-    def _stop(self, *_: Any) -> None:
-        self.waited_s = time.perf_counter() - self._started
 
 
 def directory_bytes(path: Path) -> int:

@@ -28,7 +28,7 @@ def main() -> None:
     model = Gpt(scale.model)
     weights = model.state_dict()
     started = time.perf_counter()
-    ENGINES[options.engine]().load({"model": weights}, options.checkpoint, part=True)
+    ENGINES[options.engine]().load({"model": weights}, options.checkpoint)
     load_s = time.perf_counter() - started
     model.load_state_dict(weights)
     generator = torch.Generator().manual_seed(SEED)

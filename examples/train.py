@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from corpus import Batches, read_corpus
-from engines import ENGINES, HookClock, InFlight
+from engines import ENGINES, InFlight
 from scale import SCALES
 from torch.distributed.device_mesh import init_device_mesh
 from trainer import Trainer, local_digest, sharded_gpt, weights_digest
@@ -64,7 +64,6 @@ def main() -> None:
         engine.load(state, options.resume)
         trainer.adopt(state)
 
-    clock = HookClock(trainer.optimizer)
     saves: list[dict[str, float]] = []
     in_flight: InFlight | None = None
     with open(f"{options.log}.rank-{rank}.losses", "w", buffering=1) as losses:
@@ -72,14 +71,13 @@ def main() -> None:
             loss = trainer.train_step()
             losses.write(f"{trainer.step} {loss.hex()}\n")
             if in_flight is not None and "hook_s" not in saves[-1]:
-                saves[-1]["hook_s"] = clock.waited_s
+                saves[-1]["hook_s"] = trainer.hook_s
             if trainer.step % scale.save_every == 0:
                 if in_flight is not None:
                     in_flight.finish()
                 in_flight = engine.async_save(
                     trainer.state(), options.run / STEP_NAME.format(trainer.step), trainer.optimizer
                 )
-                clock.after_save()
                 saves.append({"step": trainer.step, "call_s": in_flight.call_s})
     if in_flight is not None:
         in_flight.finish()

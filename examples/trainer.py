@@ -1,4 +1,4 @@
-"""One rank's training run: model and optimizer sharded over the ranks, its data, its generators, and all of it as state.
+"""One rank's training run: model and optimizer sharded over the ranks, its data, its generators, and their state.
 
 A resumed run continues bit for bit only if every one of these comes back: weights, Adam moments, schedule, step,
 and, for each rank on its own, the position in the data and three random generators.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from typing import Any
+import time
+from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from corpus import Batches
 from engines import State
@@ -36,8 +36,19 @@ def sharded_gpt(config: GptConfig, mesh: DeviceMesh) -> Gpt:
     return model
 
 
-def adam(model: Gpt, learning_rate: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+class TimedAdamW(torch.optim.AdamW):
+    """Knows when its update began. What lies between calling step() and that was spent in pre-step hooks, which is
+    where a save with `fence=optimizer` makes training wait."""
+
+    began = 0.0
+
+    def step(self, closure: Any = None) -> Any:
+        self.began = time.perf_counter()
+        return super().step(closure)
+
+    @classmethod
+    def of(cls, model: Gpt, learning_rate: float) -> Self:
+        return cls(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
 class Trainer:
@@ -48,7 +59,8 @@ class Trainer:
         self.batches = batches
         self.rank = rank
         self.step = 0
-        self.optimizer = adam(model, learning_rate)
+        self.optimizer = TimedAdamW.of(model, learning_rate)
+        self.hook_s = 0.0  # what the latest step waited in pre-step hooks
 
         def rate(step: int) -> float:
             if step < warmup_steps:
@@ -63,16 +75,18 @@ class Trainer:
         """One step; returns this rank's loss in nats per byte, before the update."""
         inputs, targets = self.batches.next()
         loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        started = time.perf_counter()
         self.optimizer.step()
+        self.hook_s = self.optimizer.began - started
         self.optimizer.zero_grad()
         self.schedule.step()
         self.step += 1
         return loss.item()
 
     def state(self) -> State:
-        """References to the live weights and moments, nothing copied; what differs per rank has the rank in its name."""
+        """References to the live weights and moments, no copies; what differs per rank has the rank in its name."""
         weights, moments = get_state_dict(self.model, self.optimizer)
         return {
             "model": weights,
@@ -84,9 +98,7 @@ class Trainer:
 
     def adopt(self, state: State) -> None:
         """Continue from `state`, which was made by state() and then filled by a load."""
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["progress"]["step"]
         own = state[f"rank-{self.rank}"]
@@ -142,8 +154,3 @@ def weights_digest(model: torch.nn.Module) -> str:
         name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in model.state_dict().items()
     }
     return local_digest(whole)
-
-
-def barrier() -> None:
-    """All ranks are here: nothing measured after it includes a peer's earlier work."""
-    dist.barrier()

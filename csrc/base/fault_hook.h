@@ -3,9 +3,9 @@
 // Off (always, outside tests): one relaxed load and a predictable branch.
 // Armed by arm() or by SNAPSTONE_FAULT in the environment with ';'-separated rules
 //     CALL:NTH[+]:ACTION        fsync:2:errno=EIO   pwrite:3+:errno=ENOSPC   write:1:short=512   renameat2:1:kill
-// CALL is the name given to point() or '*'; NTH counts matching calls of this process from 1; '+' means that call and all later
-// ones. ACTION: errno=NAME|NUMBER, short=BYTES, kill (SIGKILL to this process), delay=MILLISECONDS.
-// Threads: any.
+// CALL is the name given to point() (table in os/call.h) or '*'; NTH counts matching calls of this process from 1; '+'
+// means that call and all later ones. ACTION: errno=NAME|NUMBER, short=BYTES, kill (SIGKILL to this process),
+// delay=MILLISECONDS. Threads: any.
 #pragma once
 
 #include <atomic>

@@ -1,15 +1,13 @@
 // One walk serves both directions: gather() is the case where the box is the whole shard.
 //
 // 1. Layout: per dimension its size, its stride in memory and its stride in the stored string. Size-1 dimensions go,
-// neighbours that are
-//    contiguous on both sides merge, and a contiguous innermost dimension becomes the unit of copying.
+//    neighbours that are contiguous on both sides merge, and a contiguous innermost dimension becomes the unit of
+//    copying.
 // 2. String offsets grow with the indices and siblings never overlap, so at every dimension at most two children
-// straddle `begin` or
-//    `end`. The walk descends into those (clipped) and copies all children between them without looking at the bounds
-//    again (whole).
+//    straddle `begin` or `end`. The walk descends into those (clipped) and copies all children between them without
+//    looking at the bounds again (whole).
 // 3. Where the last two dimensions are transposed in memory, whole planes are copied in tiles, so that a cache line of
-// the tensor is used
-//    up before it is evicted.
+//    the tensor is used up before it is evicted.
 #include "base/strided.h"
 
 #include <algorithm>
@@ -74,7 +72,7 @@ struct Layout {
 
 enum class Direction { kGather, kScatter };
 
-// Bytes of memory are const for the walk; only copy() of the right direction writes.
+// kGather only reads `memory`; kScatter only reads `linear`.
 template <Direction kDirection>
 class Walk {
  public:
@@ -143,67 +141,69 @@ class Walk {
     return layout_.unit_bytes <= 16 && std::abs(outer.memory_stride) < std::abs(inner.memory_stride);
   }
 
-  // Tiles of one cache line along the dimension that is dense in memory by 16 along the other: power-of-two strides put
-  // the lines of a tile into one set of the L1 cache, which has 8 to 16 ways.
+  // Tiles of four cache lines along the dimension that is dense in memory by 8 along the other: power-of-two strides
+  // put the lines of a tile into one set of the L1 cache, which has 8 to 16 ways.
   void plane(const Dim& outer, const Dim& inner, std::int64_t linear, std::int64_t memory) {
-    constexpr std::int64_t kInnerTile = 16;
-    const std::int64_t outer_tile = std::max<std::int64_t>(64 / layout_.unit_bytes, 8);
-    for (std::int64_t i = 0; i < outer.size; i += outer_tile) {
-      const std::int64_t i_end = std::min(i + outer_tile, outer.size);
-      for (std::int64_t j = 0; j < inner.size; j += kInnerTile) {
-        const Dim row = {std::min(kInnerTile, inner.size - j), inner.memory_stride, inner.string_stride};
-        for (std::int64_t k = i; k < i_end; ++k) {
-          units(row, linear + k * outer.string_stride + j * inner.string_stride,
-                memory + k * outer.memory_stride + j * inner.memory_stride);
+    constexpr std::int64_t kInnerTile = 8;
+    const std::int64_t outer_tile = 256 / layout_.unit_bytes;
+    with_unit([&](auto unit) {
+      for (std::int64_t i = 0; i < outer.size; i += outer_tile) {
+        const std::int64_t i_end = std::min(i + outer_tile, outer.size);
+        for (std::int64_t j = 0; j < inner.size; j += kInnerTile) {
+          const std::int64_t j_count = std::min(kInnerTile, inner.size - j);
+          for (std::int64_t k = i; k < i_end; ++k) {
+            const std::int64_t row_linear = linear + k * outer.string_stride + j * inner.string_stride;
+            const std::int64_t row_memory = memory + k * outer.memory_stride + j * inner.memory_stride;
+            if (j_count == kInnerTile) {  // a constant count: unrolled
+              copy_row<unit>(inner, kInnerTile, row_linear, row_memory);
+            } else {
+              copy_row<unit>(inner, j_count, row_linear, row_memory);
+            }
+          }
         }
       }
-    }
+    });
   }
 
   void units(const Dim& row, std::int64_t linear, std::int64_t memory) {
+    with_unit([&](auto unit) {
+      if (row.string_stride == layout_.unit_bytes && unit != kAnyUnit) {
+        copy_row<unit>({row.size, row.memory_stride, static_cast<std::int64_t>(unit)}, row.size, linear, memory);
+      } else {
+        copy_row<unit>(row, row.size, linear, memory);
+      }
+    });
+  }
+
+  // Calls function(std::integral_constant): a constant size turns each memcpy into one load and one store.
+  static constexpr std::size_t kAnyUnit = 0;
+  template <class Function>
+  void with_unit(Function&& function) {
     switch (layout_.unit_bytes) {
       case 1:
-        return units_of<1>(row, linear, memory);
+        return function(std::integral_constant<std::size_t, 1>{});
       case 2:
-        return units_of<2>(row, linear, memory);
+        return function(std::integral_constant<std::size_t, 2>{});
       case 4:
-        return units_of<4>(row, linear, memory);
+        return function(std::integral_constant<std::size_t, 4>{});
       case 8:
-        return units_of<8>(row, linear, memory);
+        return function(std::integral_constant<std::size_t, 8>{});
       case 16:
-        return units_of<16>(row, linear, memory);
+        return function(std::integral_constant<std::size_t, 16>{});
       default:
-        for (std::int64_t i = 0; i < row.size; ++i) {
-          copy_bytes(linear + i * row.string_stride, memory + i * row.memory_stride, layout_.unit_bytes);
-        }
+        return function(std::integral_constant<std::size_t, kAnyUnit>{});
     }
   }
 
-  // A constant size turns each memcpy into one load and one store; a constant string stride is one addition less.
-  template <std::size_t kBytes>
-  void units_of(const Dim& row, std::int64_t linear, std::int64_t memory) {
-    const auto copy = [&](std::int64_t string_stride) {
-      for (std::int64_t i = 0; i < row.size; ++i) {
-        copy_fixed<kBytes>(linear + i * string_stride, memory + i * row.memory_stride);
-      }
-    };
-    if (row.string_stride == static_cast<std::int64_t>(kBytes)) {
-      copy(static_cast<std::int64_t>(kBytes));
-    } else {
-      copy(row.string_stride);
+  template <std::size_t kUnit>
+  [[gnu::always_inline]] void copy_row(const Dim& row, std::int64_t count, std::int64_t linear, std::int64_t memory) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t nbytes = kUnit == kAnyUnit ? layout_.unit_bytes : static_cast<std::int64_t>(kUnit);
+      copy_bytes(linear + i * row.string_stride, memory + i * row.memory_stride, nbytes);
     }
   }
 
-  template <std::size_t kBytes>
-  void copy_fixed(std::int64_t linear, std::int64_t memory) {
-    if constexpr (kDirection == Direction::kGather) {
-      std::memcpy(linear_ + linear, memory_ + memory, kBytes);
-    } else {
-      std::memcpy(memory_ + memory, linear_ + linear, kBytes);
-    }
-  }
-
-  void copy_bytes(std::int64_t linear, std::int64_t memory, std::int64_t nbytes) {
+  [[gnu::always_inline]] void copy_bytes(std::int64_t linear, std::int64_t memory, std::int64_t nbytes) {
     if constexpr (kDirection == Direction::kGather) {
       std::memcpy(linear_ + linear, memory_ + memory, static_cast<std::size_t>(nbytes));
     } else {

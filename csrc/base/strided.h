@@ -1,8 +1,8 @@
 // Strided tensor memory seen as the row-major byte string that is stored on disk.
 //
-// gather() reads bytes [begin, end) of that string out of a strided tensor; scatter() writes the part of a stored shard's string
-// that falls into a box, into a strided tensor. Both touch only the runs that overlap [begin, end), merge adjacent dimensions
-// into the longest contiguous runs, and allocate nothing.
+// gather() reads bytes [begin, end) of that string out of a strided tensor; scatter() writes the part of a stored
+// shard's string that falls into a box, into a strided tensor. Both touch only the runs that overlap [begin, end),
+// merge adjacent dimensions into the longest contiguous runs, and allocate nothing.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +13,10 @@ namespace snapstone {
 struct StridedView {
   std::uint8_t* data = nullptr;
   std::int64_t item_bytes = 1;
-  std::vector<std::int64_t> sizes;          // elements
-  std::vector<std::int64_t> stride_bytes;   // may be zero (expanded) or negative
+  std::vector<std::int64_t> sizes;         // elements
+  std::vector<std::int64_t> stride_bytes;  // may be zero (expanded) or negative
 
-  std::int64_t nbytes() const;              // of the row-major string; 0 when a size is 0
+  std::int64_t nbytes() const;  // of the row-major string; 0 when a size is 0
   // Drops size-1 dimensions and merges neighbours whose memory is contiguous; same bytes in the same order.
   StridedView collapsed() const;
 };
@@ -26,9 +26,9 @@ void gather(const StridedView& source, std::int64_t begin, std::int64_t end, std
 
 // A box of a stored shard and the memory it goes to.
 struct BoxTarget {
-  std::vector<std::int64_t> shard_sizes;    // elements, of the whole stored shard (row-major on disk)
-  std::vector<std::int64_t> box_offsets;    // where the box starts inside the shard
-  StridedView target;                       // sizes = sizes of the box
+  std::vector<std::int64_t> shard_sizes;  // elements, of the whole stored shard (row-major on disk)
+  std::vector<std::int64_t> box_offsets;  // where the box starts inside the shard
+  StridedView target;                     // sizes = sizes of the box
 
   // Smallest and one past the largest byte of the shard's string that the box needs; {0, 0} for an empty box.
   std::int64_t first_byte() const;

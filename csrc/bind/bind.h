@@ -1,8 +1,8 @@
 // The boundary: arguments in, GIL released, one call. No worker thread ever touches a Python object.
 #pragma once
 
-#include <pybind11/pybind11.h>
 #include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
 
 #include <chrono>
 #include <cstdint>
@@ -23,12 +23,16 @@ void bind_engine(py::module_& module);
 void bind_store(py::module_& module);
 void bind_save(py::module_& module);
 void bind_load(py::module_& module);
+void bind_state(py::module_& module);
 
-inline std::span<const std::uint8_t> as_span(std::string_view bytes) {
+inline std::span<const std::uint8_t> as_span(const py::bytes& data) {
+  const std::string_view bytes(data);
   return {reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size()};
 }
 
-inline py::bytes as_bytes(const void* data, std::size_t nbytes) { return py::bytes(static_cast<const char*>(data), nbytes); }
+inline py::bytes as_bytes(const void* data, std::size_t nbytes) {
+  return py::bytes(static_cast<const char*>(data), nbytes);
+}
 
 template <typename T>
 py::array_t<T> as_array(const std::vector<T>& values) {
@@ -45,7 +49,10 @@ template <typename Class>
 void bind_job_methods(Class& cls) {
   using JobType = typename Class::type;
   cls.def(
-         "wait", [](JobType& job, double seconds) { return job.wait(std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1e3))); },
+         "wait",
+         [](JobType& job, double seconds) {
+           return job.wait(std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1e3)));
+         },
          py::arg("seconds"), py::call_guard<py::gil_scoped_release>(), "True when the job has ended within `seconds`.")
       .def_property_readonly("finished", &JobType::finished)
       .def("rethrow", &JobType::rethrow, "Raises the first failure, if any.")

@@ -28,7 +28,8 @@ py::dict stage_stats(const pipeline::Job& job) {
 py::list trace_events(const pipeline::Job& job) {
   py::list result;
   for (const pipeline::TraceEvent& event : job.events()) {
-    result.append(py::make_tuple(pipeline::stage_name(event.stage), event.lane, event.begin_ns, event.end_ns, event.nbytes));
+    result.append(
+        py::make_tuple(pipeline::stage_name(event.stage), event.lane, event.begin_ns, event.end_ns, event.nbytes));
   }
   return result;
 }
@@ -82,12 +83,17 @@ void bind_engine(py::module_& module) {
   module.attr("MANIFEST_BYTES_MAX") = kManifestBytesMax;
   module.attr("QUEUE_DEPTH") = kQueueDepth;
 
-  module.def("digest_hex", [](std::string_view bytes) { return codec::hex(codec::digest(as_span(bytes))); }, py::arg("data"),
-             "XXH3-128 of `data` as 32 hex digits, as xxh128sum prints it.");
+  module.def(
+      "digest_hex", [](const py::bytes& bytes) { return codec::hex(codec::digest(as_span(bytes))); }, py::arg("data"),
+      "XXH3-128 of `data` as 32 hex digits, as xxh128sum prints it.");
   module.def("choose_rung", &choose_rung, py::arg("directory"), "(name, reasons why better rungs were passed over)");
   module.def(
-      "try_rung", [](const std::string& path, const std::string& rung) { return io::try_rung(os::open_directory(path), io::rung_from_name(rung)); },
-      py::arg("directory"), py::arg("rung"), py::call_guard<py::gil_scoped_release>(), "Empty when the rung works there, else why not.");
+      "try_rung",
+      [](const std::string& path, const std::string& rung) {
+        return io::try_rung(os::open_directory(path), io::rung_from_name(rung));
+      },
+      py::arg("directory"), py::arg("rung"), py::call_guard<py::gil_scoped_release>(),
+      "Empty when the rung works there, else why not.");
   module.def("uring_compiled_in", &io::uring_compiled_in);
   module.def("memlock_limit_bytes", &os::memlock_limit_bytes);
   module.def("available_memory_bytes", &os::available_memory_bytes);
@@ -95,7 +101,8 @@ void bind_engine(py::module_& module) {
   module.def("file_system_facts", &file_system_facts, py::arg("directory"));
   module.def("ring_facts", &ring_facts);
   module.def(
-      "reserve", [](std::uint64_t slot_bytes, std::uint64_t slots) { pipeline::Engine::instance().ring(slot_bytes, slots); },
+      "reserve",
+      [](std::uint64_t slot_bytes, std::uint64_t slots) { pipeline::Engine::instance().ring(slot_bytes, slots); },
       py::arg("slot_bytes"), py::arg("slots"), py::call_guard<py::gil_scoped_release>());
   module.def("fault_arm", &fault::arm, py::arg("rules"), "See csrc/base/fault_hook.h for the syntax.");
   module.def("fault_disarm", &fault::disarm);

@@ -20,7 +20,8 @@ using pipeline::LoadPlan;
 using TableArguments = std::vector<std::tuple<py::bytes, std::uint32_t, std::string>>;
 // (directory, name, recorded size)
 using FileArguments = std::vector<std::tuple<std::string, std::string, std::uint64_t>>;
-// ((table, first_chunk, chunk_count, at, nbytes), item_bytes, shard_sizes, box_offsets, box_sizes, data_ptr, stride_bytes)
+// ((table, first_chunk, chunk_count, at, nbytes), item_bytes, shard_sizes, box_offsets, box_sizes, data_ptr,
+// stride_bytes)
 using ShardArguments = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
 using Sizes = std::vector<std::int64_t>;
 using BoxArguments = std::vector<std::tuple<ShardArguments, std::int64_t, Sizes, Sizes, Sizes, std::uint64_t, Sizes>>;
@@ -50,11 +51,13 @@ void add_targets(LoadPlan& plan, const U64Array& contiguous, const BoxArguments&
   }
   for (py::ssize_t i = 0; i < contiguous.shape(0); ++i) {
     const std::uint64_t* row = contiguous.data(i, 0);
-    plan.add_contiguous({static_cast<std::uint32_t>(row[0]), row[1], row[2], row[3], row[4]}, reinterpret_cast<std::uint8_t*>(row[5]));
+    plan.add_contiguous({static_cast<std::uint32_t>(row[0]), row[1], row[2], row[3], row[4]},
+                        reinterpret_cast<std::uint8_t*>(row[5]));
   }
   for (const auto& [shard, item_bytes, shard_sizes, box_offsets, box_sizes, data, stride_bytes] : boxes) {
-    plan.add_box(make_shard(shard),
-                 {shard_sizes, box_offsets, {reinterpret_cast<std::uint8_t*>(data), item_bytes, box_sizes, stride_bytes}});
+    plan.add_box(
+        make_shard(shard),
+        {shard_sizes, box_offsets, {reinterpret_cast<std::uint8_t*>(data), item_bytes, box_sizes, stride_bytes}});
   }
 }
 
@@ -65,16 +68,16 @@ std::vector<os::File> open_files(const FileArguments& arguments, bool direct) {
     files.push_back(os::open_for_read(directory.fd.get(), directory.path, name, direct));
     const std::uint64_t actual = os::file_nbytes(files.back());
     if (actual != nbytes) {
-      throw CorruptError("data file has the wrong size", files.back().path, CorruptError::kNoChunk, std::to_string(nbytes) + " bytes",
-                         std::to_string(actual) + " bytes");
+      throw CorruptError("data file has the wrong size", files.back().path, CorruptError::kNoChunk,
+                         std::to_string(nbytes) + " bytes", std::to_string(actual) + " bytes");
     }
   }
   return files;
 }
 
-std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileArguments& file_arguments, const U64Array& contiguous,
-                                       const BoxArguments& boxes, const std::string& rung, bool verify, bool scrub, std::uint64_t slots_max,
-                                       bool trace) {
+std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileArguments& file_arguments,
+                                       const U64Array& contiguous, const BoxArguments& boxes, const std::string& rung,
+                                       bool verify, bool scrub, std::uint64_t slots_max, bool trace) {
   LoadPlan plan = make_plan(tables);
   const pipeline::LoadOptions options{io::rung_from_name(rung), verify, scrub, scrub, trace};
   py::gil_scoped_release release;
@@ -94,7 +97,8 @@ std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileA
 py::list problems(const LoadJob& job) {
   py::list result;
   for (const pipeline::Problem& problem : job.problems()) {
-    result.append(py::make_tuple(problem.table, problem.chunk, problem.file, problem.reason, problem.expected, problem.actual));
+    result.append(
+        py::make_tuple(problem.table, problem.chunk, problem.file, problem.reason, problem.expected, problem.actual));
   }
   return result;
 }
@@ -102,11 +106,13 @@ py::list problems(const LoadJob& job) {
 }  // namespace
 
 void bind_load(py::module_& module) {
-  auto job = py::class_<LoadJob, std::shared_ptr<LoadJob>>(module, "LoadJob", "Chunks being read into memory; see csrc/pipeline/load_job.h.");
-  job.def(py::init(&make_load_job), py::arg("tables"), py::arg("files"), py::arg("contiguous"), py::arg("boxes"), py::arg("rung"),
-          py::arg("verify"), py::arg("scrub"), py::arg("slots_max"), py::arg("trace"))
-      .def("start", [](const std::shared_ptr<LoadJob>& self) { pipeline::Engine::instance().start(self); },
-           py::call_guard<py::gil_scoped_release>())
+  auto job = py::class_<LoadJob, std::shared_ptr<LoadJob>>(
+      module, "LoadJob", "Chunks being read into memory; see csrc/pipeline/load_job.h.");
+  job.def(py::init(&make_load_job), py::arg("tables"), py::arg("files"), py::arg("contiguous"), py::arg("boxes"),
+          py::arg("rung"), py::arg("verify"), py::arg("scrub"), py::arg("slots_max"), py::arg("trace"))
+      .def(
+          "start", [](const std::shared_ptr<LoadJob>& self) { pipeline::Engine::instance().start(self); },
+          py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("bytes_needed", [](const LoadJob& self) { return self.plan().bytes_needed(); })
       .def_property_readonly("bytes_read", [](const LoadJob& self) { return self.plan().bytes_read(); })
       .def_property_readonly("chunk_count", [](const LoadJob& self) { return self.plan().chunks().size(); })

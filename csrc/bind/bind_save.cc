@@ -15,7 +15,9 @@ using format::Layout;
 using pipeline::SaveJob;
 
 // {position: (item_bytes, data_ptr, sizes, stride_bytes)}
-using StridedArguments = std::unordered_map<std::uint32_t, std::tuple<std::int64_t, std::uint64_t, std::vector<std::int64_t>, std::vector<std::int64_t>>>;
+using StridedArguments =
+    std::unordered_map<std::uint32_t,
+                       std::tuple<std::int64_t, std::uint64_t, std::vector<std::int64_t>, std::vector<std::int64_t>>>;
 
 std::shared_ptr<Layout> make_layout(const U64Array& nbytes, std::uint64_t chunk_bytes) {
   const std::span<const std::uint64_t> sizes(nbytes.data(), static_cast<std::size_t>(nbytes.size()));
@@ -46,13 +48,15 @@ pipeline::SaveSources make_sources(const Layout& layout, const U64Array& pointer
   for (const auto& [position, view] : strided) {
     const auto& [item_bytes, data, sizes, stride_bytes] = view;
     sources.contiguous.at(position) = nullptr;
-    sources.strided[position] = StridedView{reinterpret_cast<std::uint8_t*>(data), item_bytes, sizes, stride_bytes}.collapsed();
+    sources.strided[position] =
+        StridedView{reinterpret_cast<std::uint8_t*>(data), item_bytes, sizes, stride_bytes}.collapsed();
   }
   return sources;
 }
 
-std::shared_ptr<SaveJob> make_save_job(std::shared_ptr<Layout> layout, const U64Array& pointers, const StridedArguments& strided,
-                                       const store::Staging& staging, const std::string& name, const std::string& rung, int zstd_level,
+std::shared_ptr<SaveJob> make_save_job(std::shared_ptr<Layout> layout, const U64Array& pointers,
+                                       const StridedArguments& strided, const store::Staging& staging,
+                                       const std::string& name, const std::string& rung, int zstd_level,
                                        std::vector<std::uint8_t> item_bytes, std::uint64_t slots, bool trace) {
   pipeline::SaveSources sources = make_sources(*layout, pointers, strided);
   pipeline::SaveOptions options{io::rung_from_name(rung), zstd_level != 0, zstd_level, std::move(item_bytes), trace};
@@ -62,13 +66,15 @@ std::shared_ptr<SaveJob> make_save_job(std::shared_ptr<Layout> layout, const U64
   py::gil_scoped_release release;
   auto ring = pipeline::Engine::instance().ring(layout->chunk_bytes, std::max<std::uint64_t>(slots, 1));
   os::File file = staging.create_file(name, io::rung_is_direct(options.rung));
-  return std::make_shared<SaveJob>(std::move(layout), std::move(sources), std::move(file), std::move(ring), std::move(options));
+  return std::make_shared<SaveJob>(std::move(layout), std::move(sources), std::move(file), std::move(ring),
+                                   std::move(options));
 }
 
 }  // namespace
 
 void bind_save(py::module_& module) {
-  py::class_<Layout, std::shared_ptr<Layout>>(module, "Layout", "Where each tensor's bytes go; see csrc/format/layout.h.")
+  py::class_<Layout, std::shared_ptr<Layout>>(module, "Layout",
+                                              "Where each tensor's bytes go; see csrc/format/layout.h.")
       .def(py::init(&make_layout), py::arg("nbytes"), py::arg("chunk_bytes"))
       .def_readonly("chunk_bytes", &Layout::chunk_bytes)
       .def_readonly("file_bytes", &Layout::file_bytes)
@@ -76,14 +82,20 @@ void bind_save(py::module_& module) {
       .def_property_readonly("chunk_count", [](const Layout& layout) { return layout.chunks.size(); })
       .def("places", &places, "(first_chunk, chunk_count, at): one uint64 array each, in tensor order");
 
-  auto job = py::class_<SaveJob, std::shared_ptr<SaveJob>>(module, "SaveJob", "One data file being written; see csrc/pipeline/save_job.h.");
-  job.def(py::init(&make_save_job), py::arg("layout"), py::arg("pointers"), py::arg("strided"), py::arg("staging"), py::arg("name"),
-          py::arg("rung"), py::arg("zstd_level"), py::arg("item_bytes"), py::arg("slots"), py::arg("trace"))
-      .def("start", [](const std::shared_ptr<SaveJob>& self) { pipeline::Engine::instance().start(self); },
-           py::call_guard<py::gil_scoped_release>())
-      .def("wait_staged",
-           [](SaveJob& self, double seconds) { return self.wait_staged(std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1e3))); },
-           py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
+  auto job = py::class_<SaveJob, std::shared_ptr<SaveJob>>(
+      module, "SaveJob", "One data file being written; see csrc/pipeline/save_job.h.");
+  job.def(py::init(&make_save_job), py::arg("layout"), py::arg("pointers"), py::arg("strided"), py::arg("staging"),
+          py::arg("name"), py::arg("rung"), py::arg("zstd_level"), py::arg("item_bytes"), py::arg("slots"),
+          py::arg("trace"))
+      .def(
+          "start", [](const std::shared_ptr<SaveJob>& self) { pipeline::Engine::instance().start(self); },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "wait_staged",
+          [](SaveJob& self, double seconds) {
+            return self.wait_staged(std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1e3)));
+          },
+          py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("staged", &SaveJob::staged)
       .def_property_readonly("direct", &SaveJob::direct)
       .def_property_readonly("file_bytes", &SaveJob::file_bytes)

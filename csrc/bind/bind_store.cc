@@ -23,10 +23,11 @@ py::bytes read_file(const std::string& directory_path, const std::string& name, 
   return as_bytes(bytes.data(), bytes.size());
 }
 
-void check_chunk_table(std::string_view table, const std::vector<std::uint64_t>& file_nbytes, std::uint64_t chunk_bytes_max,
-                       const std::string& path) {
-  std::vector<format::ChunkRecord> records(table.size() / sizeof(format::ChunkRecord));
-  std::memcpy(records.data(), table.data(), records.size() * sizeof(format::ChunkRecord));
+void check_chunk_table(const py::bytes& table, const std::vector<std::uint64_t>& file_nbytes,
+                       std::uint64_t chunk_bytes_max, const std::string& path) {
+  const auto bytes = as_span(table);
+  std::vector<format::ChunkRecord> records(bytes.size() / sizeof(format::ChunkRecord));
+  std::memcpy(records.data(), bytes.data(), records.size() * sizeof(format::ChunkRecord));
   format::check_chunk_table(records, file_nbytes, chunk_bytes_max, path);
 }
 
@@ -38,15 +39,24 @@ void bind_staging(py::module_& module) {
       .def_property_readonly("save_id", &Staging::save_id)
       .def_property_readonly("path", &Staging::path)
       .def(
-          "write_file", [](const Staging& staging, const std::string& name, std::string_view bytes) { staging.write_file(name, as_span(bytes)); },
-          py::arg("name"), py::arg("data"), Released())
+          "write_file",
+          [](const Staging& staging, const std::string& name, const py::bytes& data) {
+            const auto bytes = as_span(data);
+            py::gil_scoped_release release;
+            staging.write_file(name, bytes);
+          },
+          py::arg("name"), py::arg("data"))
       .def("sync", &Staging::sync, Released())
       .def(
           "commit",
-          [](Staging& staging, std::string_view manifest, std::string_view manifest_digest, const std::string& final_name, bool overwrite) {
-            staging.commit(as_span(manifest), as_span(manifest_digest), final_name, overwrite);
+          [](Staging& staging, const py::bytes& manifest, const py::bytes& manifest_digest,
+             const std::string& final_name, bool overwrite) {
+            const auto manifest_bytes = as_span(manifest);
+            const auto digest_bytes = as_span(manifest_digest);
+            py::gil_scoped_release release;
+            staging.commit(manifest_bytes, digest_bytes, final_name, overwrite);
           },
-          py::arg("manifest"), py::arg("manifest_digest"), py::arg("final_name"), py::arg("overwrite"), Released())
+          py::arg("manifest"), py::arg("manifest_digest"), py::arg("final_name"), py::arg("overwrite"))
       .def("discard", &Staging::discard, Released());
 }
 
@@ -55,12 +65,15 @@ void bind_staging(py::module_& module) {
 void bind_store(py::module_& module) {
   using Released = py::call_guard<py::gil_scoped_release>;
   bind_staging(module);
-  module.def("reap", &store::reap, py::arg("parent"), Released(), "Removes what dead saves left; returns the names removed.");
+  module.def("reap", &store::reap, py::arg("parent"), Released(),
+             "Removes what dead saves left; returns the names removed.");
   module.def("is_file_name", &store::is_file_name, py::arg("name"));
   module.def("read_file", &read_file, py::arg("directory"), py::arg("name"), py::arg("limit_nbytes"));
   module.def(
-      "sync_directory", [](const std::string& path) { os::sync_directory(os::open_directory(path)); }, py::arg("path"), Released());
-  module.def("check_chunk_table", &check_chunk_table, py::arg("table"), py::arg("file_nbytes"), py::arg("chunk_bytes_max"), py::arg("path"));
+      "sync_directory", [](const std::string& path) { os::sync_directory(os::open_directory(path)); }, py::arg("path"),
+      Released());
+  module.def("check_chunk_table", &check_chunk_table, py::arg("table"), py::arg("file_nbytes"),
+             py::arg("chunk_bytes_max"), py::arg("path"));
 }
 
 }  // namespace snapstone::bind

@@ -1,5 +1,6 @@
-// C++ errors as Python sees them: OsError -> OSError(errno, message, filename), so FileNotFoundError, PermissionError and e.errno == ENOSPC
-// just work; CorruptError -> snapstone.errors.CorruptCheckpointError; CancelledError -> concurrent.futures.CancelledError.
+// C++ errors as Python sees them: OsError -> OSError(errno, message, filename), so FileNotFoundError, PermissionError
+// and e.errno == ENOSPC just work; CorruptError -> snapstone.errors.CorruptCheckpointError; CancelledError ->
+// concurrent.futures.CancelledError.
 #include <cstring>
 
 #include "base/error.h"
@@ -17,14 +18,18 @@ void raise_os_error(const OsError& error) {
   }
   message += "]";
   const py::object type = py::module_::import("builtins").attr("OSError");
-  py::object instance = error.path().empty() ? type(error.error_number(), message) : type(error.error_number(), message, error.path());
+  py::object instance =
+      error.path().empty() ? type(error.error_number(), message) : type(error.error_number(), message, error.path());
   raise(py::type::of(instance), instance);
 }
 
 void raise_corrupt(const CorruptError& error) {
   const py::object type = py::module_::import("snapstone.errors").attr("CorruptCheckpointError");
-  const auto text = [](const std::string& value) { return value.empty() ? py::object(py::none()) : py::object(py::str(value)); };
-  const py::object chunk = error.chunk() == CorruptError::kNoChunk ? py::object(py::none()) : py::object(py::int_(error.chunk()));
+  const auto text = [](const std::string& value) {
+    return value.empty() ? py::object(py::none()) : py::object(py::str(value));
+  };
+  const py::object chunk =
+      error.chunk() == CorruptError::kNoChunk ? py::object(py::none()) : py::object(py::int_(error.chunk()));
   raise(type, type(error.reason(), py::arg("path") = text(error.path()), py::arg("chunk") = chunk,
                    py::arg("expected") = text(error.expected()), py::arg("actual") = text(error.actual())));
 }

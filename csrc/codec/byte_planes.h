@@ -1,5 +1,6 @@
-// Byte-plane split of floating-point arrays: all first bytes of the items, then all second bytes, ... Exponent bytes stand together and
-// compress; mantissa bytes do not get in their way. A tail shorter than one item is kept as it is, at the end.
+// Byte-plane split of floating-point arrays: all first bytes of the items, then all second bytes, ... Exponent bytes
+// stand together and compress; mantissa bytes do not get in their way. A tail shorter than one item is kept as it is,
+// at the end.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// zstd over one chunk. The raw size is known to the reader from elsewhere (shape and dtype); a frame is decoded into exactly that many
-// bytes or refused: no content size to trust, no second frame, no dictionary.
+// zstd over one chunk. The raw size is known to the reader from elsewhere (shape and dtype); a frame is decoded into
+// exactly that many bytes or refused: no content size to trust, no second frame, no dictionary.
 #pragma once
 
 #include <cstdint>
@@ -10,18 +10,18 @@ namespace snapstone::codec {
 
 enum class Codec : std::uint16_t {
   kNone = 0,
-  kZstd = 1,            // one zstd frame of the raw bytes
-  kZstdPlanes2 = 2,     // byte planes of 2-, 4- and 8-byte items, then one zstd frame
+  kZstd = 1,         // one zstd frame of the raw bytes
+  kZstdPlanes2 = 2,  // byte planes of 2-, 4- and 8-byte items, then one zstd frame
   kZstdPlanes4 = 3,
   kZstdPlanes8 = 4,
 };
 bool known_codec(std::uint16_t codec);
-unsigned plane_item_bytes(Codec codec);               // 1 when the codec has no planes
-Codec zstd_codec_for_item_bytes(unsigned item_bytes); // planes for 2, 4, 8; plain otherwise
+unsigned plane_item_bytes(Codec codec);                // 1 when the codec has no planes
+Codec zstd_codec_for_item_bytes(unsigned item_bytes);  // planes for 2, 4, 8; plain otherwise
 const char* codec_name(Codec codec);
 
-// Compression contexts and scratch are thread-local and reused. Returns the stored size, or nullopt when it would not be smaller than raw
-// (store it as kNone then). `target` must hold at least raw.size() bytes.
+// Compression contexts and scratch are thread-local and reused. Returns the stored size, or nullopt when it would not
+// be smaller than raw (store it as kNone then). `target` must hold at least raw.size() bytes.
 std::optional<std::uint64_t> compress(std::span<const std::uint8_t> raw, Codec codec, int level, std::uint8_t* target);
 // Throws CorruptError (path empty; the caller knows it) unless `stored` decodes to exactly raw.size() bytes.
 void decompress(std::span<const std::uint8_t> stored, Codec codec, std::span<std::uint8_t> raw);

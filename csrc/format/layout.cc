@@ -89,8 +89,9 @@ class Builder {
 
 Layout make_layout(std::span<const std::uint64_t> tensor_nbytes, std::uint64_t chunk_bytes) {
   if (chunk_bytes % kPageBytes != 0 || chunk_bytes < kPackThresholdBytes || chunk_bytes > kChunkBytesMax) {
-    throw std::invalid_argument("chunk_bytes=" + std::to_string(chunk_bytes) + ": must be a multiple of " + std::to_string(kPageBytes) +
-                                " between " + std::to_string(kPackThresholdBytes) + " and " + std::to_string(kChunkBytesMax));
+    throw std::invalid_argument("chunk_bytes=" + std::to_string(chunk_bytes) + ": must be a multiple of " +
+                                std::to_string(kPageBytes) + " between " + std::to_string(kPackThresholdBytes) +
+                                " and " + std::to_string(kChunkBytesMax));
   }
   Builder builder(chunk_bytes);
   for (std::size_t i = 0; i < tensor_nbytes.size(); ++i) {

@@ -1,7 +1,8 @@
 // Layout: where each tensor's bytes go. Pure arithmetic over sizes; the same sizes always give the same layout.
 //
-// A tensor of kPackThresholdBytes or more starts a chunk of its own and is cut every chunk_bytes. Smaller ones are packed, 64-byte aligned,
-// in the order given, into shared chunks of at most chunk_bytes. Chunks start at 4 KiB boundaries, in order, without gaps but padding.
+// A tensor of kPackThresholdBytes or more starts a chunk of its own and is cut every chunk_bytes. Smaller ones are
+// packed, 64-byte aligned, in the order given, into shared chunks of at most chunk_bytes. Chunks start at 4 KiB
+// boundaries, in order, without gaps but padding.
 #pragma once
 
 #include <cstdint>
@@ -19,13 +20,13 @@ struct TensorPlace {
 // One piece of a tensor inside a chunk.
 struct Piece {
   std::uint32_t tensor = 0;
-  std::uint32_t at = 0;         // where it starts in the chunk
-  std::uint64_t begin = 0;      // bytes [begin, end) of the tensor's row-major string
+  std::uint32_t at = 0;     // where it starts in the chunk
+  std::uint64_t begin = 0;  // bytes [begin, end) of the tensor's row-major string
   std::uint64_t end = 0;
 };
 
 struct ChunkPlan {
-  std::uint64_t offset = 0;     // in the data file, when chunks are stored raw
+  std::uint64_t offset = 0;  // in the data file, when chunks are stored raw
   std::uint32_t raw_bytes = 0;
   std::uint32_t first_piece = 0;
   std::uint32_t piece_count = 0;

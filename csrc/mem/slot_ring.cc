@@ -9,7 +9,9 @@
 namespace snapstone::mem {
 
 Slot::Slot(Slot&& other) noexcept
-    : ring_(std::exchange(other.ring_, nullptr)), data_(std::exchange(other.data_, nullptr)), segment_(other.segment_) {}
+    : ring_(std::exchange(other.ring_, nullptr)),
+      data_(std::exchange(other.data_, nullptr)),
+      segment_(other.segment_) {}
 
 Slot& Slot::operator=(Slot&& other) noexcept {
   if (this != &other) {

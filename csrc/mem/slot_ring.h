@@ -1,8 +1,8 @@
-// SlotRing: the process's staging memory, fixed-size page-aligned slots in segments that are allocated once and reused by every save and
-// load.
+// SlotRing: the process's staging memory, fixed-size page-aligned slots in segments that are allocated once and reused
+// by every save and load.
 //
-// Ownership: a slot belongs to exactly one of free list, stage (lane), kernel. Slot is move-only; dropping it frees the slot.
-// Threads:   try_acquire(), acquire() and release from any thread; reserve() from any thread, serialised inside.
+// Ownership: a slot belongs to exactly one of free list, stage (lane), kernel. Slot is move-only; dropping it frees the
+// slot. Threads:   try_acquire(), acquire() and release from any thread; reserve() from any thread, serialised inside.
 // Limits:    slot_count() * slot_bytes(); grows only in reserve(), by whole segments, never on the step path.
 // Failure:   reserve() throws OsError (ENOMEM) and leaves the ring as it was; everything else is noexcept.
 #pragma once

@@ -1,13 +1,25 @@
 // The one way csrc/os/ enters the kernel: fault seam, then the call, then again on EINTR.
 //
-// Seam names (base/fault_hook.h) and the functions that pass them:
-//     open       openat with any flags (files, directories, O_TMPFILE)      fcntl      O_DIRECT on, O_NONBLOCK off
-//     after open opendir    fdopendir of a listing     readdir    readdir               stat       fstatat, statx of
-//     one name fstat      fstat, statx of an open descriptor                          statfs     fstatfs mkdir mkdirat
-//     unlink     unlinkat of a file     rmdir      unlinkat of a directory rename     renameat renameat2  renameat2,
-//     any flag    link       linkat fallocate, ftruncate, fsync, pwrite, pread, flock, mmap, madvise: the call of that
-//     name close      UniqueFd::close only; destructors ignore errors, so failing them would prove nothing
 // Reads of /proc (boot id, memory, limits) stay outside the seam: they answer "unknown" and never fail a caller.
+// Seam names (base/fault_hook.h) and what passes them; fallocate, ftruncate, fsync, pwrite, pread, flock, mmap and
+// madvise are the calls of those names.
+//
+// clang-format off
+//     open        openat with any flags: files, directories, O_TMPFILE
+//     fcntl       after open: O_NONBLOCK off, O_DIRECT on
+//     opendir     fdopendir of a listing
+//     readdir     readdir
+//     stat        fstatat of one name
+//     fstat       fstat and statx of an open descriptor
+//     statfs      fstatfs
+//     mkdir       mkdirat
+//     unlink      unlinkat of a file
+//     rmdir       unlinkat of a directory
+//     rename      renameat
+//     renameat2   renameat2 with any flag
+//     link        linkat
+//     close       UniqueFd::close only; destructors ignore errors, so failing them would prove nothing
+// clang-format on
 #pragma once
 
 #include <cerrno>

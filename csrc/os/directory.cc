@@ -221,7 +221,7 @@ std::vector<Entry> list_directory(const Directory& directory) {
 
 std::optional<Entry> stat_at(const Directory& parent, const std::string& name) {
   const std::string path = component_path("stat", parent.path, name);
-  struct stat facts {};
+  struct stat facts{};
   if (call("stat", path, [&] { return ::fstatat(parent.fd.get(), name.c_str(), &facts, AT_SYMLINK_NOFOLLOW); }) == 0) {
     return to_entry(name, facts);
   }

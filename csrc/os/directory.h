@@ -15,30 +15,31 @@ struct Directory {
   std::string path;
 };
 
-Directory open_directory(const std::string& path);                                   // O_DIRECTORY; follows links: the user's own path
-Directory open_directory_at(const Directory& parent, const std::string& name);       // O_DIRECTORY|O_NOFOLLOW
-void make_directory_at(const Directory& parent, const std::string& name);            // mkdirat 0700; EEXIST throws
-void sync_directory(const Directory& directory);                                     // fsync
-void rename_at(const Directory& parent, const std::string& from, const std::string& to);             // renameat: replaces
-// RENAME_NOREPLACE where the file system has it. Elsewhere plain rename, which cannot replace a non-empty directory. EEXIST or ENOTEMPTY
-// (reported as EEXIST) when `to` is there.
+Directory open_directory(const std::string& path);  // O_DIRECTORY; follows links: the user's own path
+Directory open_directory_at(const Directory& parent, const std::string& name);            // O_DIRECTORY|O_NOFOLLOW
+void make_directory_at(const Directory& parent, const std::string& name);                 // mkdirat 0700; EEXIST throws
+void sync_directory(const Directory& directory);                                          // fsync
+void rename_at(const Directory& parent, const std::string& from, const std::string& to);  // renameat: replaces
+// RENAME_NOREPLACE where the file system has it. Elsewhere plain rename, which cannot replace a non-empty directory.
+// EEXIST or ENOTEMPTY (reported as EEXIST) when `to` is there.
 void rename_noreplace(const Directory& parent, const std::string& from, const std::string& to);
-void rename_exchange(const Directory& parent, const std::string& a, const std::string& b);           // RENAME_EXCHANGE; EINVAL where absent
+void rename_exchange(const Directory& parent, const std::string& a,
+                     const std::string& b);  // RENAME_EXCHANGE; EINVAL where absent
 void unlink_at(const Directory& parent, const std::string& name);
 void link_at(const Directory& from_parent, const std::string& from, const Directory& to_parent, const std::string& to);
 
 struct Entry {
   std::string name;
-  bool is_directory;      // by lstat: false for a symbolic link to one
+  bool is_directory;  // by lstat: false for a symbolic link to one
   bool is_regular;
   std::uint32_t owner_uid;
   std::uint64_t device;
   std::uint64_t inode;
   std::uint64_t nbytes;
-  std::int64_t modified_ns;   // CLOCK_REALTIME of the file server
+  std::int64_t modified_ns;  // CLOCK_REALTIME of the file server
 };
-std::vector<Entry> list_directory(const Directory& directory);                       // without "." and ".."; sorted by name
-std::optional<Entry> stat_at(const Directory& parent, const std::string& name);      // lstat; nullopt if absent
+std::vector<Entry> list_directory(const Directory& directory);                   // without "." and ".."; sorted by name
+std::optional<Entry> stat_at(const Directory& parent, const std::string& name);  // lstat; nullopt if absent
 
 // Removes a directory tree by descriptors (openat O_NOFOLLOW, unlinkat): never leaves the tree, never follows a link.
 void remove_tree_at(const Directory& parent, const std::string& name);

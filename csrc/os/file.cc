@@ -30,7 +30,7 @@ File open_file(int directory_fd, const std::string& directory_path, const std::s
 }
 
 struct stat stat_file(const File& file) {
-  struct stat facts {};
+  struct stat facts{};
   if (call("fstat", file.path, [&] { return ::fstat(file.fd.get(), &facts); }) != 0) {
     throw OsError(errno, "fstat", file.path);
   }

@@ -58,11 +58,11 @@ std::string probe_name() {
 }  // namespace
 
 FileSystemFacts file_system_facts(const Directory& directory) {
-  struct statfs facts {};
+  struct statfs facts{};
   if (call("statfs", directory.path, [&] { return ::fstatfs(directory.fd.get(), &facts); }) != 0) {
     throw OsError(errno, "statfs", directory.path);
   }
-  struct stat identity {};
+  struct stat identity{};
   if (call("fstat", directory.path, [&] { return ::fstat(directory.fd.get(), &identity); }) != 0) {
     throw OsError(errno, "fstat", directory.path);
   }
@@ -89,13 +89,13 @@ FileSystemFacts file_system_facts(const Directory& directory) {
 std::uint64_t direct_io_alignment(int fd) {
   const std::string path = "descriptor " + std::to_string(fd);
 #ifdef STATX_DIOALIGN
-  struct statx extended {};
+  struct statx extended{};
   if (call("fstat", path, [&] { return ::statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &extended); }) == 0 &&
       (extended.stx_mask & STATX_DIOALIGN) != 0 && extended.stx_dio_offset_align != 0) {
     return std::max(extended.stx_dio_mem_align, extended.stx_dio_offset_align);
   }
 #endif
-  struct stat facts {};
+  struct stat facts{};
   if (call("fstat", path, [&] { return ::fstat(fd, &facts); }) != 0) {
     throw OsError(errno, "fstat", path);
   }

@@ -9,10 +9,10 @@
 namespace snapstone::os {
 
 struct FileSystemFacts {
-  std::string name;               // "ext4", "xfs", "tmpfs", ... or "0x..." of statfs f_type
-  bool memory_backed = false;     // tmpfs, ramfs: O_DIRECT has no meaning
-  bool network = false;           // nfs, lustre, fuse, ...: locks and boot ids of other hosts matter
-  std::uint64_t device = 0;       // st_dev, key of the probe cache
+  std::string name;            // "ext4", "xfs", "tmpfs", ... or "0x..." of statfs f_type
+  bool memory_backed = false;  // tmpfs, ramfs: O_DIRECT has no meaning
+  bool network = false;        // nfs, lustre, fuse, ...: locks and boot ids of other hosts matter
+  std::uint64_t device = 0;    // st_dev, key of the probe cache
   std::uint64_t free_bytes = 0;
   std::uint64_t total_bytes = 0;
 };
@@ -21,7 +21,8 @@ FileSystemFacts file_system_facts(const Directory& directory);
 // Alignment that O_DIRECT needs: statx(STATX_DIOALIGN) (Linux 6.1+), else max(4096, st_blksize).
 std::uint64_t direct_io_alignment(int fd);
 
-// An unnamed file (O_TMPFILE) or, where that is refused, a created and already unlinked one: for probes that leave nothing behind.
+// An unnamed file (O_TMPFILE) or, where that is refused, a created and already unlinked one: for probes that leave
+// nothing behind.
 struct ProbeFile {
   UniqueFd fd;
   std::string path;

@@ -144,7 +144,7 @@ MappedMemory::~MappedMemory() {
 }
 
 std::uint64_t memlock_limit_bytes() {
-  struct rlimit limit {};
+  struct rlimit limit{};
   if (may_lock_without_limit() || ::getrlimit(RLIMIT_MEMLOCK, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) {
     return std::numeric_limits<std::uint64_t>::max();
   }

@@ -1,4 +1,5 @@
-// UniqueFd: owns a file descriptor. The destructor closes and ignores errors; close() reports them, and code that wrote data calls it.
+// UniqueFd: owns a file descriptor. The destructor closes and ignores errors; close() reports them, and code that wrote
+// data calls it.
 #pragma once
 
 #include <string>

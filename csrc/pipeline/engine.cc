@@ -89,7 +89,8 @@ Engine& Engine::instance() {
   static std::atomic<Holder*> holder{nullptr};
   Holder* current = holder.load(std::memory_order_acquire);
   if (current != nullptr && current->process_id == os::process_id()) return *current->engine;
-  // Lock-free, since a lock may have been held by another thread at the moment of a fork. A loser of the race leaks an idle engine.
+  // Lock-free, since a lock may have been held by another thread at the moment of a fork. A loser of the race leaks an
+  // idle engine.
   auto* fresh = new Holder{os::process_id(), new Engine()};
   if (holder.compare_exchange_strong(current, fresh)) return *fresh->engine;
   return *holder.load(std::memory_order_acquire)->engine;
@@ -113,7 +114,8 @@ std::shared_ptr<mem::SlotRing> Engine::current_ring() {
 }
 
 void Engine::start(const std::shared_ptr<Job>& job) {
-  // Under the lock all lanes get jobs in the same order: a job never waits on one lane for a later job that waits on another.
+  // Under the lock all lanes get jobs in the same order: a job never waits on one lane for a later job that waits on
+  // another.
   std::lock_guard lock(mutex_);
   job->expect_lanes(lane_count());
   for (auto& lane : lanes_) lane->push(job);

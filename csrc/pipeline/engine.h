@@ -1,10 +1,12 @@
-// Engine: the process's lanes and staging memory. A lane is one long-lived thread with its own I/O engines; jobs run on all lanes, in the order
-// given, and a lane that has nothing left to do in one job goes on to the next.
+// Engine: the process's lanes and staging memory. A lane is one long-lived thread with its own I/O engines; jobs run on
+// all lanes, in the order given, and a lane that has nothing left to do in one job goes on to the next.
 //
-// Ownership: one Engine per process, never destroyed (lanes may be in the kernel at exit); a forked child gets a fresh one, since neither threads
+// Ownership: one Engine per process, never destroyed (lanes may be in the kernel at exit); a forked child gets a fresh
+// one, since neither threads
 //            nor rings nor staging memory survive a fork.
 // Limits:    lane_count lanes, kQueueDepth requests in flight each, one slot ring.
-// Failure:   start() throws OsError(ENOMEM, EAGAIN) if threads or memory cannot be had; a lane whose I/O engine cannot be built fails the job.
+// Failure:   start() throws OsError(ENOMEM, EAGAIN) if threads or memory cannot be had; a lane whose I/O engine cannot
+// be built fails the job.
 #pragma once
 
 #include <condition_variable>
@@ -27,7 +29,8 @@ class Lane {
 
   int number() const noexcept { return number_; }
   void push(std::shared_ptr<Job> job);
-  // On the lane's own thread: the I/O engine of a rung, with the ring's segments registered where the rung has fixed buffers.
+  // On the lane's own thread: the I/O engine of a rung, with the ring's segments registered where the rung has fixed
+  // buffers.
   io::IoEngine& io(io::Rung rung, const std::shared_ptr<mem::SlotRing>& ring);
   // `segment` if this lane's engine has it registered, else -1: what a Request of that rung may name.
   int fixed_segment(io::Rung rung, int segment) const noexcept;
@@ -53,7 +56,8 @@ class Engine {
  public:
   static Engine& instance();
 
-  // A ring whose slots hold `slot_bytes` and which has at least `slots` of them. A larger slot size replaces the ring for later jobs.
+  // A ring whose slots hold `slot_bytes` and which has at least `slots` of them. A larger slot size replaces the ring
+  // for later jobs.
   std::shared_ptr<mem::SlotRing> ring(std::uint64_t slot_bytes, std::uint64_t slots);
   std::shared_ptr<mem::SlotRing> current_ring();
   void start(const std::shared_ptr<Job>& job);

@@ -1,7 +1,7 @@
 // InFlight: the requests one lane has in the kernel, each with the slot it uses.
 //
-// Guarantee: the destructor drains, so a slot is never reused or freed while the kernel may still touch it, whatever was thrown.
-// Limits:    engine.capacity() requests.
+// Guarantee: the destructor drains, so a slot is never reused or freed while the kernel may still touch it, whatever
+// was thrown. Limits:    engine.capacity() requests.
 #pragma once
 
 #include <array>
@@ -18,7 +18,8 @@ namespace snapstone::pipeline {
 
 class InFlight {
  public:
-  InFlight(io::IoEngine& engine, LaneBooks& books, Stage stage) : engine_(engine), books_(books), stage_(stage), entries_(engine.capacity()) {
+  InFlight(io::IoEngine& engine, LaneBooks& books, Stage stage)
+      : engine_(engine), books_(books), stage_(stage), entries_(engine.capacity()) {
     for (std::size_t i = entries_.size(); i-- > 0;) free_.push_back(i);
   }
   ~InFlight() { drain(); }
@@ -52,8 +53,8 @@ class InFlight {
     }
   }
 
-  // Waits for everything and frees the slots; errors of the requests no longer matter. If the engine itself is broken, the slots that the
-  // kernel may still own are leaked: losing memory is better than handing it out twice.
+  // Waits for everything and frees the slots; errors of the requests no longer matter. If the engine itself is broken,
+  // the slots that the kernel may still own are leaked: losing memory is better than handing it out twice.
   void drain() noexcept {
     for (const io::Completion& completion : pending_) take(completion.token);
     pending_.clear();

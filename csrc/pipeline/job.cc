@@ -6,7 +6,7 @@
 namespace snapstone::pipeline {
 
 const char* stage_name(Stage stage) {
-  static constexpr const char* kNames[kStageCount] = {"stage", "digest",  "encode", "write",    "read",
+  static constexpr const char* kNames[kStageCount] = {"stage",  "digest",  "encode", "write",    "read",
                                                       "decode", "scatter", "sync",   "slot_wait"};
   return kNames[static_cast<int>(stage)];
 }

@@ -1,7 +1,9 @@
 // Job: one save or load that the lanes of an Engine work on together.
 //
-// Guarantee: finished() turns true exactly once, after every lane has left the job and nothing of it is in the kernel; success or the first
-//            failure stands then. First failure wins: it stops submission, each lane drains what it has in flight and leaves.
+// Guarantee: finished() turns true exactly once, after every lane has left the job and nothing of it is in the kernel;
+// success or the first
+//            failure stands then. First failure wins: it stops submission, each lane drains what it has in flight and
+//            leaves.
 // Ownership: lanes hold the job by shared_ptr; buffers, files and sources named by the job must outlive finished().
 // Threads:   run_lane() on the lanes; the rest from any thread.
 #pragma once
@@ -75,9 +77,9 @@ class Job {
   void run_lane(Lane& lane) noexcept;
 
  protected:
-  virtual void work(Lane& lane, LaneBooks& books) = 0;   // may throw after draining its own in-flight requests
-  virtual void finish() {}                               // on the last lane to leave, if nothing failed; may throw
-  virtual void abandon() noexcept {}                     // on the last lane to leave, if something failed
+  virtual void work(Lane& lane, LaneBooks& books) = 0;  // may throw after draining its own in-flight requests
+  virtual void finish() {}                              // on the last lane to leave, if nothing failed; may throw
+  virtual void abandon() noexcept {}                    // on the last lane to leave, if something failed
   void fail(std::exception_ptr error) noexcept;
   bool stopped() const noexcept { return stopped_.load(std::memory_order_acquire); }
   void progress(std::uint64_t nbytes) noexcept { bytes_done_.fetch_add(nbytes, std::memory_order_relaxed); }

@@ -31,7 +31,11 @@ std::vector<Problem> LoadJob::problems() const {
 class LoadJob::LaneRun {
  public:
   LaneRun(LoadJob& job, Lane& lane, LaneBooks& books)
-      : job_(job), lane_(lane), books_(books), engine_(lane.io(job.options_.rung, job.ring_)), in_flight_(engine_, books, Stage::kRead) {}
+      : job_(job),
+        lane_(lane),
+        books_(books),
+        engine_(lane.io(job.options_.rung, job.ring_)),
+        in_flight_(engine_, books, Stage::kRead) {}
 
   ~LaneRun() {
     in_flight_.drain();
@@ -69,7 +73,8 @@ class LoadJob::LaneRun {
     const format::ChunkRecord& record = job_.plan_.record(chunk);
     const auto nbytes = static_cast<std::uint32_t>(round_up(record.stored_bytes, kPageBytes));
     const int segment = lane_.fixed_segment(job_.options_.rung, spare_.segment());
-    const io::Request request{false, &job_.files_[job_.plan_.file(chunk)], spare_.data(), record.offset, nbytes, segment, 0};
+    const io::Request request{
+        false, &job_.files_[job_.plan_.file(chunk)], spare_.data(), record.offset, nbytes, segment, 0};
     in_flight_.submit(request, index, std::move(spare_));
     return true;
   }
@@ -114,7 +119,8 @@ void LoadJob::take_in(std::uint64_t index, const std::uint8_t* slot, Lane& lane,
   if (chunk.target_count > 0) books.add(Stage::kScatter, begin, now_ns(), raw.size());
 }
 
-std::span<const std::uint8_t> LoadJob::decode(const ReadChunk& chunk, const std::uint8_t* slot, Lane& lane, LaneBooks& books) {
+std::span<const std::uint8_t> LoadJob::decode(const ReadChunk& chunk, const std::uint8_t* slot, Lane& lane,
+                                              LaneBooks& books) {
   const format::ChunkRecord& record = plan_.record(chunk);
   const auto codec = static_cast<codec::Codec>(record.codec);
   if (codec == codec::Codec::kNone) return {slot, record.raw_bytes};
@@ -151,21 +157,23 @@ void LoadJob::scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw) {
     if (target.contiguous != nullptr) {
       std::memcpy(target.contiguous, raw + target.at, target.shard_end - target.shard_begin);
     } else {
-      scatter(raw + target.at, static_cast<std::int64_t>(target.shard_begin), static_cast<std::int64_t>(target.shard_end),
-              plan_.box(target.box));
+      scatter(raw + target.at, static_cast<std::int64_t>(target.shard_begin),
+              static_cast<std::int64_t>(target.shard_end), plan_.box(target.box));
     }
   }
 }
 
-CorruptError LoadJob::corrupt(const ReadChunk& chunk, const std::string& reason, std::string expected, std::string actual) const {
-  return CorruptError(reason, files_[plan_.file(chunk)].path, static_cast<std::int64_t>(chunk.chunk), std::move(expected),
-                      std::move(actual));
+CorruptError LoadJob::corrupt(const ReadChunk& chunk, const std::string& reason, std::string expected,
+                              std::string actual) const {
+  return CorruptError(reason, files_[plan_.file(chunk)].path, static_cast<std::int64_t>(chunk.chunk),
+                      std::move(expected), std::move(actual));
 }
 
 void LoadJob::note(const ReadChunk& chunk, const CorruptError& error) {
   std::lock_guard lock(mutex_);
   if (problems_.size() < kProblemsMax) {
-    problems_.push_back({chunk.table, chunk.chunk, plan_.file(chunk), error.reason(), error.expected(), error.actual()});
+    problems_.push_back(
+        {chunk.table, chunk.chunk, plan_.file(chunk), error.reason(), error.expected(), error.actual()});
   }
 }
 

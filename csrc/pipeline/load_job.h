@@ -1,10 +1,12 @@
 // LoadJob: data files -> slots -> digest check -> codec -> tensor memory. With no targets it is a scrub of every chunk.
 //
-// Guarantee: a byte reaches its target only from a chunk whose digest matched (unless verification is off). finished() without an error means
+// Guarantee: a byte reaches its target only from a chunk whose digest matched (unless verification is off). finished()
+// without an error means
 //            every target is filled.
 // Ownership: target memory belongs to the caller and must stay mapped until finished().
 // Limits:    at most kQueueDepth chunks per lane in memory, whatever the checkpoint's size.
-// Failure:   the first failure ends the job: OsError, or CorruptError naming file and chunk. With collect_problems every wrong chunk is noted
+// Failure:   the first failure ends the job: OsError, or CorruptError naming file and chunk. With collect_problems
+// every wrong chunk is noted
 //            (problems(), at most kProblemsMax) and the job goes on.
 #pragma once
 
@@ -25,7 +27,7 @@ namespace snapstone::pipeline {
 struct LoadOptions {
   io::Rung rung = io::Rung::kBuffered;
   bool verify = true;
-  bool check_padding = false;     // bytes between chunks must be zero
+  bool check_padding = false;  // bytes between chunks must be zero
   bool collect_problems = false;
   bool trace = false;
 };
@@ -60,7 +62,8 @@ class LoadJob : public Job {
   void check_digest(const ReadChunk& chunk, std::span<const std::uint8_t> raw, LaneBooks& books);
   void check_padding(const ReadChunk& chunk, const std::uint8_t* slot) const;
   void scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw);
-  CorruptError corrupt(const ReadChunk& chunk, const std::string& reason, std::string expected = {}, std::string actual = {}) const;
+  CorruptError corrupt(const ReadChunk& chunk, const std::string& reason, std::string expected = {},
+                       std::string actual = {}) const;
   void note(const ReadChunk& chunk, const CorruptError& error);
 
   const LoadPlan plan_;

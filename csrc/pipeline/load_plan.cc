@@ -13,7 +13,8 @@ template <typename Visit>
 void LoadPlan::for_each_piece(const StoredShard& shard, Visit visit) {
   const ChunkTable& table = tables_.at(shard.table);
   if (shard.first_chunk > table.records.size() || shard.chunk_count > table.records.size() - shard.first_chunk) {
-    throw CorruptError("tensor names chunks that are not in the table", table.path, static_cast<std::int64_t>(shard.first_chunk));
+    throw CorruptError("tensor names chunks that are not in the table", table.path,
+                       static_cast<std::int64_t>(shard.first_chunk));
   }
   std::uint64_t done = 0;
   for (std::uint64_t chunk = shard.first_chunk; chunk < shard.first_chunk + shard.chunk_count; ++chunk) {
@@ -60,9 +61,11 @@ void LoadPlan::finish() {
   const auto place = [this](const Wanted& wanted) {
     return std::make_tuple(file(wanted.chunk), record(wanted.chunk).offset, wanted.chunk.table, wanted.chunk.chunk);
   };
-  std::stable_sort(wanted_.begin(), wanted_.end(), [&](const Wanted& a, const Wanted& b) { return place(a) < place(b); });
+  std::stable_sort(wanted_.begin(), wanted_.end(),
+                   [&](const Wanted& a, const Wanted& b) { return place(a) < place(b); });
   for (Wanted& wanted : wanted_) {
-    const bool same = !chunks_.empty() && chunks_.back().table == wanted.chunk.table && chunks_.back().chunk == wanted.chunk.chunk;
+    const bool same =
+        !chunks_.empty() && chunks_.back().table == wanted.chunk.table && chunks_.back().chunk == wanted.chunk.chunk;
     if (!same) {
       const format::ChunkRecord& stored = record(wanted.chunk);
       stored_bytes_max_ = std::max<std::uint64_t>(stored_bytes_max_, stored.stored_bytes);

@@ -1,7 +1,8 @@
 // LoadPlan: which chunks a load reads, each once, and where their bytes go.
 //
-// Built from items: stored shards and the memory that wants them. Pure arithmetic over chunk tables that check_chunk_table() accepted; an item that
-// does not fit its chunks is a CorruptError, so nothing is read or written outside the buffers given.
+// Built from items: stored shards and the memory that wants them. Pure arithmetic over chunk tables that
+// check_chunk_table() accepted; an item that does not fit its chunks is a CorruptError, so nothing is read or written
+// outside the buffers given.
 #pragma once
 
 #include <cstdint>

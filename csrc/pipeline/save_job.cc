@@ -19,8 +19,8 @@ constexpr std::chrono::milliseconds kSlotPoll{20};
 
 }  // namespace
 
-SaveJob::SaveJob(std::shared_ptr<const format::Layout> layout, SaveSources sources, os::File file, std::shared_ptr<mem::SlotRing> ring,
-                 SaveOptions options)
+SaveJob::SaveJob(std::shared_ptr<const format::Layout> layout, SaveSources sources, os::File file,
+                 std::shared_ptr<mem::SlotRing> ring, SaveOptions options)
     : Job(options.trace),
       layout_(std::move(layout)),
       sources_(std::move(sources)),
@@ -42,7 +42,11 @@ bool SaveJob::wait_staged(std::chrono::milliseconds timeout) {
 class SaveJob::LaneRun {
  public:
   LaneRun(SaveJob& job, Lane& lane, LaneBooks& books)
-      : job_(job), lane_(lane), books_(books), engine_(lane.io(job.options_.rung, job.ring_)), in_flight_(engine_, books, Stage::kWrite) {}
+      : job_(job),
+        lane_(lane),
+        books_(books),
+        engine_(lane.io(job.options_.rung, job.ring_)),
+        in_flight_(engine_, books, Stage::kWrite) {}
 
   void run() {
     while (!job_.stopped()) {
@@ -78,7 +82,8 @@ class SaveJob::LaneRun {
     }
     job_.stage(chunk, spare_.data(), books_);
     staged_.emplace_back(chunk, std::move(spare_));
-    if (!job_.options_.compress) write_oldest();  // raw chunks cost nothing more: keep the device busy while staging goes on
+    if (!job_.options_.compress)
+      write_oldest();  // raw chunks cost nothing more: keep the device busy while staging goes on
     return true;
   }
 
@@ -161,8 +166,8 @@ void SaveJob::gather_pieces(const format::ChunkPlan& chunk, std::uint8_t* slot) 
     if (source != nullptr) {
       std::memcpy(slot + piece.at, source + piece.begin, piece.end - piece.begin);
     } else {
-      gather(sources_.strided.at(piece.tensor), static_cast<std::int64_t>(piece.begin), static_cast<std::int64_t>(piece.end),
-             slot + piece.at);
+      gather(sources_.strided.at(piece.tensor), static_cast<std::int64_t>(piece.begin),
+             static_cast<std::int64_t>(piece.end), slot + piece.at);
     }
     filled = piece.at + (piece.end - piece.begin);
   }
@@ -173,7 +178,8 @@ std::uint32_t SaveJob::encode(std::uint64_t index, std::uint8_t* slot, Lane& lan
   format::ChunkRecord& record = table_[index];
   const std::int64_t begin = now_ns();
   // Packed chunks mix item sizes, so they get no byte planes.
-  const unsigned item_bytes = chunk.piece_count == 1 ? options_.item_bytes[layout_->pieces[chunk.first_piece].tensor] : 1;
+  const unsigned item_bytes =
+      chunk.piece_count == 1 ? options_.item_bytes[layout_->pieces[chunk.first_piece].tensor] : 1;
   const codec::Codec codec = codec::zstd_codec_for_item_bytes(item_bytes);
   std::uint8_t* target = lane.scratch(layout_->chunk_bytes);
   const auto stored = codec::compress({slot, chunk.raw_bytes}, codec, options_.zstd_level, target);

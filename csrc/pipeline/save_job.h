@@ -1,10 +1,12 @@
 // SaveJob: tensors in memory -> slots -> digest -> codec -> one data file, fsynced and closed.
 //
-// Guarantee: staged() means every source byte is in a slot (or further on) and its digest taken: the sources may change. finished() without
+// Guarantee: staged() means every source byte is in a slot (or further on) and its digest taken: the sources may
+// change. finished() without
 //            an error means the data file is written, fsynced and closed, and chunk_table() describes it.
-// Ownership: source memory belongs to the caller and must stay mapped until staged() or finished(), whichever comes first.
-// Limits:    at most ring->slot_count() chunks in memory. Stored chunks go to the file in chunk order, so the same state gives the same file.
-// Failure:   OsError of the first failing call; the file is closed and left for the staging directory's owner to discard.
+// Ownership: source memory belongs to the caller and must stay mapped until staged() or finished(), whichever comes
+// first. Limits:    at most ring->slot_count() chunks in memory. Stored chunks go to the file in chunk order, so the
+// same state gives the same file. Failure:   OsError of the first failing call; the file is closed and left for the
+// staging directory's owner to discard.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +27,7 @@ namespace snapstone::pipeline {
 
 // Memory of the tensors of a Layout, in its order.
 struct SaveSources {
-  std::vector<const std::uint8_t*> contiguous;               // row-major memory, or nullptr where `strided` has the tensor
+  std::vector<const std::uint8_t*> contiguous;  // row-major memory, or nullptr where `strided` has the tensor
   std::unordered_map<std::uint32_t, StridedView> strided;
 };
 
@@ -39,10 +41,11 @@ struct SaveOptions {
 
 class SaveJob : public Job {
  public:
-  SaveJob(std::shared_ptr<const format::Layout> layout, SaveSources sources, os::File file, std::shared_ptr<mem::SlotRing> ring,
-          SaveOptions options);
+  SaveJob(std::shared_ptr<const format::Layout> layout, SaveSources sources, os::File file,
+          std::shared_ptr<mem::SlotRing> ring, SaveOptions options);
 
-  bool wait_staged(std::chrono::milliseconds timeout);  // true also when the job ended before all was staged: then finished() says why
+  bool wait_staged(std::chrono::milliseconds
+                       timeout);  // true also when the job ended before all was staged: then finished() says why
   bool staged() const noexcept { return chunks_staged_.load(std::memory_order_acquire) == layout_->chunks.size(); }
   const std::vector<format::ChunkRecord>& chunk_table() const { return table_; }  // after finished()
   std::uint64_t file_bytes() const noexcept { return file_bytes_; }               // after finished()

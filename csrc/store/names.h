@@ -1,4 +1,5 @@
-// Names inside a run directory and inside a checkpoint. Anything that is not one of ours is never opened for writing, renamed or removed.
+// Names inside a run directory and inside a checkpoint. Anything that is not one of ours is never opened for writing,
+// renamed or removed.
 #pragma once
 
 #include <string>
@@ -10,7 +11,7 @@ inline constexpr const char* kManifestName = "MANIFEST.json";
 inline constexpr const char* kManifestDigestName = "MANIFEST.xxh128";
 inline constexpr const char* kOwnerName = "OWNER";  // only inside a staging directory; removed before the commit
 
-bool is_save_id(std::string_view text);          // 32 lower-case hex digits
+bool is_save_id(std::string_view text);  // 32 lower-case hex digits
 std::string staging_name(std::string_view save_id);
 std::string trash_name(std::string_view save_id);
 bool is_staging_name(std::string_view name);

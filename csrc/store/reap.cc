@@ -17,7 +17,8 @@ constexpr std::int64_t kOwnerlessAgeNs = 600'000'000'000;
 constexpr std::uint64_t kOwnerBytesMax = 1 << 20;
 
 std::int64_t realtime_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::system_clock::now().time_since_epoch())
+      .count();
 }
 
 enum class Owners { kThisBoot, kOthers, kUnknown };
@@ -26,9 +27,11 @@ Owners owners_of(const os::Directory& staging) {
   try {
     const auto bytes = os::read_file(staging.fd.get(), staging.path, kOwnerName, kOwnerBytesMax);
     const std::string mine = os::boot_id() + "\n";
-    if (bytes.empty() || mine.size() == 1 || bytes.size() % mine.size() != 0) return bytes.empty() ? Owners::kUnknown : Owners::kOthers;
+    if (bytes.empty() || mine.size() == 1 || bytes.size() % mine.size() != 0)
+      return bytes.empty() ? Owners::kUnknown : Owners::kOthers;
     for (std::size_t at = 0; at < bytes.size(); at += mine.size()) {
-      if (!std::equal(mine.begin(), mine.end(), bytes.begin() + static_cast<std::ptrdiff_t>(at))) return Owners::kOthers;
+      if (!std::equal(mine.begin(), mine.end(), bytes.begin() + static_cast<std::ptrdiff_t>(at)))
+        return Owners::kOthers;
     }
     return Owners::kThisBoot;
   } catch (const std::exception&) {
@@ -58,7 +61,8 @@ std::vector<std::string> reap(const std::string& parent_path) {
   const os::FileSystemFacts facts = os::file_system_facts(parent);
   for (const os::Entry& entry : os::list_directory(parent)) {
     const bool staging = is_staging_name(entry.name);
-    if (!entry.is_directory || entry.owner_uid != os::effective_uid() || !(staging || is_trash_name(entry.name))) continue;
+    if (!entry.is_directory || entry.owner_uid != os::effective_uid() || !(staging || is_trash_name(entry.name)))
+      continue;
     try {
       if (staging && !provably_dead(parent, entry, facts)) continue;
       os::remove_tree_at(parent, entry.name);

@@ -1,16 +1,24 @@
 // The commit protocol, on every rank and on the leading rank (rank 0). What a crash leaves is said after each step.
 //
-//   1. lead: mkdir `.staging-<save_id>` (0700), flock it shared, write OWNER.              leaves: staging, reaped later
-//   2. all:  create data and index files O_EXCL|O_NOFOLLOW, write, fsync each once, close. leaves: staging, reaped later
-//   3. all:  fsync the staging directory: the entries of step 2 are durable.               leaves: staging, reaped later
-//   4. all:  vote; any error or silence ends the save here and the lead discards.          leaves: staging, reaped later
-//   5. lead: write MANIFEST.json and MANIFEST.xxh128, fsync each; unlink OWNER.            leaves: staging, reaped later
-//   6. lead: fsync the staging directory.                                                  leaves: staging, reaped later
-//   7. lead: rename to the final name. THE COMMIT POINT.                                   leaves: old state or the committed one
-//            absent target: renameat2(RENAME_NOREPLACE). overwrite: renameat2(RENAME_EXCHANGE), so the old checkpoint takes the staging name
-//            and either name order is a complete checkpoint.
+//   1. lead: mkdir `.staging-<save_id>` (0700), flock it shared, write OWNER.              leaves: staging, reaped
+//   later
+//   2. all:  create data and index files O_EXCL|O_NOFOLLOW, write, fsync each once, close. leaves: staging, reaped
+//   later
+//   3. all:  fsync the staging directory: the entries of step 2 are durable.               leaves: staging, reaped
+//   later
+//   4. all:  vote; any error or silence ends the save here and the lead discards.          leaves: staging, reaped
+//   later
+//   5. lead: write MANIFEST.json and MANIFEST.xxh128, fsync each; unlink OWNER.            leaves: staging, reaped
+//   later
+//   6. lead: fsync the staging directory.                                                  leaves: staging, reaped
+//   later
+//   7. lead: rename to the final name. THE COMMIT POINT.                                   leaves: old state or the
+//   committed one
+//            absent target: renameat2(RENAME_NOREPLACE). overwrite: renameat2(RENAME_EXCHANGE), so the old checkpoint
+//            takes the staging name and either name order is a complete checkpoint.
 //   8. lead: fsync the parent directory: the commit is durable; only now is success reported.
-//   9. lead, overwrite: rename the old checkpoint to `.trash-<save_id>`, remove it.        leaves: staging or trash, reaped later
+//   9. lead, overwrite: rename the old checkpoint to `.trash-<save_id>`, remove it.        leaves: staging or trash,
+//   reaped later
 #include "store/staging.h"
 
 #include <cerrno>
@@ -31,12 +39,14 @@ std::span<const std::uint8_t> as_bytes(const std::string& text) {
 Staging::Staging(os::Directory parent, os::Directory directory, std::string save_id)
     : parent_(std::move(parent)), directory_(std::move(directory)), save_id_(std::move(save_id)) {}
 
-Staging Staging::create(const std::string& parent_path, const std::string& save_id, const std::vector<std::string>& boot_ids) {
+Staging Staging::create(const std::string& parent_path, const std::string& save_id,
+                        const std::vector<std::string>& boot_ids) {
   os::Directory parent = os::open_directory(parent_path);
   const std::string name = staging_name(save_id);
   os::make_directory_at(parent, name);
   os::Directory directory = os::open_directory_at(parent, name);
-  os::try_lock_shared(directory);  // fails only where locks do not exist; reap() then cannot take the exclusive one either
+  os::try_lock_shared(
+      directory);  // fails only where locks do not exist; reap() then cannot take the exclusive one either
   std::string owners;
   for (const std::string& boot_id : boot_ids) owners += boot_id + "\n";
   os::write_file_durably(directory.fd.get(), directory.path, kOwnerName, as_bytes(owners));
@@ -60,8 +70,8 @@ void Staging::write_file(const std::string& name, std::span<const std::uint8_t> 
 
 void Staging::sync() const { os::sync_directory(directory_); }
 
-void Staging::commit(std::span<const std::uint8_t> manifest, std::span<const std::uint8_t> manifest_digest, const std::string& final_name,
-                     bool overwrite) {
+void Staging::commit(std::span<const std::uint8_t> manifest, std::span<const std::uint8_t> manifest_digest,
+                     const std::string& final_name, bool overwrite) {
   write_file(kManifestName, manifest);
   write_file(kManifestDigestName, manifest_digest);
   os::unlink_at(directory_, kOwnerName);

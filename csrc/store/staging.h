@@ -1,7 +1,9 @@
 // Staging: one save's directory, from creation to the commit point.
 //
-// Guarantee: until commit() returns, no reader sees anything of this save; when it returns, the checkpoint is complete and durable under its
-//            final name. A crash at any moment leaves the previous state or the committed one, and a `.staging-` or `.trash-` directory at most.
+// Guarantee: until commit() returns, no reader sees anything of this save; when it returns, the checkpoint is complete
+// and durable under its
+//            final name. A crash at any moment leaves the previous state or the committed one, and a `.staging-` or
+//            `.trash-` directory at most.
 // Ownership: holds the directory open with a shared flock, which tells reap() that the save is alive.
 // Threads:   create_file() and write_file() from any thread; the rest from one at a time.
 // Failure:   OsError. discard() is best effort and noexcept.
@@ -20,7 +22,8 @@ namespace snapstone::store {
 class Staging {
  public:
   // The writer that leads: makes the directory and records the boots of all hosts that write into it (see reap.h).
-  static Staging create(const std::string& parent_path, const std::string& save_id, const std::vector<std::string>& boot_ids);
+  static Staging create(const std::string& parent_path, const std::string& save_id,
+                        const std::vector<std::string>& boot_ids);
   // Every other writer. OsError(ENOENT) while a network file system does not show the directory yet: call again.
   static Staging join(const std::string& parent_path, const std::string& save_id);
 
@@ -29,13 +32,14 @@ class Staging {
   const os::Directory& directory() const noexcept { return directory_; }
 
   os::File create_file(const std::string& name, bool direct) const;
-  void write_file(const std::string& name, std::span<const std::uint8_t> bytes) const;  // durable but for the directory entry
+  void write_file(const std::string& name,
+                  std::span<const std::uint8_t> bytes) const;  // durable but for the directory entry
   void sync() const;
 
-  // Steps 5 to 8 of the protocol in staging.cc. `final_name` is a component of the parent directory. OsError(EEXIST) if it exists and
-  // `overwrite` is false, or if what exists is not a checkpoint.
-  void commit(std::span<const std::uint8_t> manifest, std::span<const std::uint8_t> manifest_digest, const std::string& final_name,
-              bool overwrite);
+  // Steps 5 to 8 of the protocol in staging.cc. `final_name` is a component of the parent directory. OsError(EEXIST) if
+  // it exists and `overwrite` is false, or if what exists is not a checkpoint.
+  void commit(std::span<const std::uint8_t> manifest, std::span<const std::uint8_t> manifest_digest,
+              const std::string& final_name, bool overwrite);
   void discard() noexcept;
 
  private:

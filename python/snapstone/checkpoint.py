@@ -24,7 +24,8 @@ class Checkpoint:
     """A committed checkpoint. Tensors and values are read, and verified, when asked for.
 
     Attributes:
-        path: the directory. step, metadata, metrics (`metadata["metrics"]`), format_version, save_id, world_size: from the manifest.
+        path: the directory. step, metadata, metrics (`metadata["metrics"]`), format_version, save_id, world_size:
+            from the manifest.
         nbytes: bytes of all tensors. own_nbytes: bytes of the data files in this directory.
         stats: what the save or load that returned this object did.
         missing_keys, unexpected_keys: of a load with strict=False.
@@ -50,7 +51,8 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
-        """Opens the checkpoint at `path`; its manifest and indexes are read and checked now, tensors on demand, onto `device`.
+        """Opens the checkpoint at `path`; its manifest and indexes are read and checked now, tensors on demand, onto
+        `device`.
 
         Raises:
             CheckpointNotFoundError, IncompleteCheckpointError, CorruptCheckpointError, IncompatibleCheckpointError.
@@ -136,7 +138,11 @@ class Checkpoint:
         targets = []
         for name in names:
             item = self.describe(name)
-            place = (item.dtype, item.shape, tuple((shard.table, shard.stored.place) for shard in self.reader.shards[name]))
+            place = (
+                item.dtype,
+                item.shape,
+                tuple((shard.table, shard.stored.place) for shard in self.reader.shards[name]),
+            )
             if place in shared and item.nbytes:
                 loaded[name] = shared[place]
                 continue
@@ -148,7 +154,9 @@ class Checkpoint:
         return {name: tensor.to(self.device) for name, tensor in loaded.items()}
 
     def objects(self, rank: int = 0) -> Mapping[str, Any]:
-        """The Python values by name, as `rank` saved them. Pickled values are refused: `load(..., allow_pickle=True)` reads them."""
+        """The Python values by name, as `rank` saved them. Pickled values are refused: `load(..., allow_pickle=True)`
+        reads them.
+        """
         return {name: values.decode(value, name=name) for name, (_, value) in self.reader.objects(rank).items()}
 
     def state_dict(self, rank: int = 0) -> dict[Any, Any]:
@@ -161,7 +169,9 @@ class Checkpoint:
         return state.unflatten(paths, everything)
 
     def diff(self, other: Checkpoint | str | os.PathLike[str], *, values: bool = False) -> difference.Difference:
-        """What is in this checkpoint and not, or not the same, in `other`; with `values` the largest absolute differences."""
+        """What is in this checkpoint and not, or not the same, in `other`; with `values` the largest absolute
+        differences.
+        """
         theirs = other if isinstance(other, Checkpoint) else Checkpoint.open(other)
         return difference.compare(self, theirs, values=values)
 
@@ -173,7 +183,9 @@ class Checkpoint:
 
 
 class TensorSlice:
-    """A tensor not read yet: `shape`, `dtype`, and indexing with integers, slices (step 1 and more), `...` as torch does."""
+    """A tensor not read yet: `shape`, `dtype`, and indexing with integers, slices (step 1 and more), `...` as torch
+    does.
+    """
 
     def __init__(self, checkpoint: Checkpoint, item: TensorItem) -> None:
         self._checkpoint = checkpoint
@@ -193,7 +205,9 @@ class TensorSlice:
 
     def __getitem__(self, key: Any) -> torch.Tensor:
         index = self._normal(key)
-        offsets, sizes, rest = [], [], []
+        offsets: list[int] = []
+        sizes: list[int] = []
+        rest: list[int | slice] = []
         for part, extent in zip(index, self.shape, strict=True):
             if isinstance(part, int):
                 at = part + extent if part < 0 else part
@@ -224,4 +238,3 @@ class TensorSlice:
         fill = [slice(None)] * (len(self.shape) - len(given))
         at = next((position for position, part in enumerate(parts) if part is Ellipsis), len(parts))
         return [*parts[:at], *fill, *parts[at + 1 :]]
-

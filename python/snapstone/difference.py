@@ -93,7 +93,9 @@ def _chunks(checkpoint: Checkpoint, name: str) -> dict[Any, tuple[int, bytes]] |
     for shard in checkpoint.reader.shards[name]:
         place, item = shard.stored.place, shard.stored.item
         one = checkpoint.reader.indexes[shard.table]
-        table = np.frombuffer(one.table, dtype=index.CHUNK_DTYPE)[place.first_chunk : place.first_chunk + place.chunk_count]
+        table = np.frombuffer(one.table, dtype=index.CHUNK_DTYPE)[
+            place.first_chunk : place.first_chunk + place.chunk_count
+        ]
         if int(table["raw_bytes"].sum()) != item.nbytes:
             return None
         for position, record in enumerate(table):

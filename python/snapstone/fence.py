@@ -1,8 +1,8 @@
 """Fences: until when a snapshot must be taken.
 
-`"now"`: before `async_save` returns. `optimizer` (one or several): before its next step. Parameters and optimizer state change only in a step, so
-they may be copied behind the next forward and backward pass; everything else in the state (batch-norm statistics, RNG states, counters) is
-copied at the call.
+`"now"`: before `async_save` returns. `optimizer` (one or several): before its next step. Parameters and optimizer
+state change only in a step, so they may be copied behind the next forward and backward pass; everything else in the
+state (batch-norm statistics, RNG states, counters) is copied at the call.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from concurrent.futures import wait as wait_for_futures
 from typing import Any, Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from . import state, tensors
+from . import _native, state, tensors
 
 __all__ = ["Fence", "OptimizerFence"]
 
 Fence = Literal["now"] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+
+
+_TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter, DTensor)
 
 
 class OptimizerFence:
@@ -54,12 +58,26 @@ class OptimizerFence:
 
         hooks.extend(optimizer.register_step_pre_hook(hold) for optimizer in self._optimizers)
 
-    def snapshot_volatile(self, flattened: state.Flattened) -> None:
-        """Replaces every tensor that a step of these optimizers does not guard by a copy."""
+    def snapshot(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any] | state.Flattened:
+        """What `state_dict` is now: containers and everything that these optimizers do not own are copied.
+
+        A plain nested dict of owned tensors and immutable values comes back as a dict, in time for a step that never
+        waits; a state with anything else in it comes back flattened.
+        """
+        if type(state_dict) is dict:
+            guards: list[Any] = [one.param_groups for one in self._optimizers]
+            guards += [one.state for one in self._optimizers]
+            copied, rest = _native.snapshot(state_dict, guards, _TENSOR_TYPES)
+            if all(type(value) in _TENSOR_TYPES for _, _, value in rest):
+                for container, key, value in rest:
+                    container[key] = value.detach().clone()
+                return copied  # type: ignore[no-any-return]
+        flattened = state.flatten(state_dict)
         guarded = {tensors.storage_key(tensor) for tensor in self._owned()}
         for name, tensor in flattened.tensors.items():
             if tensors.storage_key(tensor) not in guarded:
                 flattened.tensors[name] = tensor.detach().clone()
+        return flattened
 
     def _owned(self) -> Iterator[torch.Tensor]:
         for optimizer in self._optimizers:

@@ -2,8 +2,8 @@
 
     magic "SNAPSIDX" | u64 header length | JSON header | zeros up to a multiple of 64 | chunk table (40 bytes per chunk)
 
-The caller has compared the file's digest with the manifest's before `parse` sees it; `parse` still trusts nothing: every number is
-checked against the file's own size before it is used.
+The caller has compared the file's digest with the manifest's before `parse` sees it; `parse` still trusts nothing:
+every number is checked against the file's own size before it is used.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ import numpy as np
 from . import _native
 from .config import FORMAT_MAJOR, FORMAT_MINOR
 from .errors import CorruptCheckpointError
-from .plan import TensorItem
+from .plan import DIMENSIONS_MAX, TensorItem
 
 __all__ = ["CHUNK_DTYPE", "Index", "Place", "StoredTensor", "encode", "encode_tensors", "parse"]
 
 MAGIC = b"SNAPSIDX"
 ALIGNMENT = 64
-DIMENSIONS_MAX = 64
 CHUNK_DTYPE = np.dtype(
     [
         ("offset", "<u8"),
@@ -153,7 +152,9 @@ def load_json(data: bytes) -> Any:
     """Strict JSON: UTF-8, no duplicate keys, no NaN. Raises ValueError (also for nesting too deep) with the reason."""
     try:
         return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=lambda name: _reject(f"{name} is not JSON")
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=lambda name: _reject(f"{name} is not JSON"),
         )
     except (_Reject, RecursionError) as error:
         raise ValueError(str(error) or "nested too deep") from None
@@ -241,4 +242,6 @@ def _parse_tensor(row: Any, chunk_count: int, dtype_bytes: Mapping[str, int]) ->
         raise _Reject(f"{name!r}: chunks {first}+{count} are not in a table of {chunk_count}")
     if (nbytes == 0) != (count == 0) or nbytes > count * _native.CHUNK_BYTES_MAX:
         raise _Reject(f"{name!r}: {nbytes} bytes cannot be in {count} chunks")
-    return StoredTensor(TensorItem(name, dtype, shape, offsets, sizes, nbytes), row.get("path"), Place(first, count, at))
+    return StoredTensor(
+        TensorItem(name, dtype, shape, offsets, sizes, nbytes), row.get("path"), Place(first, count, at)
+    )

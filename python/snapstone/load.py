@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from . import state, tensors, values
+from . import garbage, state, tensors, values
 from .checkpoint import Checkpoint
 from .collective import Deadline, Group
 from .config import LoadOptions
@@ -41,12 +41,14 @@ def load(
     """Fills the tensors of `state_dict` in place and puts saved Python values into it.
 
     Args:
-        state_dict: the shape of what is wanted: tensors and DTensors of any sharding, nested dicts and lists, Python values (replaced),
-            Stateful objects (their `load_state_dict` is called; optimizers that have not stepped yet get their state built).
+        state_dict: the shape of what is wanted: tensors and DTensors of any sharding, nested dicts and lists,
+            Python values (replaced), Stateful objects (their `load_state_dict` is called; optimizers that have not
+            stepped yet get their state built).
         checkpoint_id: a committed checkpoint.
         process_group: the ranks that load together (default group); every rank of it calls.
         no_dist: load alone even though torch.distributed is initialised.
-        strict: raise unless names agree exactly; False returns them in `missing_keys` and `unexpected_keys` of the result.
+        strict: raise unless names agree exactly; False returns them in `missing_keys` and `unexpected_keys` of the
+            result.
         cast: convert dtypes that differ; otherwise they are an error.
         verify: check every chunk's digest before its bytes reach a tensor.
         strategy: "direct": each rank reads what it needs.
@@ -57,7 +59,8 @@ def load(
     Raises:
         CheckpointNotFoundError, IncompleteCheckpointError: nothing, or nothing committed, is there.
         CorruptCheckpointError: a wrong byte, named by file, tensor, chunk and rank.
-        IncompatibleCheckpointError: missing, unexpected or wrong-shape keys (one error lists them all), other dtypes, a newer format.
+        IncompatibleCheckpointError: missing, unexpected or wrong-shape keys (one error lists them all), other
+            dtypes, a newer format.
         RankFailedError: another rank raised, died or missed the deadline.
         ValueError: a target that cannot be filled.
     """
@@ -81,7 +84,9 @@ def load(
         with trace.span("vote"):
             votes = channel.vote("read", error, json.dumps(save_id).encode(), deadline)
         if len(set(votes)) > 1:
-            raise CorruptCheckpointError("ranks read different checkpoints under one name", path=os.fspath(checkpoint_id))
+            raise CorruptCheckpointError(
+                "ranks read different checkpoints under one name", path=os.fspath(checkpoint_id)
+            )
         operation.finish()
     finally:
         channel.close()
@@ -103,7 +108,7 @@ class _Load:
         self.saved_paths: dict[str, state.LeafPath] = {}
 
     def read(self, path: str, deadline: Deadline, progress: bool | Callable[[int, int], None]) -> Checkpoint:
-        with self.trace.span("plan"):
+        with self.trace.span("plan"), garbage.paused():
             reader = Reader(path)
             objects = reader.objects(self.rank)
             self.saved_paths = {name: decode_path(name, encoded) for name, (encoded, _) in objects.items()}
@@ -153,16 +158,21 @@ class _Load:
             problems += [f"unexpected in the checkpoint: {name}" for name in unexpected]
         for name, tensor in wanted_tensors.items():
             if name in reader.shards and reader.describe(name).shape != tuple(tensor.shape):
-                problems.append(f"{name}: saved with shape {list(reader.describe(name).shape)}, wanted {list(tensor.shape)}")
+                problems.append(
+                    f"{name}: saved with shape {list(reader.describe(name).shape)}, wanted {list(tensor.shape)}"
+                )
         if problems:
             raise IncompatibleCheckpointError(
-                f"{len(problems)} keys do not fit (strict=False accepts missing and unexpected ones):\n  " + "\n  ".join(problems),
+                f"{len(problems)} keys do not fit (strict=False accepts missing and unexpected ones):\n  "
+                + "\n  ".join(problems),
                 path=reader.path,
             )
         return missing, unexpected
 
     def _belongs_to_stateful(self, name: str) -> bool:
-        """Values that a Stateful does not have yet are handed to its load_state_dict, which knows what to do with them."""
+        """Values that a Stateful does not have yet are handed to its load_state_dict, which knows what to do with
+        them.
+        """
         path = self.saved_paths[name]
         return any(path[: len(item.path)] == item.path for item in self.flattened.stateful)
 

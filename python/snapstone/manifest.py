@@ -20,7 +20,17 @@ from .errors import (
 )
 from .index import load_json
 
-__all__ = ["DIGEST_NAME", "MANIFEST_NAME", "FileEntry", "Manifest", "Writer", "digest_line", "is_checkpoint", "read", "writer_of"]
+__all__ = [
+    "DIGEST_NAME",
+    "MANIFEST_NAME",
+    "FileEntry",
+    "Manifest",
+    "Writer",
+    "digest_line",
+    "is_checkpoint",
+    "read",
+    "writer_of",
+]
 
 MANIFEST_NAME = "MANIFEST.json"
 DIGEST_NAME = "MANIFEST.xxh128"
@@ -30,7 +40,9 @@ _HEX128 = re.compile(r"[0-9a-f]{32}\Z")
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """`xxh128` covers a file's bytes; of a data file, whose bytes have a digest per chunk, the rows of its chunk table."""
+    """`xxh128` covers a file's bytes; of a data file, whose bytes have a digest per chunk, the rows of its chunk
+    table.
+    """
 
     name: str
     nbytes: int
@@ -115,7 +127,8 @@ def read(path: str) -> Manifest:
 
 def _read_root_file(path: str, name: str, limit_nbytes: int) -> bytes:
     try:
-        return _native.read_file(path, name, limit_nbytes)
+        data: bytes = _native.read_file(path, name, limit_nbytes)
+        return data
     except FileNotFoundError:
         if not os.path.lexists(path):
             raise CheckpointNotFoundError(path=path) from None
@@ -134,7 +147,7 @@ def _parse(document: Any, manifest_path: str) -> Manifest:
     version = _version(document["format_version"])
     if version[0] > FORMAT_MAJOR:
         raise IncompatibleCheckpointError(
-            f"format {version[0]}.{version[1]} is newer than this version of snapstone reads ({FORMAT_MAJOR}.x); update snapstone",
+            f"format {version[0]}.{version[1]} is newer than this version reads ({FORMAT_MAJOR}.x); update snapstone",
             path=manifest_path,
         )
     writers = tuple(writer_of(entry) for entry in _typed(document["writers"], list))
@@ -166,7 +179,9 @@ def _version(text: Any) -> tuple[int, int]:
 
 def writer_of(entry: Any) -> Writer:
     """The inverse of Writer.to_json; raises ValueError, KeyError or TypeError."""
-    return Writer(_count(entry["rank"]), _file(entry["index"]), tuple(_file(data) for data in _typed(entry["data"], list)))
+    return Writer(
+        _count(entry["rank"]), _file(entry["index"]), tuple(_file(data) for data in _typed(entry["data"], list))
+    )
 
 
 def _file(entry: Any) -> FileEntry:

@@ -1,6 +1,7 @@
 """Save and load plans: which rank writes which shard, whether shards tile their tensor, where they overlap.
 
-Pure functions over names, sizes and offsets: no tensors, no files, no ranks to talk to. Offsets and sizes count elements.
+Pure functions over names, sizes and offsets: no tensors, no files, no ranks to talk to. Offsets and sizes count
+elements.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import NamedTuple
 from .errors import IncompatibleCheckpointError
 
 __all__ = ["Box", "TensorItem", "assign_writers", "check_tiling", "overlap", "shard_range", "structure_digest"]
+
+DIMENSIONS_MAX = 64
 
 Ints = tuple[int, ...]
 

@@ -11,7 +11,9 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Feeds `at(bytes_done)` to a callback `(bytes_done, bytes_total)` or to a rich progress bar. Use as a context manager."""
+    """Feeds `at(bytes_done)` to a callback `(bytes_done, bytes_total)` or to a rich progress bar. Use as a context
+    manager.
+    """
 
     def __init__(self, wanted: bool | Callable[[int, int], None], what: str, total: int) -> None:
         self._callback = wanted if callable(wanted) else None
@@ -25,7 +27,13 @@ class Progress:
             from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
             from rich.progress import Progress as Bar
 
-            columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            columns = (
+                "{task.description}",
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = Bar(*columns, console=Console(stderr=True))
 
     def __enter__(self) -> Self:

@@ -1,6 +1,7 @@
 """A committed checkpoint opened for reading: its manifest, its indexes, and the bytes of any box of any tensor.
 
-Everything that reads (`load`, `Checkpoint`, `verify`) goes through here, so there is one place where saved shards meet wanted ones.
+Everything that reads (`load`, `Checkpoint`, `verify`) goes through here, so there is one place where saved shards meet
+wanted ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import _native, index, manifest, plan, tensors
+from . import _native, garbage, index, manifest, plan, tensors
 from .config import PIPELINE_SLOTS
 from .errors import (
     CheckpointError,
@@ -96,11 +97,20 @@ class Reader:
     def _add_index(self, writer: manifest.Writer) -> None:
         path = os.path.join(self.path, writer.index.name)
         parsed = index.parse(self._read_index(writer, path), path=path, dtype_bytes=_DTYPE_BYTES)
-        expected = (self.manifest.save_id, writer.rank, self.manifest.world_size, tuple(entry.name for entry in writer.data))
+        expected = (
+            self.manifest.save_id,
+            writer.rank,
+            self.manifest.world_size,
+            tuple(entry.name for entry in writer.data),
+        )
         actual = (parsed.save_id, parsed.rank, parsed.world_size, parsed.files)
         if expected != actual:
             raise CorruptCheckpointError(
-                "index belongs to another save, rank or file", path=path, rank=writer.rank, expected=expected, actual=actual
+                "index belongs to another save, rank or file",
+                path=path,
+                rank=writer.rank,
+                expected=expected,
+                actual=actual,
             )
         _native.check_chunk_table(parsed.table, [entry.nbytes for entry in writer.data], parsed.chunk_bytes, path)
         self._tables.append((parsed.table, len(self._files), path))
@@ -110,14 +120,19 @@ class Reader:
         for stored in parsed.tensors:
             name = stored.item.name
             others = self.shards.setdefault(name, [])
-            if others and (others[0].stored.item.dtype, others[0].stored.item.shape) != (stored.item.dtype, stored.item.shape):
-                raise CorruptCheckpointError("shards disagree on dtype or shape", path=path, tensor=name, rank=writer.rank)
+            if others and (others[0].stored.item.dtype, others[0].stored.item.shape) != (
+                stored.item.dtype,
+                stored.item.shape,
+            ):
+                raise CorruptCheckpointError(
+                    "shards disagree on dtype or shape", path=path, tensor=name, rank=writer.rank
+                )
             others.append(SavedShard(table, stored))
             self.paths.setdefault(name, stored.path)
 
     def _read_index(self, writer: manifest.Writer, path: str) -> bytes:
         try:
-            data = _native.read_file(self.path, writer.index.name, writer.index.nbytes)
+            data: bytes = _native.read_file(self.path, writer.index.name, writer.index.nbytes)
         except FileNotFoundError:
             raise IncompleteCheckpointError("index file is missing", path=path, rank=writer.rank) from None
         except CorruptCheckpointError as error:
@@ -163,8 +178,9 @@ class Reader:
             CorruptCheckpointError: a digest does not match; nothing of that chunk reached a tensor.
         """
         requests = _Requests()
-        for target in targets:
-            self._request(requests, target, cast)
+        with garbage.paused():
+            for target in targets:
+                self._request(requests, target, cast)
         rung = read_rung(self.path)
         rows = np.array(requests.rows, dtype=np.uint64).reshape(-1, 6)
         job = self._make_job(rows, requests.boxes, rung, verify=verify, scrub=False, trace=trace)
@@ -182,7 +198,9 @@ class Reader:
             trace.add_job(job)
         return {"rung": rung, "bytes_read": job.bytes_read, "bytes_needed": job.bytes_needed, "chunks": job.chunk_count}
 
-    def scrub(self, *, timeout_seconds: float = math.inf, progress: Progress | None = None) -> list[CorruptCheckpointError]:
+    def scrub(
+        self, *, timeout_seconds: float = math.inf, progress: Progress | None = None
+    ) -> list[CorruptCheckpointError]:
         """Reads every chunk of every file and checks digests and padding; what is wrong, named."""
         job = self._make_job(np.empty((0, 6), np.uint64), [], read_rung(self.path), verify=True, scrub=True, trace=None)
         job.start()
@@ -214,10 +232,20 @@ class Reader:
         """Of all data files."""
         return sum(nbytes for _, _, nbytes in self._files)
 
-    def _make_job(self, rows: Any, boxes: list[Any], rung: str, *, verify: bool, scrub: bool, trace: Trace | None) -> Any:
+    def _make_job(
+        self, rows: Any, boxes: list[Any], rung: str, *, verify: bool, scrub: bool, trace: Trace | None
+    ) -> Any:
         try:
             return _native.LoadJob(
-                self._tables, self._files, rows, boxes, rung, verify, scrub, PIPELINE_SLOTS, trace is not None and trace.detailed
+                self._tables,
+                self._files,
+                rows,
+                boxes,
+                rung,
+                verify,
+                scrub,
+                PIPELINE_SLOTS,
+                trace is not None and trace.detailed,
             )
         except FileNotFoundError as error:
             raise IncompleteCheckpointError("data file is missing", path=error.filename) from None
@@ -230,7 +258,9 @@ class Reader:
         tensors.check_target(item.name, tensor)
         if saved.dtype != item.dtype and not cast:
             raise IncompatibleCheckpointError(
-                f"saved as {saved.dtype}, wanted as {item.dtype}; pass cast=True to convert", path=self.path, tensor=item.name
+                f"saved as {saved.dtype}, wanted as {item.dtype}; pass cast=True to convert",
+                path=self.path,
+                tensor=item.name,
             )
         if saved.dtype != item.dtype or tensors.needs_copy(tensor):
             buffer = torch.empty(item.sizes, dtype=tensors.dtype_named(saved.dtype))
@@ -273,7 +303,9 @@ class Reader:
         strides = memory.stride_bytes or tuple(s * memory.item_bytes for s in read.view.stride())
         offsets = tuple(a - b for a, b in zip(read.part.offsets, stored.item.offsets, strict=True))
         shard = (read.shard.table, *place, stored.item.nbytes)
-        requests.boxes.append((shard, memory.item_bytes, stored.item.sizes, offsets, read.part.sizes, memory.data_ptr, strides))
+        requests.boxes.append(
+            (shard, memory.item_bytes, stored.item.sizes, offsets, read.part.sizes, memory.data_ptr, strides)
+        )
 
     def _tensor_of(self, table: int, chunk: int) -> str | None:
         for stored in self.indexes[table].tensors:
@@ -284,7 +316,9 @@ class Reader:
     def name_tensor(self, error: CorruptCheckpointError) -> CorruptCheckpointError:
         """Adds tensor and rank to an error of the native half, which knows only file and chunk."""
         for table, (_, first_file, index_path) in enumerate(self._tables):
-            names = [os.path.join(directory, name) for directory, name, _ in self._files[first_file:]][: len(self.indexes[table].files)]
+            names = [os.path.join(directory, name) for directory, name, _ in self._files[first_file:]][
+                : len(self.indexes[table].files)
+            ]
             if error.path == index_path or error.path in names:
                 error.rank = self.indexes[table].rank
                 if error.chunk is not None and error.tensor is None:
@@ -293,10 +327,13 @@ class Reader:
 
 
 def read_rung(path: str) -> str:
-    """The I/O rung for a checkpoint directory; where nothing may be written beside it, the probe of its own directory decides."""
+    """The I/O rung for a checkpoint directory; where nothing may be written beside it, the probe of its own directory
+    decides.
+    """
     for directory in (os.path.dirname(os.path.abspath(path)), path):
         try:
-            return _native.choose_rung(directory)[0]
+            rung: str = _native.choose_rung(directory)[0]
+            return rung
         except OSError:
             continue
     return "buffered"

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -102,8 +103,9 @@ def async_save(
     """Saves `state_dict` in the background. The arguments of `save`, and:
 
     Args:
-        fence: "now": the snapshot is taken when this returns. An optimizer, or several: it is taken before their next step, which waits for
-            it; what those optimizers do not own is copied at the call. The state must not change in other ways until then.
+        fence: "now": the snapshot is taken when this returns. An optimizer, or several: it is taken before their
+            next step, which waits for it; what those optimizers do not own is copied at the call. The state must not
+            change in other ways until then.
 
     Returns:
         A SaveHandle. Its errors, if nobody collects them, are raised by the next `save`, `async_save` or `wait`.
@@ -115,8 +117,12 @@ def async_save(
     options = _options(base, overwrite, codec, allow_pickle, host_memory_budget, timeout)
     optimizers = OptimizerFence.of(fence)
     writer = _open(state_dict, checkpoint_id, step, process_group, no_dist, metadata, options)
+    taken: Mapping[str, Any] | None = None
     try:
-        writer.take(lambda: _snapshot(state_dict, optimizers))
+        if optimizers is None:
+            writer.take(lambda: state.flatten(state_dict))
+        else:
+            taken = _snapshot(writer, optimizers, state_dict)
         if optimizers is None or writer.failed:
             _stage(writer)
     except BaseException:
@@ -127,17 +133,26 @@ def async_save(
         optimizers.attach(handle.staging_completion)
     elif writer.staged:
         handle.staged(None)
+    go = threading.Event()
+    background = _Background(writer, handle, optimizers is not None, taken, progress, go)
     # Not a daemon: the interpreter waits for it at exit, so a save that was begun is finished or fails by its deadline.
-    threading.Thread(target=_run, args=(writer, handle, optimizers is not None, progress), name="snapstone-save").start()
+    threading.Thread(target=background.run, name="snapstone-save").start()
     writer.trace.stats["call_seconds"] = time.monotonic() - begin
+    go.set()
     return handle
 
 
-def _snapshot(state_dict: StateDict, optimizers: OptimizerFence | None) -> state.Flattened:
-    flattened = state.flatten(state_dict)
-    if optimizers is not None:
-        optimizers.snapshot_volatile(flattened)
-    return flattened
+def _snapshot(writer: Writer, optimizers: OptimizerFence, state_dict: StateDict) -> Mapping[str, Any] | None:
+    """The state as it is now; None when it had to be flattened, and the writer has it already."""
+    snapshot: Mapping[str, Any] | state.Flattened | None = None
+
+    def make() -> state.Flattened:
+        nonlocal snapshot
+        snapshot = optimizers.snapshot(state_dict)
+        return snapshot if isinstance(snapshot, state.Flattened) else state.Flattened()
+
+    writer.take(make)
+    return None if isinstance(snapshot, state.Flattened) else snapshot
 
 
 def _stage(writer: Writer) -> None:
@@ -146,20 +161,36 @@ def _stage(writer: Writer) -> None:
     writer.wait_staged()
 
 
-def _run(writer: Writer, handle: SaveHandle, stage: bool, progress: ProgressWanted) -> None:
-    checkpoint: Checkpoint | None = None
-    error: BaseException | None = None
-    try:
-        if stage:
-            _stage(writer)
-            if writer.staged:
-                handle.staged(None)
-        checkpoint = _finish(writer, progress)
-    except BaseException as failure:
-        error = failure
-    finally:
-        writer.close(succeeded=checkpoint is not None)
-        handle.settle(checkpoint, error)
+@dataclass(slots=True)
+class _Background:
+    """The rest of an async_save, on a thread of its own."""
+
+    writer: Writer
+    handle: SaveHandle
+    stage: bool
+    taken: Mapping[str, Any] | None
+    progress: ProgressWanted
+    go: threading.Event  # keeps this thread off the interpreter lock until the caller is on its way
+
+    def run(self) -> None:
+        checkpoint: Checkpoint | None = None
+        error: BaseException | None = None
+        self.go.wait()
+        try:
+            if self.taken is not None:
+                taken, self.taken = self.taken, None
+                self.writer.take(lambda: state.flatten(taken))
+                del taken
+            if self.stage:
+                _stage(self.writer)
+                if self.writer.staged:
+                    self.handle.staged(None)
+            checkpoint = _finish(self.writer, self.progress)
+        except BaseException as failure:
+            error = failure
+        finally:
+            self.writer.close(succeeded=checkpoint is not None)
+            self.handle.settle(checkpoint, error)
 
 
 def _finish(writer: Writer, progress: ProgressWanted) -> Checkpoint:
@@ -180,7 +211,11 @@ def _options(
     if base is not None:
         raise ValueError(f"base={base!r}: delta saves are not in this version; leave it out")
     return SaveOptions.of(
-        overwrite=overwrite, codec=codec, allow_pickle=allow_pickle, host_memory_budget=host_memory_budget, timeout=timeout
+        overwrite=overwrite,
+        codec=codec,
+        allow_pickle=allow_pickle,
+        host_memory_budget=host_memory_budget,
+        timeout=timeout,
     )
 
 
@@ -195,7 +230,7 @@ def _open(
 ) -> Writer:
     raise_unreported()
     if step is None:
-        found = state_dict.get("step") if isinstance(state_dict, Mapping) else None
+        found: Any = state_dict.get("step") if hasattr(state_dict, "get") else None
         step = found if type(found) is int else None
     encoded = {str(key): values.encode(value, name=f"metadata[{key!r}]") for key, value in (metadata or {}).items()}
     target = Target(os.path.abspath(os.fspath(checkpoint_id)), step, encoded)

@@ -1,4 +1,6 @@
-"""What each stage of a save or load cost: `stats` for the caller, and a Chrome trace that Perfetto opens (SNAPSTONE_TRACE=file)."""
+"""What each stage of a save or load cost: `stats` for the caller, and a Chrome trace that Perfetto opens
+(SNAPSTONE_TRACE=file).
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ _file_lock = threading.Lock()
 class Trace:
     """The books of one operation.
 
-    `stats` maps a stage to {"seconds", "bytes", "count"}: plan, stage, digest, encode, write, read, decode, scatter, sync, slot_wait, vote,
-    commit. Stages of the native half are summed over lanes, so they can add up to more than the operation took.
+    `stats` maps a stage to {"seconds", "bytes", "count"}: plan, stage, digest, encode, write, read, decode, scatter,
+    sync, slot_wait, vote, commit. Stages of the native half are summed over lanes, so they can add up to more than the
+    operation took.
     """
 
     def __init__(self, kind: str, rank: int, world_size: int) -> None:

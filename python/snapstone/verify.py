@@ -18,7 +18,9 @@ __all__ = ["VerifyReport", "verify"]
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """Truthy when nothing is wrong. `problems` name file, tensor, chunk and rank; `checked_bytes` were read and compared."""
+    """Truthy when nothing is wrong. `problems` name file, tensor, chunk and rank; `checked_bytes` were read and
+    compared.
+    """
 
     level: str
     checked_bytes: int
@@ -34,8 +36,8 @@ def verify(
     """Checks the checkpoint at `path` and reports everything that is wrong.
 
     Args:
-        level: "quick" checks manifest, indexes, and the presence and size of every file; "full" also reads every byte of every data file and
-            compares digests and padding.
+        level: "quick" checks manifest, indexes, and the presence and size of every file; "full" also reads every
+            byte of every data file and compares digests and padding.
         progress: a bar on stderr when that is a terminal.
 
     Raises:
@@ -66,7 +68,10 @@ def _strays(reader: Reader) -> list[str]:
     """A checkpoint is immutable: a file that its manifest does not name was put there by somebody else."""
     known = {entry.name for writer in reader.manifest.writers for entry in (writer.index, *writer.data)}
     known |= {"MANIFEST.json", "MANIFEST.xxh128"}
-    return [f"{os.path.join(reader.path, name)}: not part of the checkpoint" for name in sorted(set(os.listdir(reader.path)) - known)]
+    return [
+        f"{os.path.join(reader.path, name)}: not part of the checkpoint"
+        for name in sorted(set(os.listdir(reader.path)) - known)
+    ]
 
 
 def _table_problems(reader: Reader) -> list[str]:
@@ -96,5 +101,7 @@ def _file_problems(reader: Reader) -> list[str]:
                 problems.append(f"{path}: data file is missing (rank {writer.rank})")
                 continue
             if nbytes != entry.nbytes or not os.path.isfile(path) or os.path.islink(path):
-                problems.append(f"{path}: {nbytes} bytes or not a regular file, expected {entry.nbytes} bytes (rank {writer.rank})")
+                problems.append(
+                    f"{path}: {nbytes} bytes or not a regular file, expected {entry.nbytes} bytes (rank {writer.rank})"
+                )
     return problems

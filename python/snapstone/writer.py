@@ -1,7 +1,7 @@
 """One rank's part of one save: describe, agree, stage, write, vote, commit.
 
-The steps match the protocol at the top of `csrc/store/staging.cc`. A rank that fails at any of them votes its error, so that its peers raise
-RankFailedError instead of waiting.
+The steps match the protocol at the top of `csrc/store/staging.cc`. A rank that fails at any of them votes its error,
+so that its peers raise RankFailedError instead of waiting.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from . import _native, index, manifest, plan, state, tensors, values
+from . import _native, garbage, index, manifest, plan, state, tensors, values
 from .collective import Channel, Deadline, Group
 from .config import PIPELINE_SLOTS, SaveOptions
 from .errors import CheckpointError, RankFailedError
@@ -63,7 +64,8 @@ class Structure:
 
 
 class StructureCache:
-    """The last few structures by the digests of all ranks' items. Every rank inserts the same keys in the same order."""
+    """The last few structures by the digests of all ranks' items. Every rank inserts the same keys in the same order.
+    """
 
     _ENTRIES_MAX = 4
 
@@ -80,11 +82,35 @@ class StructureCache:
             del self._entries[next(iter(self._entries))]
 
 
+class StructureKeys:
+    """The digest of a rank's items, paths and ties; computed again only when one of them differs from the last
+    save's.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, str] = ((), "")
+
+    def of(
+        self, shards: list[LocalShard], paths: Mapping[str, state.LeafPath], ties: list[int], chunk_bytes: int
+    ) -> str:
+        items = [shard.item for shard in shards]
+        tensor_paths = [paths[item.name] for item in items]
+        facts = (items, tensor_paths, ties, chunk_bytes)
+        known, key = self._last
+        if facts != known:
+            key = plan.structure_digest(items, [state.encode_path(path) for path in tensor_paths], ties, chunk_bytes)
+            self._last = (facts, key)
+        return key
+
+
 _cache = StructureCache()
+_keys = StructureKeys()
 
 
 class Writer:
-    """Runs the steps `take`, `open`, `start`, `wait_staged`, `finish`, `close`, in this order, from one thread at a time."""
+    """Runs the steps `take`, `open`, `start`, `wait_staged`, `finish`, `close`, in this order, from one thread at a
+    time.
+    """
 
     def __init__(self, target: Target, options: SaveOptions, group: Group, channel: Channel, trace: Trace) -> None:
         self.target = target
@@ -109,9 +135,11 @@ class Writer:
     # Describe and agree -----------------------------------------------------------------------------------------------
 
     def take(self, make: Callable[[], state.Flattened]) -> None:
-        """Takes the state and encodes its Python values, which may change after this. A failure is kept for the vote in `open`."""
+        """Takes the state and encodes its Python values, which may change after this. A failure is kept for the vote
+        in `open`.
+        """
         try:
-            with self.trace.span("plan"):
+            with self.trace.span("plan"), garbage.paused():
                 self._flattened = make()
                 self._objects = encode_objects(self._flattened, self.options.allow_pickle)
         except BaseException as failure:
@@ -126,6 +154,10 @@ class Writer:
 
         With `keep_staged` the whole state gets staging memory if the budget allows.
         """
+        with garbage.paused():
+            self._open(keep_staged)
+
+    def _open(self, keep_staged: bool) -> None:
         hello = b""
         try:
             if self._error is None:
@@ -143,14 +175,11 @@ class Writer:
         self._make_job(keep_staged)
 
     def _describe(self) -> bytes:
-        flattened = self._flattened
-        self._shards = describe_all(flattened)
-        self._ties = tie_positions(self._shards)
-        items = [shard.item for shard in self._shards]
-        paths = [state.encode_path(flattened.paths[item.name]) for item in items]
+        self._shards = describe_all(self._flattened)
+        self._ties = tensors.tie_positions(self._shards)
         return _json(
             {
-                "key": plan.structure_digest(items, paths, self._ties, self.options.chunk_bytes),
+                "key": _keys.of(self._shards, self._flattened.paths, self._ties, self.options.chunk_bytes),
                 "boot": _native.boot_id(),
                 "target": [self.target.path, self.target.step, self.options.overwrite],
                 "objects": {name: _native.digest_hex(_json(entry)) for name, entry in self._objects.items()},
@@ -216,10 +245,17 @@ class Writer:
                 raise ValueError(f"ranks 0 and {rank} save to different places: {wanted} and {hello['target']}")
         if not _native.is_file_name(self.target.name):
             raise ValueError(
-                f"checkpoint_id={self.target.path!r}: the last component must be 1 to 128 of A-Z a-z 0-9 . _ - and not start with '.'"
+                f"checkpoint_id={self.target.path!r}: the last component must be 1 to 128 of "
+                "A-Z a-z 0-9 . _ - and not start with '.'"
             )
-        if os.path.lexists(self.target.path) and not (self.options.overwrite and manifest.is_checkpoint(self.target.path)):
-            remedy = "it is not a checkpoint, so it is not replaced" if self.options.overwrite else "pass overwrite=True to replace it"
+        if os.path.lexists(self.target.path) and not (
+            self.options.overwrite and manifest.is_checkpoint(self.target.path)
+        ):
+            remedy = (
+                "it is not a checkpoint, so it is not replaced"
+                if self.options.overwrite
+                else "pass overwrite=True to replace it"
+            )
             raise FileExistsError(17, f"target exists; {remedy}", self.target.path)
 
     # Bytes ------------------------------------------------------------------------------------------------------------
@@ -228,12 +264,11 @@ class Writer:
         structure = self._structure
         assert structure is not None
         self._shards = [tensors.on_host(self._shards[position]) for position in structure.positions]
-        pointers = np.empty(len(self._shards), dtype=np.uint64)
-        strided: dict[int, Any] = {}
+        pointers = np.fromiter((shard.tensor.data_ptr() for shard in self._shards), np.uint64, len(self._shards))
+        strided: Any = {}
         for position, shard in enumerate(self._shards):
-            memory = tensors.memory_of(shard.tensor)
-            pointers[position] = memory.data_ptr
-            if memory.stride_bytes is not None and shard.item.nbytes > 0:
+            if not shard.tensor.is_contiguous():
+                memory = tensors.memory_of(shard.tensor)
                 strided[position] = (memory.item_bytes, memory.data_ptr, memory.sizes, memory.stride_bytes)
         layout = structure.layout
         slots = min(self.options.host_memory_budget // layout.chunk_bytes, layout.chunk_count)
@@ -276,7 +311,9 @@ class Writer:
             if self.deadline.expired:
                 self._job.cancel()
                 raise CheckpointError(
-                    f"writing did not end within {self.options.timeout_seconds:g} s", path=self.target.path, rank=self.group.rank
+                    f"writing did not end within {self.options.timeout_seconds:g} s",
+                    path=self.target.path,
+                    rank=self.group.rank,
                 )
         self._job.rethrow()
         progress.at(self._job.bytes_done)
@@ -284,7 +321,9 @@ class Writer:
     # Vote and commit --------------------------------------------------------------------------------------------------
 
     def finish(self, progress: Progress) -> Manifest:
-        """Steps 2 to 8: waits for the data file, writes the index, votes, commits. The manifest of the committed checkpoint."""
+        """Steps 2 to 8: waits for the data file, writes the index, votes, commits. The manifest of the committed
+        checkpoint.
+        """
         error: BaseException | None = None
         entry: dict[str, Any] = {}
         try:
@@ -345,10 +384,8 @@ class Writer:
             error = failure
         if self.group.world_size > 1:
             outcome = {"error": None if error is None else f"{type(error).__name__}: {error}"}
-            try:
+            with suppress(RankFailedError):  # the others look at the disk then, where the outcome stands
                 self.channel.broadcast("outcome", _json(outcome), self.deadline.extended(30.0))
-            except RankFailedError:
-                pass  # the others look at the disk, where the outcome stands
         if error is not None:
             raise error
         return document
@@ -359,7 +396,8 @@ class Writer:
                 raise CheckpointError("cancelled before the commit", path=self.target.path)
             if self.deadline.expired:
                 raise CheckpointError(
-                    f"not committed: the save took longer than {self.options.timeout_seconds:g} s", path=self.target.path
+                    f"not committed: the save took longer than {self.options.timeout_seconds:g} s",
+                    path=self.target.path,
                 )
             self._state = "committing"
 
@@ -372,7 +410,9 @@ class Writer:
                 return
             raise
         if outcome["error"] is not None:
-            raise RankFailedError(f"rank 0 could not commit: {outcome['error']}", path=self.target.path, failed_ranks=(0,))
+            raise RankFailedError(
+                f"rank 0 could not commit: {outcome['error']}", path=self.target.path, failed_ranks=(0,)
+            )
 
     def _committed_on_disk(self) -> bool:
         try:
@@ -431,18 +471,12 @@ def describe_all(flattened: state.Flattened) -> list[LocalShard]:
     return shards
 
 
-def tie_positions(shards: list[LocalShard]) -> list[int]:
-    """For each shard the position of the first one that is the same view of the same memory (its own when there is none)."""
-    first: dict[Any, int] = {}
-    return [
-        first.setdefault(tensors.memory_key(shard.tensor), position) if shard.item.nbytes else position
-        for position, shard in enumerate(shards)
-    ]
-
-
 def encode_objects(flattened: state.Flattened, allow_pickle: bool) -> dict[str, Any]:
     return {
-        name: {"path": state.encode_path(flattened.paths[name]), "value": values.encode(value, name=name, allow_pickle=allow_pickle)}
+        name: {
+            "path": state.encode_path(flattened.paths[name]),
+            "value": values.encode(value, name=name, allow_pickle=allow_pickle),
+        }
         for name, value in flattened.objects.items()
     }
 
@@ -468,7 +502,8 @@ def make_structure(
         place = place_of.get(position) or place_of[ties[position]]
         stored.append(StoredTensor(item, None if path == (item.name,) else state.encode_path(path), place))
     item_bytes = [
-        tensors.dtype_bytes(items[position].dtype) if tensors.is_floating(items[position].dtype) else 1 for position in owners
+        tensors.dtype_bytes(items[position].dtype) if tensors.is_floating(items[position].dtype) else 1
+        for position in owners
     ]
     return Structure(layout, owners, index.encode_tensors(stored), payload_bytes, item_bytes)
 

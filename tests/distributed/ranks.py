@@ -30,10 +30,12 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Self
+from unittest import mock
 
 Store = Literal["file", "tcp", "launcher", "env", "none"]
 Outcome = Literal["returned", "raised", "died", "stopped", "timed out"]
@@ -43,7 +45,7 @@ LEAVE_S = 5.0  # for an ended rank to shut its interpreter down
 STACKS_S = 0.3  # for a hung rank to write its stacks
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed"])
+_context.set_forkserver_preload(["torch.distributed.tensor"])  # what a rank would spend its first seconds on
 _marks: Connection | None = None  # of this process, when it is a rank
 
 
@@ -118,6 +120,7 @@ class Ranks:
             port = self._served.port
         setup = _Setup(world_size, store, port, self._directory.name, {**os.environ, **(env or {})})
         where = (function.__module__, inspect.getsourcefile(function), function.__qualname__)
+        _start_server()
         for rank in range(world_size):
             mine, theirs = _context.Pipe()
             process = _context.Process(target=_run_rank, args=(rank, setup, where, theirs, args), daemon=True)
@@ -270,6 +273,12 @@ def _join_group(rank: int, setup: _Setup) -> Any:
         options["store"] = dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
     dist.init_process_group("gloo", **options)
     return options.get("store")
+
+
+def _start_server() -> None:
+    """With one BLAS thread, which is none besides its own: threads do not survive a fork."""
+    with mock.patch.dict(os.environ, OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
 
 
 def _serve_store() -> Any:

@@ -90,9 +90,7 @@ def test_names_agree_with_dcp() -> None:
     expected, paths = flatten_state_dict(state)
     flat = flatten(state)
     assert list(flat.paths) == list(expected)
-    assert {name: tuple(map(str, path)) for name, path in flat.paths.items()} == {
-        name: tuple(map(str, path)) for name, path in paths.items()
-    }
+    assert [tuple(map(str, path)) for path in flat.paths.values()] == [tuple(map(str, p)) for p in paths.values()]
     for leaf in flat.leaves():
         assert leaf.value is expected[leaf.name] or leaf.value == expected[leaf.name]
         assert (leaf.name in flat.tensors) == isinstance(leaf.value, torch.Tensor)
@@ -118,7 +116,7 @@ def test_tuples_split_only_around_tensors_and_statefuls() -> None:
 
 
 def test_empty_containers_survive_a_round_trip() -> None:
-    state = {"a": {}, "b": [], "c": {"d": {}, "e": [{}, []]}, "f": OrderedDict(), "g": ()}
+    state = {"a": {}, "b": [], "c": {"d": {}, "e": [{}, []]}, "f": OrderedDict(), "g": (), "h": MappingProxyType({})}
     flat = flatten(state)
     loaded = {name: decode(encode(value)) for name, value in flat.objects.items()}
     assert unflatten(flat.paths, loaded) == state
@@ -192,9 +190,8 @@ def test_modules_schedulers_and_generators_resume_exactly() -> None:
     assert target["optim"].param_groups[0]["lr"] == saved["optim"].param_groups[0]["lr"]
     for left, right in zip(target["model"].parameters(), saved["model"].parameters(), strict=True):
         assert torch.equal(left, right)
-        assert torch.equal(
-            target["optim"].state[left]["momentum_buffer"], saved["optim"].state[right]["momentum_buffer"]
-        )
+        momenta = (target["optim"].state[left], saved["optim"].state[right])
+        assert torch.equal(*(state["momentum_buffer"] for state in momenta))
 
 
 def test_values_the_target_does_not_have_yet_are_added_to_its_state_dict() -> None:
@@ -206,6 +203,9 @@ def test_values_the_target_does_not_have_yet_are_added_to_its_state_dict() -> No
     assert seen.pop() == {"it": None, "log": []}
     finish_stateful(flatten({"data": fresh}), saved.objects, saved.paths)
     assert seen.pop() == {"it": {"pos": {3: 7}, "rows": [{"a": 1}, {"a": 2}]}, "log": []}
+    around = SimpleNamespace(state_dict=lambda: {"in": fresh}, load_state_dict=seen.append)
+    finish_stateful(flatten({"data": around}), {"new": 1}, {"new": ("data", "in", "x")})
+    assert seen == [{"it": None, "log": [], "x": 1}, {"in": fresh}]  # the innermost one takes it
     for hostile in (("data", "log", 10**9), ("data", 0), ("data", "log", "x")):
         with pytest.raises(IncompatibleCheckpointError, match="no place"):
             finish_stateful(flatten({"data": fresh}), {"evil": 1}, {"evil": hostile})
@@ -270,7 +270,7 @@ def test_numpy_arrays_are_tensors_of_the_same_memory_and_come_back_in_place() ->
             self.state = state_dict
 
     saved, target = build(3.0), build(0.0)
-    before = dict(target)
+    before, frozen = dict(target), target["frozen"].copy()
     flat, saved_flat = flatten(target), flatten(saved)
     assert np.shares_memory(flat.tensors["plain"].numpy(), target["plain"])
     assert np.shares_memory(flat.tensors["view"].numpy(), target["view"])
@@ -281,6 +281,7 @@ def test_numpy_arrays_are_tensors_of_the_same_memory_and_come_back_in_place() ->
         assert np.array_equal(target[name], saved[name])
         assert target[name].dtype == saved[name].dtype
         assert (target[name] is before[name]) == (name not in ("frozen", "text"))
+    assert np.array_equal(before["frozen"], frozen)  # read-only memory stays as it was
     assert np.array_equal(target["tuple"][1], saved["tuple"][1])
     assert np.array_equal(target["in_stateful"].state["a"], [3, 3])
     assert np.array_equal(target["in_stateful"].state["b"]["c"], [3, 3])
@@ -343,6 +344,8 @@ def test_unflatten_cannot_be_made_to_build_many_large_lists() -> None:
     paths["unused"] = ("x",)
     with pytest.raises(CorruptCheckpointError, match="list"):
         unflatten(paths, {name: 1 for name in paths if name != "unused"})
+    with pytest.raises(CorruptCheckpointError, match="contradict"):  # also where a leaf is left out
+        unflatten({"a": ("x", -1), "unused": ("z",)}, {"a": 1})
     with pytest.raises(CorruptCheckpointError, match="without a path"):
         unflatten({}, {"a": 1})
 

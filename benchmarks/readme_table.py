@@ -1,0 +1,134 @@
+"""Rewrites the benchmark table of README.md, between its two markers, from the newest result.
+
+    python benchmarks/readme_table.py [--readme README.md] [--result benchmarks/results/speed_....json] [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from results import newest, scenario_of, spread_of
+from targets import best_dcp, speedup
+
+BEGIN = "<!-- bench:begin -->"
+END = "<!-- bench:end -->"
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Label, engines whose faster blocking save counts, engine of the asynchronous save, engine of the load.
+ROWS: tuple[tuple[str, tuple[str, ...], str | None, str], ...] = (
+    ("limit (raw io_uring, O_DIRECT)", ("limit",), None, "limit"),
+    ("**snapstone**", ("snapstone",), "snapstone-async", "snapstone"),
+    ("torch.distributed.checkpoint", ("dcp", "dcp-2"), "dcp-async", "dcp"),
+    ("torch.save, torch.load(mmap)", ("torch",), None, "torch"),
+    ("safetensors", ("safetensors",), None, "safetensors"),
+    ("torch_checkpointing", (), "torch-checkpointing", "torch-checkpointing"),
+)
+TITLES = {"2gb": "Large tensors", "small": "Small tensors"}
+
+
+def _size(scenario: Mapping[str, Any]) -> str:
+    nbytes = scenario["nbytes"]
+    size = f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+    return f"{size} in {scenario['tensors']:,} tensors"
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _rate(scenario: Mapping[str, Any], seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{_seconds(seconds)}, {scenario['nbytes'] / seconds / 1e9:.2f} GB/s"
+
+
+def _median(scenario: Mapping[str, Any], engine: str | None, measure: str) -> float | None:
+    spread = spread_of(scenario, engine, measure) if engine else None
+    return spread.median if spread else None
+
+
+def _table(scenario: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{TITLES[scenario['state']]}: {_size(scenario)}, {scenario['file_system']}",
+        "",
+        "| engine | durable save | cold load | async save: stall | async save: durable | save vs DCP | load vs DCP |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for label, savers, asynchronous, loader in ROWS:
+        saves = [seconds for name in savers if (seconds := _median(scenario, name, "save_seconds")) is not None]
+        save = min(saves) if saves else None
+        load = _median(scenario, loader, "load_seconds")
+        durable = _median(scenario, asynchronous, "save_seconds")
+        if save is None and durable is None and load is None:
+            continue
+        gains = (
+            speedup(save, best_dcp(scenario, "save_seconds")),
+            speedup(load, best_dcp(scenario, "load_seconds")),
+        )
+        cells = [
+            label,
+            _rate(scenario, save),
+            _rate(scenario, load),
+            _seconds(_median(scenario, asynchronous, "stall_seconds")),
+            _seconds(durable),
+            *("-" if gain is None else f"{gain:.1f}x" for gain in gains),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def render(document: Mapping[str, Any]) -> str:
+    """The Markdown between the markers."""
+    machine = document["machine"]
+    lines: list[str] = []
+    for state in TITLES:
+        scenario = scenario_of(document, state, "disk")
+        if scenario is not None:
+            lines += [*_table(scenario), ""]
+    rounds = max((scenario["rounds"] for scenario in document["scenarios"]), default=0)
+    lines.append(
+        f"Medians of {rounds} interleaved rounds, `{document['command']}`, {document['date']}; {machine['cores']} x "
+        f"{machine['cpu']}, {machine['memory_gib']} GiB, Linux {machine['kernel']}, torch {machine['torch']}. "
+        "Engines that leave data to the kernel are synced in their time; every result was compared bit for bit."
+    )
+    return "\n".join(lines)
+
+
+def replaced(readme: str, table: str) -> str:
+    """`readme` with `table` between the markers. ValueError if they are not there exactly once, in order."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"the README needs one {BEGIN} and one {END} after it")
+    head, rest = readme.split(BEGIN)
+    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
+    parser.add_argument("--result", type=Path, help="default: the newest of benchmarks/results")
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if the table is out of date")
+    options = parser.parse_args()
+    try:
+        document = json.loads((options.result or newest()).read_text())
+        before = options.readme.read_text()
+        after = replaced(before, render(document))
+    except (OSError, ValueError) as error:
+        print(f"readme_table: {error}", file=sys.stderr)
+        return 1
+    if options.check:
+        if before != after:
+            print("readme_table: the table is out of date: run `python benchmarks/readme_table.py`", file=sys.stderr)
+        return int(before != after)
+    options.readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

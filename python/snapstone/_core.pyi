@@ -1,0 +1,247 @@
+"""
+snapstone's native engine; use it through snapstone._native.
+"""
+
+from __future__ import annotations
+import collections.abc
+import numpy
+import numpy.typing
+import typing
+
+__all__: list[str] = [
+    "CHUNK_BYTES_DEFAULT",
+    "CHUNK_BYTES_MAX",
+    "INDEX_HEADER_BYTES_MAX",
+    "Layout",
+    "LoadJob",
+    "MANIFEST_BYTES_MAX",
+    "PACK_THRESHOLD_BYTES",
+    "QUEUE_DEPTH",
+    "SaveJob",
+    "Staging",
+    "available_memory_bytes",
+    "boot_id",
+    "check_chunk_table",
+    "choose_rung",
+    "digest_hex",
+    "fault_arm",
+    "fault_disarm",
+    "fault_seen",
+    "file_system_facts",
+    "is_file_name",
+    "memlock_limit_bytes",
+    "read_file",
+    "reap",
+    "reserve",
+    "ring_facts",
+    "snapshot",
+    "sync_directory",
+    "try_rung",
+    "uring_compiled_in",
+]
+
+class Staging:
+    """
+    One save's staging directory; see csrc/store/staging.h.
+    """
+    @staticmethod
+    def create(parent: str, save_id: str, boot_ids: collections.abc.Sequence[str]) -> Staging: ...
+    @staticmethod
+    def join(parent: str, save_id: str) -> Staging: ...
+    def commit(self, manifest: bytes, manifest_digest: bytes, final_name: str, overwrite: bool) -> None: ...
+    def discard(self) -> None: ...
+    def sync(self) -> None: ...
+    def write_file(self, name: str, data: bytes) -> None: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def save_id(self) -> str: ...
+
+class Layout:
+    """
+    Where each tensor's bytes go; see csrc/format/layout.h.
+    """
+    def __init__(
+        self,
+        nbytes: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
+        chunk_bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def places(self) -> tuple:
+        """
+        (first_chunk, chunk_count, at): one uint64 array each, in tensor order
+        """
+    @property
+    def chunk_bytes(self) -> int: ...
+    @property
+    def chunk_count(self) -> int: ...
+    @property
+    def file_bytes(self) -> int: ...
+    @property
+    def payload_bytes(self) -> int: ...
+
+class SaveJob:
+    """
+    One data file being written; see csrc/pipeline/save_job.h.
+    """
+    def __init__(
+        self,
+        layout: Layout,
+        pointers: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
+        strided: collections.abc.Mapping[
+            typing.SupportsInt | typing.SupportsIndex,
+            tuple[
+                typing.SupportsInt | typing.SupportsIndex,
+                typing.SupportsInt | typing.SupportsIndex,
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+            ],
+        ],
+        staging: Staging,
+        name: str,
+        rung: str,
+        zstd_level: typing.SupportsInt | typing.SupportsIndex,
+        item_bytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        slots: typing.SupportsInt | typing.SupportsIndex,
+        trace: bool,
+    ) -> None: ...
+    def cancel(self) -> None: ...
+    def chunk_table(self) -> bytes: ...
+    def rethrow(self) -> None:
+        """
+        Raises the first failure, if any.
+        """
+    def stage_stats(self) -> dict: ...
+    def start(self) -> None: ...
+    def trace_events(self) -> list: ...
+    def wait(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool:
+        """
+        True when the job has ended within `seconds`.
+        """
+    def wait_staged(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool: ...
+    @property
+    def bytes_done(self) -> int: ...
+    @property
+    def direct(self) -> bool: ...
+    @property
+    def file_bytes(self) -> int: ...
+    @property
+    def finished(self) -> bool: ...
+    @property
+    def staged(self) -> bool: ...
+
+class LoadJob:
+    """
+    Chunks being read into memory; see csrc/pipeline/load_job.h.
+    """
+    def __init__(
+        self,
+        tables: collections.abc.Sequence[tuple[bytes, typing.SupportsInt | typing.SupportsIndex, str]],
+        files: collections.abc.Sequence[tuple[str, str, typing.SupportsInt | typing.SupportsIndex]],
+        contiguous: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
+        boxes: collections.abc.Sequence[
+            tuple[
+                tuple[
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                ],
+                typing.SupportsInt | typing.SupportsIndex,
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+                typing.SupportsInt | typing.SupportsIndex,
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+            ]
+        ],
+        rung: str,
+        verify: bool,
+        scrub: bool,
+        slots_max: typing.SupportsInt | typing.SupportsIndex,
+        trace: bool,
+    ) -> None: ...
+    def cancel(self) -> None: ...
+    def problems(self) -> list:
+        """
+        [(table, chunk, file, reason, expected, actual), ...] of a scrub
+        """
+    def rethrow(self) -> None:
+        """
+        Raises the first failure, if any.
+        """
+    def stage_stats(self) -> dict: ...
+    def start(self) -> None: ...
+    def trace_events(self) -> list: ...
+    def wait(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool:
+        """
+        True when the job has ended within `seconds`.
+        """
+    @property
+    def bytes_done(self) -> int: ...
+    @property
+    def bytes_needed(self) -> int: ...
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def chunk_count(self) -> int: ...
+    @property
+    def finished(self) -> bool: ...
+
+def available_memory_bytes() -> int: ...
+def boot_id() -> str: ...
+def check_chunk_table(
+    table: bytes,
+    file_nbytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    chunk_bytes_max: typing.SupportsInt | typing.SupportsIndex,
+    path: str,
+) -> None: ...
+def choose_rung(directory: str) -> tuple:
+    """
+    (name, reasons why better rungs were passed over)
+    """
+
+def digest_hex(data: bytes) -> str:
+    """
+    XXH3-128 of `data` as 32 hex digits, as xxh128sum prints it.
+    """
+
+def fault_arm(rules: str) -> None:
+    """
+    See csrc/base/fault_hook.h for the syntax.
+    """
+
+def fault_disarm() -> None: ...
+def fault_seen(call: str) -> int: ...
+def file_system_facts(directory: str) -> dict: ...
+def is_file_name(name: str) -> bool: ...
+def memlock_limit_bytes() -> int: ...
+def read_file(directory: str, name: str, limit_nbytes: typing.SupportsInt | typing.SupportsIndex) -> bytes: ...
+def reap(parent: str) -> list[str]:
+    """
+    Removes what dead saves left; returns the names removed.
+    """
+
+def reserve(
+    slot_bytes: typing.SupportsInt | typing.SupportsIndex, slots: typing.SupportsInt | typing.SupportsIndex
+) -> None: ...
+def ring_facts() -> dict: ...
+def snapshot(state: dict, guards: list, tensor_types: tuple) -> tuple:
+    """
+    (copy of the nested dicts and lists, [(copied container, key, value), ...] of what is neither guarded nor immutable)
+    """
+
+def sync_directory(path: str) -> None: ...
+def try_rung(directory: str, rung: str) -> str:
+    """
+    Empty when the rung works there, else why not.
+    """
+
+def uring_compiled_in() -> bool: ...
+
+CHUNK_BYTES_DEFAULT: int = 1048576
+CHUNK_BYTES_MAX: int = 67108864
+INDEX_HEADER_BYTES_MAX: int = 1073741824
+MANIFEST_BYTES_MAX: int = 268435456
+PACK_THRESHOLD_BYTES: int = 65536
+QUEUE_DEPTH: int = 64
