@@ -20,6 +20,16 @@ class GptConfig:
     dropout: float
 
 
+def rotate(x: Tensor) -> Tensor:
+    """Rotary positions: turns pairs of features by angles that grow with the position (Su et al., arXiv 2104.09864)."""
+    length, width = x.shape[-2:]
+    frequencies = 1000.0 ** (-torch.arange(0, width, 2) / width)
+    angles = torch.arange(length)[:, None] * frequencies
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = (even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos())
+    return torch.stack(turned, dim=-1).flatten(-2)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GptConfig) -> None:
         super().__init__()
@@ -35,6 +45,7 @@ class Attention(nn.Module):
             for part in self.project_in(x).chunk(3, dim=-1)
         )
         dropout = self.dropout if self.training else 0.0
+        query, key = rotate(query), rotate(key)
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         out: Tensor = self.project_out(mixed.transpose(1, 2).reshape(batch, length, width))
         return out
@@ -64,7 +75,6 @@ class Gpt(nn.Module):
         super().__init__()
         self.config = config
         self.embed_byte = nn.Embedding(VOCABULARY, config.width)
-        self.embed_position = nn.Embedding(config.context, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
@@ -79,8 +89,7 @@ class Gpt(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of shape (batch, length, 256) for int64 tokens of shape (batch, length)."""
-        positions = torch.arange(tokens.shape[1])
-        x = self.dropout(self.embed_byte(tokens) + self.embed_position(positions))
+        x = self.dropout(self.embed_byte(tokens))
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.norm(x))

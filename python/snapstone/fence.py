@@ -13,16 +13,12 @@ from concurrent.futures import wait as wait_for_futures
 from typing import Any, Literal
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from . import _native, state, tensors
 
 __all__ = ["Fence", "OptimizerFence"]
 
 Fence = Literal["now"] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
-
-
-_TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter, DTensor)
 
 
 class OptimizerFence:
@@ -67,8 +63,8 @@ class OptimizerFence:
         if type(state_dict) is dict:
             guards: list[Any] = [one.param_groups for one in self._optimizers]
             guards += [one.state for one in self._optimizers]
-            copied, rest = _native.snapshot(state_dict, guards, _TENSOR_TYPES)
-            if all(type(value) in _TENSOR_TYPES for _, _, value in rest):
+            copied, rest = _native.snapshot(state_dict, guards, tensors.TENSOR_TYPES)
+            if all(type(value) in tensors.TENSOR_TYPES for _, _, value in rest):
                 for container, key, value in rest:
                     container[key] = value.detach().clone()
                 return copied  # type: ignore[no-any-return]

@@ -6,10 +6,9 @@ import json
 import os
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from . import garbage, state, tensors, values
 from .checkpoint import Checkpoint
@@ -20,6 +19,9 @@ from .progress import Progress
 from .reader import Reader
 from .tensors import LocalShard
 from .trace import Trace
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 __all__ = ["load"]
 

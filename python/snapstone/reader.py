@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ from .trace import Trace
 __all__ = ["Reader", "SavedShard", "run_job"]
 
 _DTYPE_BYTES: Mapping[str, int] = {name: tensors.dtype_bytes(name) for name in tensors.dtype_names()}
+_DRAIN_SECONDS = 10.0  # after a failure, for requests that the kernel still has
+_orphans: list[Any] = []
 _POLL_SECONDS = 0.1  # between looks at Ctrl-C, the deadline and the progress callback
 
 
@@ -60,23 +63,26 @@ class _Requests:
     converted: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (target, buffer read instead)
 
 
-def run_job(job: Any, *, timeout_seconds: float, what: str, path: str, on_progress: Callable[[int], None]) -> None:
+def run_job(
+    job: Any, targets: Any, *, timeout_seconds: float, what: str, path: str, on_progress: Callable[[int], None]
+) -> None:
     """Waits for a started job, awake for Ctrl-C; raises its error, or CheckpointError at the deadline.
 
-    Returns or raises only when the job no longer touches memory, so that the caller may free it.
+    The job writes into `targets`. If the kernel does not give up its buffers soon after a failure, both are kept for
+    ever: leaking memory is better than freeing what is still written to.
     """
-    waited = 0.0
+    deadline = time.monotonic() + timeout_seconds
     try:
         while not job.wait(_POLL_SECONDS):
             on_progress(job.bytes_done)
-            waited += _POLL_SECONDS
-            if waited >= timeout_seconds:
+            if time.monotonic() >= deadline:
                 raise CheckpointError(f"{what} did not end within {timeout_seconds:g} s", path=path)
+        on_progress(job.bytes_done)
     except BaseException:
         job.cancel()
-        job.wait(math.inf if math.isinf(timeout_seconds) else max(timeout_seconds, 60.0))
+        if not job.wait(_DRAIN_SECONDS):
+            _orphans.append((job, targets))
         raise
-    on_progress(job.bytes_done)
     job.rethrow()
 
 
@@ -178,6 +184,7 @@ class Reader:
             CorruptCheckpointError: a digest does not match; nothing of that chunk reached a tensor.
         """
         requests = _Requests()
+        targets = list(targets)
         with garbage.paused():
             for target in targets:
                 self._request(requests, target, cast)
@@ -187,6 +194,7 @@ class Reader:
         job.start()
         run_job(
             job,
+            (targets, requests),
             timeout_seconds=timeout_seconds,
             what="load",
             path=self.path,
@@ -206,6 +214,7 @@ class Reader:
         job.start()
         run_job(
             job,
+            None,
             timeout_seconds=timeout_seconds,
             what="verify",
             path=self.path,

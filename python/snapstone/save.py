@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from . import _native, state, values
 from .checkpoint import Checkpoint
@@ -22,6 +21,9 @@ from .handle import SaveHandle, raise_unreported
 from .progress import Progress
 from .trace import Trace
 from .writer import Target, Writer
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 __all__ = ["async_save", "prepare", "save"]
 
@@ -137,7 +139,7 @@ def async_save(
     background = _Background(writer, handle, optimizers is not None, taken, progress, go)
     # Not a daemon: the interpreter waits for it at exit, so a save that was begun is finished or fails by its deadline.
     threading.Thread(target=background.run, name="snapstone-save").start()
-    writer.trace.stats["call_seconds"] = time.monotonic() - begin
+    writer.trace.stats["stall_seconds"] = time.monotonic() - begin
     go.set()
     return handle
 

@@ -19,6 +19,7 @@ from .plan import DIMENSIONS_MAX, Box, TensorItem
 from .values import STORED_DTYPES, dtype_name, dtype_named
 
 __all__ = [
+    "TENSOR_TYPES",
     "LocalShard",
     "Memory",
     "describe",
@@ -34,6 +35,7 @@ __all__ = [
     "tie_positions",
 ]
 
+TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter, DTensor)
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
@@ -148,8 +150,7 @@ def _dimension_runs(
     mesh_shape: Sequence[int],
     coordinate: Sequence[int],
 ) -> list[list[tuple[int, int, int]]]:
-    """For each dimension the runs of global indices that this rank holds: (first, count, offset in the local tensor).
-    """
+    """For each dimension the runs of global indices that this rank holds: (first, count, local offset)."""
     ranges = [(0, size) for size in shape]
     scattered: dict[int, torch.Tensor] = {}
     for placement, parts, index in zip(placements, mesh_shape, coordinate, strict=True):
@@ -242,7 +243,8 @@ def check_memory(name: str, tensor: torch.Tensor) -> None:
     """Raises ValueError if `tensor` has elements but no memory."""
     if tensor.numel() and not tensor.data_ptr():
         raise ValueError(
-            f"{name}: a {type(tensor).__name__} without memory (a fake or wrapping tensor, or its storage was freed); materialise it first"
+            f"{name}: a {type(tensor).__name__} without memory (a fake or wrapping tensor, or its storage was freed); "
+            "materialise it first"
         )
 
 

@@ -22,10 +22,11 @@ from . import _native, garbage, index, manifest, plan, state, tensors, values
 from .collective import Channel, Deadline, Group
 from .config import PIPELINE_SLOTS, SaveOptions
 from .errors import CheckpointError, RankFailedError
-from .index import Place, StoredTensor
 from .manifest import FileEntry, Manifest
 from .plan import TensorItem
 from .progress import Progress
+from .stall import learn_rates, predict_stall
+from .structure import Structure, StructureCache, StructureKeys, describe_all, make_structure
 from .tensors import LocalShard
 from .trace import Trace
 
@@ -50,57 +51,6 @@ class Target:
     @property
     def name(self) -> str:
         return os.path.basename(self.path)
-
-
-@dataclass(slots=True)
-class Structure:
-    """What does not change from save to save while names, shapes, dtypes and placements stay: layout and index rows."""
-
-    layout: Any
-    positions: list[int]  # of the shards to write, in the rank's list
-    tensors_json: str
-    payload_bytes: int  # of all ranks
-    item_bytes: list[int]
-
-
-class StructureCache:
-    """The last few structures by the digests of all ranks' items. Every rank inserts the same keys in the same order.
-    """
-
-    _ENTRIES_MAX = 4
-
-    def __init__(self) -> None:
-        self._entries: dict[str, Structure] = {}
-
-    def get(self, key: str) -> Structure | None:
-        return self._entries.get(key)
-
-    def put(self, key: str, structure: Structure) -> None:
-        self._entries.pop(key, None)
-        self._entries[key] = structure
-        while len(self._entries) > self._ENTRIES_MAX:
-            del self._entries[next(iter(self._entries))]
-
-
-class StructureKeys:
-    """The digest of a rank's items, paths and ties; computed again only when one of them differs from the last
-    save's.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[Any, str] = ((), "")
-
-    def of(
-        self, shards: list[LocalShard], paths: Mapping[str, state.LeafPath], ties: list[int], chunk_bytes: int
-    ) -> str:
-        items = [shard.item for shard in shards]
-        tensor_paths = [paths[item.name] for item in items]
-        facts = (items, tensor_paths, ties, chunk_bytes)
-        known, key = self._last
-        if facts != known:
-            key = plan.structure_digest(items, [state.encode_path(path) for path in tensor_paths], ties, chunk_bytes)
-            self._last = (facts, key)
-        return key
 
 
 _cache = StructureCache()
@@ -154,14 +104,10 @@ class Writer:
 
         With `keep_staged` the whole state gets staging memory if the budget allows.
         """
-        with garbage.paused():
-            self._open(keep_staged)
-
-    def _open(self, keep_staged: bool) -> None:
         hello = b""
         try:
             if self._error is None:
-                with self.trace.span("plan"):
+                with self.trace.span("plan"), garbage.paused():
                     hello = self._describe()
         except BaseException as failure:
             self._error = failure
@@ -172,7 +118,20 @@ class Writer:
             # Rank 0 stores its values; the others only those that differ from rank 0's, such as RNG states.
             common, mine = hellos[0]["objects"], hellos[self.group.rank]["objects"]
             self._objects = {name: entry for name, entry in self._objects.items() if common.get(name) != mine[name]}
-        self._make_job(keep_staged)
+        try:
+            self._prepare(keep_staged)
+        except BaseException as failure:
+            # From here on the others write, and hear of this in the vote of `finish`; alone there is nobody to tell.
+            self._error = failure
+            if self.group.world_size == 1:
+                raise
+
+    def _prepare(self, keep_staged: bool) -> None:
+        if self._staging is None:
+            self._staging = join_staging(self.target.parent, self.save_id, self.deadline)
+            self.rung, _ = _native.choose_rung(self.target.parent)
+        with self.trace.span("plan"), garbage.paused():
+            self._make_job(keep_staged)
 
     def _describe(self) -> bytes:
         self._shards = describe_all(self._flattened)
@@ -190,7 +149,7 @@ class Writer:
         key = "/".join(hello["key"] for hello in hellos) + f"@{self.group.rank}"
         structure = _cache.get(key)
         if structure is None:
-            with self.trace.span("plan"):
+            with self.trace.span("plan"), garbage.paused():
                 items = [shard.item for shard in self._shards]
                 positions, payload_bytes = self._assign(items)
                 structure = make_structure(
@@ -224,7 +183,7 @@ class Writer:
         if self.group.rank == 0:
             try:
                 self._check_target(hellos)
-                os.makedirs(self.target.parent, exist_ok=True)
+                make_parents(self.target.parent)
                 _native.reap(self.target.parent)
                 self.save_id = uuid.uuid4().hex
                 self.rung, _ = _native.choose_rung(self.target.parent)
@@ -234,9 +193,6 @@ class Writer:
             except BaseException as failure:
                 error = failure
         self.save_id = json.loads(self._vote("open", error, answer)[0])["save_id"]
-        if self.group.rank != 0:
-            self._staging = join_staging(self.target.parent, self.save_id, self.deadline)
-            self.rung, _ = _native.choose_rung(self.target.parent)
 
     def _check_target(self, hellos: list[Any]) -> None:
         wanted = hellos[0]["target"]
@@ -274,6 +230,8 @@ class Writer:
         slots = min(self.options.host_memory_budget // layout.chunk_bytes, layout.chunk_count)
         if not keep_staged:
             slots = min(slots, PIPELINE_SLOTS)
+        self.trace.stats["rung"] = self.rung
+        self.trace.stats["predicted_stall_seconds"] = predict_stall(layout.payload_bytes, slots * layout.chunk_bytes)
         self._job = _native.SaveJob(
             layout,
             pointers,
@@ -288,11 +246,12 @@ class Writer:
         )
 
     def start(self) -> None:
-        self._job.start()
+        if self._error is None:
+            self._job.start()
 
     def wait_staged(self) -> None:
         """Returns when the state may change. Errors surface in `finish`."""
-        while not self._job.wait_staged(_POLL_SECONDS):
+        while self._error is None and not self._job.wait_staged(_POLL_SECONDS):
             if self.deadline.expired:
                 self._job.cancel()
 
@@ -324,11 +283,14 @@ class Writer:
         """Steps 2 to 8: waits for the data file, writes the index, votes, commits. The manifest of the committed
         checkpoint.
         """
-        error: BaseException | None = None
+        error = self._error
         entry: dict[str, Any] = {}
         try:
+            if error is not None:
+                raise error
             self._wait_written(progress)
             self.trace.add_job(self._job)
+            learn_rates(self.trace.stats)
             entry = self._write_index()
             with self.trace.span("sync"):
                 self._staging.sync()
@@ -464,13 +426,6 @@ def data_name(rank: int) -> str:
     return f"rank-{rank:05d}.data"
 
 
-def describe_all(flattened: state.Flattened) -> list[LocalShard]:
-    shards: list[LocalShard] = []
-    for name, tensor in flattened.tensors.items():
-        shards.extend(tensors.describe(name, tensor))
-    return shards
-
-
 def encode_objects(flattened: state.Flattened, allow_pickle: bool) -> dict[str, Any]:
     return {
         name: {
@@ -481,31 +436,17 @@ def encode_objects(flattened: state.Flattened, allow_pickle: bool) -> dict[str, 
     }
 
 
-def make_structure(
-    items: list[TensorItem],
-    paths: Mapping[str, state.LeafPath],
-    ties: list[int],
-    positions: list[int],
-    payload_bytes: int,
-    chunk_bytes: int,
-) -> Structure:
-    """Lays out what this rank writes. Tied shards share one place when the same rank writes both."""
-    chosen = set(positions)
-    owners = [position for position in positions if ties[position] not in chosen or ties[position] == position]
-    layout = _native.Layout(np.array([items[position].nbytes for position in owners], dtype=np.uint64), chunk_bytes)
-    first, count, at = (column.tolist() for column in layout.places())
-    place_of = {position: Place(first[i], count[i], at[i]) for i, position in enumerate(owners)}
-    stored = []
-    for position in positions:
-        item = items[position]
-        path = paths[item.name]
-        place = place_of.get(position) or place_of[ties[position]]
-        stored.append(StoredTensor(item, None if path == (item.name,) else state.encode_path(path), place))
-    item_bytes = [
-        tensors.dtype_bytes(items[position].dtype) if tensors.is_floating(items[position].dtype) else 1
-        for position in owners
-    ]
-    return Structure(layout, owners, index.encode_tensors(stored), payload_bytes, item_bytes)
+def make_parents(path: str) -> None:
+    """Makes `path` and what is missing above it, each entry durable, so that a committed checkpoint cannot lose its
+    parents.
+    """
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for directory in reversed(missing):
+        os.makedirs(directory, exist_ok=True)
+        _native.sync_directory(os.path.dirname(directory))
 
 
 def join_staging(parent: str, save_id: str, deadline: Deadline) -> Any:

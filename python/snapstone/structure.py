@@ -1,0 +1,104 @@
+"""The structure of a state: what does not change from save to save while names, shapes, dtypes and placements stay.
+
+Layout and index rows are kept under a key of exactly those facts: a save of a known structure only looks up
+addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import _native, index, plan, state, tensors
+from .index import Place, StoredTensor
+from .plan import TensorItem
+from .tensors import LocalShard
+
+__all__ = ["Structure", "StructureCache", "StructureKeys", "describe_all", "make_structure"]
+
+
+@dataclass(slots=True)
+class Structure:
+    """What does not change from save to save while names, shapes, dtypes and placements stay: layout and index rows."""
+
+    layout: Any
+    positions: list[int]  # of the shards to write, in the rank's list
+    tensors_json: str
+    payload_bytes: int  # of all ranks
+    item_bytes: list[int]
+
+
+class StructureCache:
+    """The last few structures by the digests of all ranks' items; every rank inserts the same keys in equal order."""
+
+    _ENTRIES_MAX = 4
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Structure] = {}
+
+    def get(self, key: str) -> Structure | None:
+        return self._entries.get(key)
+
+    def put(self, key: str, structure: Structure) -> None:
+        self._entries.pop(key, None)
+        self._entries[key] = structure
+        while len(self._entries) > self._ENTRIES_MAX:
+            del self._entries[next(iter(self._entries))]
+
+
+class StructureKeys:
+    """The digest of a rank's items, paths and ties; computed again only when one of them differs from the last
+    save's.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, str] = ((), "")
+
+    def of(
+        self, shards: list[LocalShard], paths: Mapping[str, state.LeafPath], ties: list[int], chunk_bytes: int
+    ) -> str:
+        items = [shard.item for shard in shards]
+        tensor_paths = [paths[item.name] for item in items]
+        facts = (items, tensor_paths, ties, chunk_bytes)
+        known, key = self._last
+        if facts != known:
+            key = plan.structure_digest(items, [state.encode_path(path) for path in tensor_paths], ties, chunk_bytes)
+            self._last = (facts, key)
+        return key
+
+
+def describe_all(flattened: state.Flattened) -> list[LocalShard]:
+    shards: list[LocalShard] = []
+    for name, tensor in flattened.tensors.items():
+        shards.extend(tensors.describe(name, tensor))
+    return shards
+
+
+def make_structure(
+    items: list[TensorItem],
+    paths: Mapping[str, state.LeafPath],
+    ties: list[int],
+    positions: list[int],
+    payload_bytes: int,
+    chunk_bytes: int,
+) -> Structure:
+    """Lays out what this rank writes. Tied shards share one place when the same rank writes both."""
+    chosen = set(positions)
+    owners = [position for position in positions if ties[position] not in chosen or ties[position] == position]
+    layout = _native.Layout(np.array([items[position].nbytes for position in owners], dtype=np.uint64), chunk_bytes)
+    first, count, at = (column.tolist() for column in layout.places())
+    place_of = {position: Place(first[i], count[i], at[i]) for i, position in enumerate(owners)}
+    stored = []
+    for position in positions:
+        item = items[position]
+        path = paths[item.name]
+        place = place_of.get(position) or place_of[ties[position]]
+        stored.append(StoredTensor(item, None if path == (item.name,) else state.encode_path(path), place))
+    item_bytes = [
+        tensors.dtype_bytes(items[position].dtype) if tensors.is_floating(items[position].dtype) else 1
+        for position in owners
+    ]
+    return Structure(layout, owners, index.encode_tensors(stored), payload_bytes, item_bytes)

@@ -1,0 +1,127 @@
+"""The benchmark itself: a quick run measures every engine, and its JSON becomes the README's table."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+# What a machine may lack; their rows then carry the reason.
+OPTIONAL = {"limit", "fio", "safetensors", "torch-checkpointing"}
+README = "# snapstone\n\nBefore.\n\n<!-- bench:begin -->\nold table\n<!-- bench:end -->\n\nAfter.\n"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=110, cwd=BENCHMARKS, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The JSON of a quick run."""
+    directory = tmp_path_factory.mktemp("bench")
+    done = run(BENCHMARKS / "run.py", "--quick", "--directory", directory / "work", "--results", directory / "results")
+    assert done.returncode == 0, done.stderr
+    assert list((directory / "work").iterdir()) == [], "the run left checkpoints behind"
+    (found,) = (directory / "results").iterdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def document(result: Path) -> dict[str, Any]:
+    return dict(json.loads(result.read_text()))
+
+
+def test_every_engine_has_samples_or_says_why_not(document: dict[str, Any]) -> None:
+    assert {(one["state"], one["place"]) for one in document["scenarios"]} >= {("2gb", "disk"), ("small", "disk")}
+    for scenario in document["scenarios"]:
+        assert {"snapstone", "dcp", "dcp-2", "torch"} <= set(scenario["engines"])
+        for name, entry in scenario["engines"].items():
+            if entry["skipped"] is not None:
+                assert name in OPTIONAL, f"{name}: {entry['skipped']}"
+                continue
+            assert len(entry["samples"]["save_seconds"]) == scenario["rounds"]
+            assert all(seconds > 0 for samples in entry["samples"].values() for seconds in samples if samples)
+            assert entry["verified"] or name in ("limit", "fio"), name
+
+
+def test_asynchronous_engines_report_their_stall_within_the_time_to_durable(document: dict[str, Any]) -> None:
+    for scenario in document["scenarios"]:
+        if scenario["place"] != "disk":
+            continue
+        for name in ("snapstone-async", "dcp-async"):
+            samples = scenario["engines"][name]["samples"]
+            pairs = zip(samples["stall_seconds"], samples["save_seconds"], strict=True)
+            assert all(0 < stall < durable for stall, durable in pairs)
+
+
+def test_fenced_calls_are_timed_from_the_second_one_on(document: dict[str, Any]) -> None:
+    (small,) = (one for one in document["scenarios"] if (one["state"], one["place"]) == ("small", "disk"))
+    fence = small["fence"]
+    assert fence["tensors"] == 100
+    assert len(fence["call_seconds"]) == small["rounds"]
+
+
+def test_targets_are_judged_from_the_samples_of_the_run(document: dict[str, Any]) -> None:
+    verdicts = {verdict["what"]: verdict for verdict in document["targets"]}
+    large = next(one for one in document["scenarios"] if (one["state"], one["place"]) == ("2gb", "disk"))
+    seconds = {name: large["engines"][name]["samples"]["save_seconds"][0] for name in ("snapstone", "dcp", "dcp-2")}
+    ratio = min(seconds["dcp"], seconds["dcp-2"]) / seconds["snapstone"]
+    verdict = verdicts["2gb save, against the best DCP"]
+    assert verdict["got"] == f"{ratio:.2f}x"
+    assert verdict["passed"] is (ratio >= 1.8)
+    assert len(verdicts) == 13
+
+
+def test_the_json_names_the_hardware_and_neither_host_nor_user_nor_path(result: Path, document: dict[str, Any]) -> None:
+    assert {"cpu", "cores", "memory_gib", "kernel", "python", "torch"} <= set(document["machine"])
+    assert document["command"].startswith("python benchmarks/run.py --rounds 5")
+    text = result.read_text()
+    assert not re.search(r'"/|/(tmp|home|root|work|dev/shm)\b', text)
+    assert socket.gethostname() not in text
+    if getpass.getuser() != "root":
+        assert getpass.getuser() not in text
+
+
+def test_readme_table_replaces_what_is_between_the_markers_and_nothing_else(result: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    command = (BENCHMARKS / "readme_table.py", "--readme", readme, "--result", result)
+    assert run(*command, "--check").returncode == 1
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    text = readme.read_text()
+    assert text.startswith("# snapstone\n\nBefore.\n\n<!-- bench:begin -->\n")
+    assert text.endswith("<!-- bench:end -->\n\nAfter.\n")
+    assert "old table" not in text
+    assert re.search(r"^\| \*\*snapstone\*\* \| \d", text, re.MULTILINE)
+    assert "torch.distributed.checkpoint" in text
+    assert run(*command, "--check").returncode == 0
+
+
+def test_readme_table_refuses_a_readme_without_markers(result: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("# snapstone\n")
+    done = run(BENCHMARKS / "readme_table.py", "--readme", readme, "--result", result)
+    assert done.returncode == 1
+    assert "bench:begin" in done.stderr
+    assert readme.read_text() == "# snapstone\n"
+
+
+def test_micro_benchmarks_run(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    done = run(
+        *("-m", "pytest", "-q", BENCHMARKS / "micro", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}"),
+        *("-o", "addopts=", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "--benchmark-disable"),
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\b19 passed", done.stdout), done.stdout
