@@ -1,10 +1,13 @@
-// disk_limit: what this directory takes and gives when nothing but the disk is in the way: the limit that every engine is measured against.
+// disk_limit: what this directory takes and gives when nothing but the disk is in the way, the limit of every engine.
 //
-// write: io_uring + O_DIRECT from slots of huge pages that are full and hot (no copy, no digest) into a new file, then one fdatasync.
+// write: io_uring + O_DIRECT from slots of huge pages that are full and hot (no copy, no digest) into a new file, then
+//        one fdatasync.
 // read:  io_uring + O_DIRECT of that file into the same kind of slots; nothing looks at the bytes.
-// use:   disk_limit FILE write|read NBYTES       prints the seconds from open to the last completion (write: to the end of fdatasync)
 //
-// One thread, 64 slots of 1 MiB. NBYTES is rounded up to whole slots. The file is allocated first, as any engine that knows its size can do.
+//     disk_limit FILE write|read NBYTES
+//
+// prints the seconds from open to the last completion, for a write to the end of fdatasync. One thread, 64 slots of
+// 1 MiB. NBYTES is rounded up to whole slots. The file is allocated first, as any engine that knows its size can do.
 // Failure: one line on stderr and exit status 1; a short transfer is a failure.
 #include <fcntl.h>
 #include <liburing.h>
@@ -35,12 +38,12 @@ constexpr std::uint64_t kHugePageBytes = 2 << 20;
 // Filled with what no disk can compress and touched, so that no page fault falls into the measured time.
 char* make_slots() {
   const std::uint64_t nbytes = kBlockBytes * kSlots;
-  void* memory =
-      mmap(nullptr, nbytes + kHugePageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory = mmap(nullptr, nbytes + kHugePageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) fail("mmap", errno);
   const auto address = reinterpret_cast<std::uintptr_t>(memory);
   char* slots = reinterpret_cast<char*>((address + kHugePageBytes - 1) & ~(kHugePageBytes - 1));
-  madvise(slots, nbytes, MADV_HUGEPAGE);  // refused where huge pages are off: the small pages then are part of the limit
+  // Refused where huge pages are off: small pages then are part of the limit.
+  madvise(slots, nbytes, MADV_HUGEPAGE);
   std::uint64_t state = 0x9E3779B97F4A7C15;
   for (std::uint64_t i = 0; i < nbytes; i += sizeof(state)) {
     state = state * 6364136223846793005 + 1442695040888963407;

@@ -1,4 +1,4 @@
-"""The time a call of `async_save(fence=optimizer)` takes, with 10,000 tensors of an Adam optimizer in a dict that the caller keeps."""
+"""What a call of `async_save(fence=optimizer)` takes when the caller keeps Adam's tensors in a plain dict."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import snapstone as ss
 import torch
+
+import snapstone as ss
 
 __all__ = ["measure"]
 

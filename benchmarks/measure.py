@@ -1,8 +1,8 @@
 """One scenario in one process: every engine in turn, interleaved, the order rotated every round.
 
-Run by run.py as `measure.py JOB.json`, so that memory figures of one state size know nothing of another. The job names the file that takes
-the result. What a round does with one engine: save into a new directory, drop its pages from the cache, load, remove the directory, sync.
-Only saves and loads are timed.
+Run by run.py as `measure.py JOB.json`, so that memory figures of one state size know nothing of another. The job names
+the file that takes the result. What a round does with one engine: save into a new directory, drop its pages from the
+cache, load, remove the directory, sync. Only saves and loads are timed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import fence
 import page_cache
 from engines import ENGINES, Contestant, Setting
 from machine import file_system, version_of
-from scenarios import EXPENDABLE, ROUNDS_OF_SLOW_PEERS, Scenario
+from scenarios import Scenario, rounds_of
 from states import State, build, differences, empty_like, flip_bits, nbytes_of
 from usage import Usage
 
@@ -100,10 +100,14 @@ class Measurement:
                 self.contestants.pop(name).close()
             except Exception as error:
                 self._say(f"{name} did not close: {type(error).__name__}")
+            self._remove(self._current_directory())
 
     def _new_directory(self) -> Path:
         self.directories_made += 1
         gc.collect()
+        return self._current_directory()
+
+    def _current_directory(self) -> Path:
         return self.directory / f"checkpoint-{self.directories_made:04d}"
 
     def _make_cold(self, directory: Path) -> None:
@@ -160,19 +164,11 @@ class Measurement:
         entry.verified = True
 
     def _plan_rounds(self) -> None:
-        """Everybody gets all rounds, unless that takes too long: then the slowest engines that no target needs get fewer."""
-        for name in self.contestants:
-            self.entries[name].rounds = self.scenario.rounds
-        slowest_first = sorted(
-            (name for name in self.contestants if name in EXPENDABLE), key=lambda name: -self.entries[name].warm_up_seconds
-        )
-        for name in slowest_first:
-            entries = [self.entries[one] for one in self.contestants]
-            predicted = sum(entry.warm_up_seconds * (1 + entry.rounds) for entry in entries)
-            if predicted <= self.scenario.seconds_max or self.entries[name].rounds <= ROUNDS_OF_SLOW_PEERS:
-                break
-            self.entries[name].rounds = ROUNDS_OF_SLOW_PEERS
-            self._say(f"{name} gets {ROUNDS_OF_SLOW_PEERS} rounds: all of them would take {predicted:.0f} s")
+        seconds_of = {name: self.entries[name].warm_up_seconds for name in self.contestants}
+        for name, count in rounds_of(seconds_of, self.scenario).items():
+            self.entries[name].rounds = count
+            if count < self.scenario.rounds:
+                self._say(f"{name} gets {count} rounds: {self.scenario.rounds} would take too long")
 
     def _round(self, name: str, contestant: Contestant, entry: Entry) -> None:
         directory = self._new_directory()
@@ -202,9 +198,9 @@ class Measurement:
             "engines": {name: entry.to_json() for name, entry in self.entries.items()},
         }
 
-    def _cold_by(self) -> str:
+    def _cold_by(self) -> str | None:
         if self.scenario.place == "tmpfs":
-            return "nothing: the files are memory"
+            return None
         whole = self.scenario.drop_caches and page_cache.can_drop_whole_machine()
         return "fadvise and drop_caches" if whole else "fadvise"
 

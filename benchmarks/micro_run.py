@@ -25,7 +25,11 @@ def measure(scratch: Path) -> list[dict[str, Any]] | str:
         *(sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(DIRECTORY)),
         *("-o", "addopts=", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"),
         *("--benchmark-only", "--benchmark-warmup=on", "--benchmark-warmup-iterations=1", "--benchmark-quiet"),
-        *(f"--benchmark-max-time={SECONDS_PER_BENCHMARK}", f"--benchmark-json={report}", f"--basetemp={scratch / 'micro'}"),
+        *(
+            f"--benchmark-max-time={SECONDS_PER_BENCHMARK}",
+            f"--benchmark-json={report}",
+            f"--basetemp={scratch / 'micro'}",
+        ),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -34,7 +34,10 @@ def fsync_directories(directory: Path) -> None:
 
 
 def drop(directory: Path, *, whole_machine: bool) -> None:
-    """Drops the cached pages of all files below `directory`; with `whole_machine` the page and inode caches too, if this process may."""
+    """Drops the cached pages of all files below `directory`.
+
+    With `whole_machine` the page and inode caches of the machine too, if this process may.
+    """
     for path in directory.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)

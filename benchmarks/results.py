@@ -1,7 +1,7 @@
 """A run's JSON: its medians, and finding the newest one.
 
-    {theme, date, command, snapstone, machine{...}, scenarios[{state, place, ..., engines{name: {label, samples{...}}}}], targets[...],
-     micro[...]}
+Its shape: theme, date, command, snapstone, machine{}, scenarios[{state, place, ..., engines{name: {label, skipped,
+verified, samples{measure: [seconds]}}}}], micro[{}], targets[{what, wanted, got, passed}].
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def spread_of(scenario: Mapping[str, Any] | None, engine: str, measure: str) -> 
 
 
 def newest(directory: Path = DIRECTORY) -> Path:
-    """The latest full run; quick ones have another theme."""
-    found = sorted(directory.glob(f"{THEME}_*.json"), key=lambda path: (json.loads(path.read_text())["date"], path.name))
+    """The latest full run; quick and partial ones have other themes."""
+    found = sorted(directory.glob(f"{THEME}_*.json"), key=lambda path: json.loads(path.read_text())["date"])
     if not found:
         raise FileNotFoundError(f"no {THEME}_*.json in {directory.name}/: run `make bench` first")
     return found[-1]

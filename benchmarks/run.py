@@ -1,7 +1,8 @@
 """snapstone beside the limit of the disk and beside other engines, in one run: `make bench`.
 
-Each state is measured in a process of its own; there every engine saves, loads and removes in turn, in an order that rotates every round.
-docs/benchmarks.md says what is measured and how to read it. Ends with status 1 if snapstone itself could not be measured.
+Each state is measured in a process of its own; there every engine saves, loads and removes in turn, in an order that
+rotates every round. docs/benchmarks.md says what is measured and how to read it. Ends with status 1 if snapstone itself
+could not be measured.
 """
 
 from __future__ import annotations
@@ -62,14 +63,19 @@ def _choices(parser: argparse.ArgumentParser, text: str, known: Sequence[str]) -
 
 def command_line(options: argparse.Namespace) -> str:
     """The command that repeats this run, without paths of this machine."""
-    words = ["python benchmarks/run.py", f"--rounds {options.rounds}"]
+    words = ["python benchmarks/run.py", "--quick" if options.quick else f"--rounds {options.rounds}"]
     if tuple(options.states) != STATES:
         words.append(f"--states {','.join(options.states)}")
     if options.only:
         words.append(f"--only {','.join(options.only)}")
-    if options.quick:
-        words.append("--quick")
     return " ".join(words)
+
+
+def theme(options: argparse.Namespace) -> str:
+    """Only a full run may become the README's table."""
+    if options.quick:
+        return "quick"
+    return "partial" if options.only or tuple(options.states) != STATES else results.THEME
 
 
 def build_probe(scratch: Path) -> tuple[str | None, str]:
@@ -78,7 +84,7 @@ def build_probe(scratch: Path) -> tuple[str | None, str]:
     if shutil.which(compiler) is None:
         return None, f"no C++ compiler ({compiler}) for disk_limit.cc"
     binary = scratch / "disk_limit"
-    command = [compiler, "-std=c++20", "-O3", "-Wall", "-Wextra", str(HERE / "disk_limit.cc"), "-o", str(binary), "-luring"]
+    command = [compiler, "-std=c++20", "-O3", str(HERE / "disk_limit.cc"), "-o", str(binary), "-luring"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         print(done.stderr, file=sys.stderr)
@@ -96,7 +102,7 @@ def measure(scenario: Scenario, probe: tuple[str | None, str], directory: Path, 
         "directory": str(work),
         "disk_limit": probe[0],
         "disk_limit_missing": probe[1],
-        "scrub": {str(work): "DIRECTORY", str(REPOSITORY): "REPOSITORY", sys.prefix: "PYTHON", str(Path.home()): "HOME"},
+        "scrub": {str(work): "DIRECTORY", str(REPOSITORY): "REPOSITORY", sys.prefix: "PYTHON", str(scratch): "SCRATCH"},
         "result": str(result),
     }
     job.write_text(json.dumps(document))
@@ -111,7 +117,7 @@ def run(options: argparse.Namespace, console: Console, scratch: Path) -> dict[st
     begin = time.monotonic()
     probe = build_probe(scratch)
     document: dict[str, Any] = {
-        "theme": "quick" if options.quick else results.THEME,
+        "theme": theme(options),
         "date": datetime.date.today().isoformat(),
         "command": command_line(options),
         "snapstone": machine.version_of("snapstone") or _source_version(),
@@ -121,8 +127,8 @@ def run(options: argparse.Namespace, console: Console, scratch: Path) -> dict[st
     }
     facts = document["machine"]
     console.print(
-        f"{facts['cores']} x {facts['cpu']}, {facts['memory_gib']} GiB, Linux {facts['kernel']}, torch {facts['torch']}, "
-        f"snapstone {document['snapstone']}"
+        f"{facts['cores']} x {facts['cpu']}, {facts['memory_gib']} GiB, Linux {facts['kernel']}, "
+        f"torch {facts['torch']}, snapstone {document['snapstone']}"
     )
     for scenario in scenarios(states=options.states, engines=options.only, rounds=options.rounds, quick=options.quick):
         if scenario.place == "tmpfs" and not (TMPFS.is_dir() and os.access(TMPFS, os.W_OK)):

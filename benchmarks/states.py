@@ -1,4 +1,4 @@
-"""The states that are saved and loaded: flat dicts of CPU tensors, bf16 parameters with fp32 Adam moments, random bits."""
+"""The states that are saved and loaded: flat dicts of CPU tensors, bf16 parameters, fp32 Adam moments, random bits."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ SEED = 20
 
 
 def build(kind: str, size: int) -> State:
-    """`kind` "2gb": a transformer of hidden size `size` (1536: 2.16 GB in 99 tensors). "small": `size` small tensors."""
+    """`kind` "2gb": a transformer of hidden size `size` (1536: 2.16 GB, 99 tensors). "small": `size` small tensors."""
     bits = np.random.SFC64(SEED)
     state: State = {}
     for name, shape in _shapes(kind, size):
         state[f"model.{name}"] = _random(bits, shape, torch.bfloat16)
         for slot in ("exp_avg", "exp_avg_sq"):
             state[f"optim.{name}.{slot}"] = _random(bits, shape, torch.float32)
+    if kind == "small":
+        for number in range(size % 3):  # frozen ones, without moments
+            state[f"model.frozen.{number}.weight"] = _random(bits, (SMALL_ELEMENTS_MIN,), torch.bfloat16)
     return state
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from results import Spread, spread_of
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from targets import Verdict, best_dcp, speedup
 
@@ -33,9 +34,10 @@ def _table(title: str, *columns: str) -> Table:
 def print_scenario(console: Console, scenario: Mapping[str, Any]) -> None:
     nbytes = scenario["nbytes"]
     size = f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+    cold = f"cold by {scenario['cold_by']}" if scenario["cold_by"] else "files in memory"
     console.print(
         f"\n[bold]{scenario['state']}[/bold]: {size} in {scenario['tensors']} tensors on {scenario['file_system']}, "
-        f"median (min-max) of {scenario['rounds']} rounds, cold by {scenario['cold_by']}"
+        f"median (min-max) of {scenario['rounds']} rounds, {cold}"
     )
     console.print(_saves(scenario))
     console.print(_loads(scenario))
@@ -49,9 +51,8 @@ def print_scenario(console: Console, scenario: Mapping[str, Any]) -> None:
 
 
 def _saves(scenario: Mapping[str, Any]) -> Table:
-    table = _table(
-        "save", "engine", "durable, s", "GB/s", "of the limit", "vs DCP*", "stall, s", "CPU, s", "extra memory, MiB"
-    )
+    columns = ("durable, s", "GB/s", "of the limit", "vs DCP*", "stall, s", "CPU, s", "extra memory, MiB")
+    table = _table("save", "engine", *columns)
     limit = spread_of(scenario, "limit", "save_seconds")
     dcp_async = spread_of(scenario, "dcp-async", "save_seconds")
     for name, entry in scenario["engines"].items():
@@ -104,19 +105,20 @@ def _print_fence(console: Console, fence: Mapping[str, Any]) -> None:
     calls, steps = Spread.of(fence["call_seconds"]), Spread.of(fence["step_after_call_seconds"])
     assert calls is not None
     assert steps is not None
+    first = fence["first_call_seconds"]
     console.print(
-        f"  async_save(fence=optimizer), {fence['tensors']} tensors: first call {fence['first_call_seconds'] * 1e3:.2f} ms, "
-        f"later ones {calls.median * 1e3:.2f} ({calls.low * 1e3:.2f}-{calls.high * 1e3:.2f}) ms; the step after a call "
-        f"{steps.median * 1e3:.1f} ms, without one {fence['step_alone_seconds'] * 1e3:.1f} ms"
+        f"  async_save(fence=optimizer), {fence['tensors']} tensors: first call {first * 1e3:.2f} ms, "
+        f"later ones {calls.median * 1e3:.2f} ms ({calls.low * 1e3:.2f}-{calls.high * 1e3:.2f}); "
+        f"the step after a call {steps.median * 1e3:.1f} ms, without one {fence['step_alone_seconds'] * 1e3:.1f} ms"
     )
 
 
-def print_micro(console: Console, micro: list[Mapping[str, Any]]) -> None:
+def print_micro(console: Console, micro: Sequence[Mapping[str, Any]]) -> None:
     table = _table("micro benchmarks", "what", "median, ms", "min-max, ms", "rounds", "GB/s")
     for one in micro:
         rate = one["nbytes"] / one["median_seconds"] / 1e9 if one["nbytes"] else None
         table.add_row(
-            one["name"],
+            escape(one["name"]),
             f"{one['median_seconds'] * 1e3:.3f}",
             f"{one['min_seconds'] * 1e3:.3f}-{one['max_seconds'] * 1e3:.3f}",
             str(one["rounds"]),

@@ -79,13 +79,13 @@ class Gpt(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, VOCABULARY, bias=False)
-        self.apply(self._initialise)
-
-    def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            if name.endswith(("project_out.weight", "mlp.2.weight")):  # what the residual stream sums up
+                parameter.data.div_((2 * config.layers) ** 0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of shape (batch, length, 256) for int64 tokens of shape (batch, length)."""

@@ -32,7 +32,7 @@ def main() -> None:
     load_s = time.perf_counter() - started
     model.load_state_dict(weights)
     generator = torch.Generator().manual_seed(SEED)
-    text = model.sample(PROMPT, scale.sample_bytes, temperature=0.7, generator=generator)
+    text = model.sample(PROMPT, scale.sample_bytes, temperature=0.8, generator=generator)
     facts = {
         "weights": weights_digest(model),
         "load_s": load_s,

@@ -31,7 +31,7 @@ def sharded_gpt(config: GptConfig, mesh: DeviceMesh) -> Gpt:
     torch.manual_seed(SEED)
     model = Gpt(config)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=False)
     fully_shard(model, mesh=mesh)
     return model
 

@@ -30,7 +30,7 @@ class Saved(NamedTuple):
 
 
 class Contestant(ABC):
-    """A row of the tables. Made once per process; `save` gets a directory that does not exist, `load` one that `save` filled."""
+    """A row of the tables, made once per process. `save` gets a directory that does not exist, `load` one it filled."""
 
     label: str
     family: str  # contestants of one family keep memory for each other
@@ -51,7 +51,7 @@ class Contestant(ABC):
     def load(self, target: State, directory: Path) -> float:
         """Fills `target`; seconds."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027, most have nothing to do
         """Ends what runs in the background."""
 
 

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch.distributed.checkpoint as dcp
+from states import State
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from engines.contestant import Engine, Setting, nothing_left, waiting_for
-from states import State
 
 __all__ = ["Dcp", "DcpAsync"]
 
@@ -25,12 +27,12 @@ class Dcp(Engine):
         self.loads = thread_count == 1  # the reader has no such option
 
     def begin(self, state: State, directory: Path) -> Callable[[], None]:
-        writer = dcp.FileSystemWriter(directory, thread_count=self.thread_count)
-        dcp.save(state, storage_writer=writer, no_dist=True)
+        writer = FileSystemWriter(directory, thread_count=self.thread_count)
+        save(state, storage_writer=writer, no_dist=True)
         return nothing_left
 
     def fill(self, target: State, directory: Path) -> None:
-        dcp.load(target, storage_reader=dcp.FileSystemReader(directory), no_dist=True)
+        load(target, storage_reader=FileSystemReader(directory), no_dist=True)
 
 
 class DcpAsync(Dcp):
@@ -43,7 +45,7 @@ class DcpAsync(Dcp):
         self.loads = False
 
     def begin(self, state: State, directory: Path) -> Callable[[], None]:
-        response: Any = dcp.async_save(state, checkpoint_id=str(directory), no_dist=True)
+        response: Any = async_save(state, checkpoint_id=str(directory), no_dist=True)
         if not hasattr(response, "upload_completion"):
             return waiting_for(response)  # a plain future: staging was done by the call
         response.staging_completion.result()

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from engines.contestant import Contestant, Saved, Setting
 from states import State, nbytes_of
+
+from engines.contestant import Contestant, Saved, Setting
 
 __all__ = ["DiskLimit", "Fio"]
 
@@ -81,7 +82,9 @@ class Fio(_Probe):
             "output-format": "json",
         }
         # malloc then asks for huge pages (glibc 2.35), which is what the probe and snapstone use.
-        text = _run(["fio", *(f"--{key}={value}" for key, value in options.items())], GLIBC_TUNABLES="glibc.malloc.hugetlb=1")
+        text = _run(
+            ["fio", *(f"--{key}={value}" for key, value in options.items())], GLIBC_TUNABLES="glibc.malloc.hugetlb=1"
+        )
         done = json.loads(text[text.index("{") :])["jobs"][0][direction]
         milliseconds = max(done["runtime"], 1)  # whole milliseconds, to the end of the sync
         return float(milliseconds / 1e3 * nbytes / done["io_bytes"])

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engines.contestant import Engine, Setting, nothing_left
 from machine import version_of
 from states import State
+
+from engines.contestant import Engine, Setting, nothing_left
 
 __all__ = ["Safetensors"]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-import snapstone as ss
-
-from engines.contestant import Engine, Setting, nothing_left, waiting_for
 from states import State
+
+import snapstone as ss
+from engines.contestant import Engine, Setting, nothing_left, waiting_for
 
 __all__ = ["Snapstone", "SnapstoneAsync"]
 

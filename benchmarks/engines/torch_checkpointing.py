@@ -1,6 +1,7 @@
-"""torch_checkpointing without a GPU: no pinned memory, and buffered files, since its O_DIRECT default fails at close on ext4 (0.1.1).
+"""torch_checkpointing without a GPU: no pinned memory, and buffered files.
 
-It stages into shared memory in a thread and writes in a process of its own; it syncs nothing.
+Its O_DIRECT default fails at close on ext4 (0.1.1): the unaligned tail is refused. It stages into shared memory in a
+thread and writes in a process of its own; it syncs nothing.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from engines.contestant import Engine, Setting, waiting_for
 from machine import version_of
 from states import State
+
+from engines.contestant import Engine, Setting, waiting_for
 
 __all__ = ["TorchCheckpointing"]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from states import State
 
 from engines.contestant import Engine, Setting, nothing_left
-from states import State
 
 __all__ = ["TorchSave"]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from snapstone import _native
 
 KIB, MIB = 1 << 10, 1 << 20

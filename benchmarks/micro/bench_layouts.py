@@ -1,4 +1,4 @@
-"""Saving from and loading into tensors that are not contiguous, beside one that is: what gathering and scattering costs.
+"""Saving from and loading into tensors that are not contiguous, beside one that is: the price of gather and scatter.
 
 The checkpoints lie in memory where there is a tmpfs, so the disk does not hide the difference.
 """
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import snapstone as ss
 import torch
+
+import snapstone as ss
 
 SIDE = 4096  # fp32: 64 MiB
 TMPFS = Path("/dev/shm")
@@ -54,7 +55,9 @@ def bench_gather(benchmark: Any, of_bytes: Callable[[int], None], directory: Pat
         return (directory / str(number),), {}
 
     benchmark.pedantic(lambda path: ss.save(state, checkpoint_id=path), setup=fresh, rounds=10, warmup_rounds=1)
-    ss.load({"weight": torch.empty(SIDE, SIDE)}, checkpoint_id=directory / str(next(numbers) - 1))
+    target = {"weight": torch.empty(SIDE, SIDE)}
+    ss.load(target, checkpoint_id=directory / str(next(numbers) - 1))
+    assert torch.equal(target["weight"], state["weight"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,4 @@
-"""Python values as typed JSON and back: what an optimizer's groups and a data loader's position amount to, 5,000 leaves."""
+"""Python values as typed JSON and back: 500 dicts like an optimizer's parameter groups."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import torch
+
 from snapstone import values
 
 GROUPS = 500

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from snapstone import tensors
 from snapstone.index import Place, StoredTensor
 from snapstone.plan import TensorItem

@@ -9,11 +9,16 @@
 namespace snapstone::format {
 namespace {
 
+constexpr std::uint64_t kPayloadBytesMax = 1ull << 62;  // file offsets, padding included, stay below 2^63
+
 class Builder {
  public:
   explicit Builder(std::uint64_t chunk_bytes) { layout_.chunk_bytes = chunk_bytes; }
 
   void add(std::uint32_t tensor, std::uint64_t nbytes) {
+    if (nbytes > kPayloadBytesMax - layout_.payload_bytes) {
+      throw std::invalid_argument("tensors of more than 2^62 bytes in one file");
+    }
     layout_.payload_bytes += nbytes;
     if (nbytes == 0) {
       layout_.places.push_back({});

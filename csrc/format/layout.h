@@ -41,7 +41,8 @@ struct Layout {
   std::vector<Piece> pieces;
 };
 
-// chunk_bytes: a multiple of 4096 in [64 KiB, kChunkBytesMax]; std::invalid_argument otherwise.
+// chunk_bytes: a multiple of 4096 in [64 KiB, kChunkBytesMax]; at most 2^62 bytes in all. std::invalid_argument
+// otherwise.
 Layout make_layout(std::span<const std::uint64_t> tensor_nbytes, std::uint64_t chunk_bytes);
 
 }  // namespace snapstone::format

@@ -2,9 +2,13 @@
 // by every save and load.
 //
 // Ownership: a slot belongs to exactly one of free list, stage (lane), kernel. Slot is move-only; dropping it frees the
-// slot. Threads:   try_acquire(), acquire() and release from any thread; reserve() from any thread, serialised inside.
+//            slot, forfeit() gives it up to a kernel that may never answer. The ring outlives its slots.
+// Threads:   any; reserve() is serialised inside.
 // Limits:    slot_count() * slot_bytes(); grows only in reserve(), by whole segments, never on the step path.
-// Failure:   reserve() throws OsError (ENOMEM) and leaves the ring as it was; everything else is noexcept.
+// Fork:      a child does not inherit the memory; it must not use the ring, and may drop it.
+// Failure:   the constructor throws std::invalid_argument; reserve() throws OsError (ENOMEM) and keeps the segments
+// that
+//            it got; everything else is noexcept.
 #pragma once
 
 #include <chrono>
@@ -34,6 +38,9 @@ class Slot {
   int segment() const noexcept { return segment_; }
   explicit operator bool() const noexcept { return ring_ != nullptr; }
 
+  // Gives the slot up for good: its memory is neither used nor unmapped again, and reserve() replaces it.
+  void forfeit() noexcept;
+
  private:
   friend class SlotRing;
   SlotRing* ring_ = nullptr;
@@ -48,11 +55,13 @@ struct Segment {
 
 class SlotRing {
  public:
-  explicit SlotRing(std::uint64_t slot_bytes);
-  ~SlotRing();  // every slot must be back
+  explicit SlotRing(std::uint64_t slot_bytes);  // in (0, kChunkBytesMax], rounded up to whole pages
+  ~SlotRing();                                  // every slot must be back or forfeited
+  SlotRing(const SlotRing&) = delete;
+  SlotRing& operator=(const SlotRing&) = delete;
 
   std::uint64_t slot_bytes() const noexcept { return slot_bytes_; }
-  std::uint64_t slot_count() const;
+  std::uint64_t slot_count() const;  // without forfeited ones
   std::uint64_t free_count() const;
   std::uint64_t nbytes() const;
   bool huge() const;                      // the kernel gave huge pages to every segment
@@ -67,6 +76,7 @@ class SlotRing {
  private:
   friend class Slot;
   void release(std::uint8_t* data, int segment) noexcept;
+  void forfeit() noexcept;
 
   struct Free {
     std::uint8_t* data;
@@ -74,12 +84,14 @@ class SlotRing {
   };
 
   const std::uint64_t slot_bytes_;
+  const std::int64_t process_id_;
   mutable std::mutex mutex_;
   std::mutex grow_mutex_;
-  std::condition_variable freed_;
-  std::deque<os::MappedMemory> memory_;
+  std::unique_ptr<std::condition_variable> freed_;
+  std::unique_ptr<std::deque<os::MappedMemory>> memory_;
   std::vector<Free> free_;  // a stack: the slot freed last is the warmest in cache
   std::uint64_t slot_count_ = 0;
+  bool forfeited_ = false;
 };
 
 }  // namespace snapstone::mem

@@ -5,7 +5,10 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <system_error>
+#include <utility>
 
+#include "base/error.h"
 #include "base/limits.h"
 #include "os/process.h"
 
@@ -25,9 +28,9 @@ int lane_count_wanted() {
 
 Lane::Lane(int number) : number_(number), thread_([this] { loop(); }) { thread_.detach(); }
 
-void Lane::push(std::shared_ptr<Job> job) {
+void Lane::push(std::list<std::shared_ptr<Job>> jobs) noexcept {
   std::lock_guard lock(mutex_);
-  jobs_.push_back(std::move(job));
+  jobs_.splice(jobs_.end(), jobs);
   pushed_.notify_one();
 }
 
@@ -70,6 +73,8 @@ io::IoEngine& Lane::io(io::Rung rung, const std::shared_ptr<mem::SlotRing>& ring
   return *engine;
 }
 
+void Lane::drop_io(io::Rung rung) noexcept { engines_[static_cast<int>(rung)].reset(); }
+
 int Lane::fixed_segment(io::Rung rung, int segment) const noexcept {
   const bool fixed = rung == io::Rung::kUringFixed && static_cast<std::size_t>(segment) < segment_fixed_.size() &&
                      segment_fixed_[static_cast<std::size_t>(segment)];
@@ -98,14 +103,24 @@ Engine& Engine::instance() {
 
 Engine::Engine() {
   const int count = lane_count_wanted();
-  for (int i = 0; i < count; ++i) lanes_.push_back(std::make_unique<Lane>(i));
+  lanes_.reserve(static_cast<std::size_t>(count));  // a lane that has begun to run is never destroyed
+  try {
+    for (int i = 0; i < count; ++i) lanes_.push_back(std::make_unique<Lane>(i));
+  } catch (const std::system_error& error) {
+    // Fewer lanes than wanted are slower, none is the end.
+    if (lanes_.empty()) throw OsError(error.code().value(), "pthread_create", "");
+  }
 }
 
 std::shared_ptr<mem::SlotRing> Engine::ring(std::uint64_t slot_bytes, std::uint64_t slots) {
-  std::lock_guard lock(mutex_);
-  if (!ring_ || ring_->slot_bytes() < slot_bytes) ring_ = std::make_shared<mem::SlotRing>(slot_bytes);
-  ring_->reserve(slots);
-  return ring_;
+  std::shared_ptr<mem::SlotRing> ring;
+  {
+    std::lock_guard lock(mutex_);
+    if (!ring_ || ring_->slot_bytes() < slot_bytes) ring_ = std::make_shared<mem::SlotRing>(slot_bytes);
+    ring = ring_;
+  }
+  ring->reserve(slots);  // touches every page: outside the lock, so that other jobs can start meanwhile
+  return ring;
 }
 
 std::shared_ptr<mem::SlotRing> Engine::current_ring() {
@@ -114,11 +129,15 @@ std::shared_ptr<mem::SlotRing> Engine::current_ring() {
 }
 
 void Engine::start(const std::shared_ptr<Job>& job) {
+  if (job->inherited()) throw std::logic_error("a job belongs to the process that made it, and this one was forked");
+  // Allocated first: all lanes get the job or none.
+  std::vector<std::list<std::shared_ptr<Job>>> shares(lanes_.size());
+  for (auto& share : shares) share.push_back(job);
   // Under the lock all lanes get jobs in the same order: a job never waits on one lane for a later job that waits on
   // another.
   std::lock_guard lock(mutex_);
   job->expect_lanes(lane_count());
-  for (auto& lane : lanes_) lane->push(job);
+  for (std::size_t i = 0; i < lanes_.size(); ++i) lanes_[i]->push(std::move(shares[i]));
 }
 
 }  // namespace snapstone::pipeline

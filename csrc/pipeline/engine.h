@@ -1,17 +1,16 @@
 // Engine: the process's lanes and staging memory. A lane is one long-lived thread with its own I/O engines; jobs run on
 // all lanes, in the order given, and a lane that has nothing left to do in one job goes on to the next.
 //
-// Ownership: one Engine per process, never destroyed (lanes may be in the kernel at exit); a forked child gets a fresh
-// one, since neither threads
-//            nor rings nor staging memory survive a fork.
+// Ownership: one Engine per process, never destroyed (lanes may be in the kernel at exit).
+// Fork:      a child gets a fresh one, since neither threads nor rings nor staging memory survive a fork.
 // Limits:    lane_count lanes, kQueueDepth requests in flight each, one slot ring.
-// Failure:   start() throws OsError(ENOMEM, EAGAIN) if threads or memory cannot be had; a lane whose I/O engine cannot
-// be built fails the job.
+// Failure:   instance() throws OsError(EAGAIN) without a single thread and std::invalid_argument for SNAPSTONE_LANES,
+//            ring() OsError(ENOMEM), start() std::logic_error for an inherited job. A lane whose I/O engine cannot be
+//            built, or breaks, fails the job; the next job gets a new one.
 #pragma once
 
 #include <condition_variable>
-#include <deque>
-#include <functional>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -28,10 +27,12 @@ class Lane {
   explicit Lane(int number);
 
   int number() const noexcept { return number_; }
-  void push(std::shared_ptr<Job> job);
+  void push(std::list<std::shared_ptr<Job>> jobs) noexcept;
   // On the lane's own thread: the I/O engine of a rung, with the ring's segments registered where the rung has fixed
   // buffers.
   io::IoEngine& io(io::Rung rung, const std::shared_ptr<mem::SlotRing>& ring);
+  // Destroys a broken engine, which waits for the kernel; the next io() builds another. Also on the lane's own thread.
+  void drop_io(io::Rung rung) noexcept;
   // `segment` if this lane's engine has it registered, else -1: what a Request of that rung may name.
   int fixed_segment(io::Rung rung, int segment) const noexcept;
   // Scratch of at least `nbytes`, kept for the next chunk.
@@ -43,7 +44,7 @@ class Lane {
   const int number_;
   std::mutex mutex_;
   std::condition_variable pushed_;
-  std::deque<std::shared_ptr<Job>> jobs_;
+  std::list<std::shared_ptr<Job>> jobs_;
   std::shared_ptr<mem::SlotRing> registered_ring_;
   std::size_t registered_segments_ = 0;
   std::vector<bool> segment_fixed_;

@@ -1,6 +1,9 @@
 #include "pipeline/job.h"
 
+#include <utility>
+
 #include "base/error.h"
+#include "os/process.h"
 #include "pipeline/engine.h"
 
 namespace snapstone::pipeline {
@@ -31,9 +34,19 @@ void LaneBooks::add(Stage stage, std::int64_t begin_ns, std::int64_t end_ns, std
   if (trace_) events_.push_back({stage, lane_, begin_ns, end_ns, nbytes});
 }
 
+Job::Job(bool trace)
+    : changed_(std::make_unique<std::condition_variable>()), trace_(trace), process_id_(os::process_id()) {}
+
+Job::~Job() {
+  // Destroying a condition on which a thread waited at the fork would wait for that thread, which the child lacks.
+  if (inherited()) changed_.release();
+}
+
+bool Job::inherited() const noexcept { return process_id_ != os::process_id(); }
+
 bool Job::wait(std::chrono::milliseconds timeout) {
   std::unique_lock lock(mutex_);
-  return changed_.wait_for(lock, timeout, [this] { return finished(); });
+  return changed_->wait_for(lock, timeout, [this] { return finished(); });
 }
 
 void Job::rethrow() const {
@@ -55,9 +68,10 @@ std::vector<TraceEvent> Job::events() const {
 
 void Job::fail(std::exception_ptr error) noexcept {
   std::lock_guard lock(mutex_);
-  if (!error_ && !finished()) error_ = std::move(error);
+  if (finished()) return;
+  if (!error_) error_ = std::move(error);
   stopped_.store(true, std::memory_order_release);
-  changed_.notify_all();
+  changed_->notify_all();
 }
 
 void Job::merge(LaneBooks& books) {
@@ -74,7 +88,11 @@ void Job::run_lane(Lane& lane) noexcept {
   } catch (...) {
     fail(std::current_exception());
   }
-  merge(books);
+  try {
+    merge(books);
+  } catch (...) {
+    fail(std::current_exception());
+  }
   if (lanes_left_.fetch_sub(1) > 1) return;
   try {
     if (!stopped()) finish();
@@ -84,7 +102,7 @@ void Job::run_lane(Lane& lane) noexcept {
   if (stopped()) abandon();
   std::lock_guard lock(mutex_);
   finished_.store(true, std::memory_order_release);
-  changed_.notify_all();
+  changed_->notify_all();
 }
 
 }  // namespace snapstone::pipeline

@@ -1,11 +1,11 @@
 // Job: one save or load that the lanes of an Engine work on together.
 //
 // Guarantee: finished() turns true exactly once, after every lane has left the job and nothing of it is in the kernel;
-// success or the first
-//            failure stands then. First failure wins: it stops submission, each lane drains what it has in flight and
-//            leaves.
+//            success or the first failure stands then. First failure wins: it stops submission, each lane drains what
+//            it has in flight and leaves. cancel() is a failure like any other, and nothing once the job has finished.
 // Ownership: lanes hold the job by shared_ptr; buffers, files and sources named by the job must outlive finished().
 // Threads:   run_lane() on the lanes; the rest from any thread.
+// Fork:      a child has no lanes: it may drop a job that it inherited, and nothing else.
 #pragma once
 
 #include <array>
@@ -14,6 +14,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -59,14 +60,17 @@ class LaneBooks {
 
 class Job {
  public:
-  explicit Job(bool trace) : trace_(trace) {}
-  virtual ~Job() = default;
+  explicit Job(bool trace);
+  virtual ~Job();
+  Job(const Job&) = delete;
+  Job& operator=(const Job&) = delete;
 
   // Waits at most `timeout`; true when finished. rethrow() then throws the first failure, if any.
   bool wait(std::chrono::milliseconds timeout);
   bool finished() const noexcept { return finished_.load(std::memory_order_acquire); }
   void rethrow() const;
   void cancel() noexcept;
+  bool inherited() const noexcept;  // from the process that forked this one
 
   StageTotals totals() const;
   std::vector<TraceEvent> events() const;
@@ -87,10 +91,11 @@ class Job {
   void merge(LaneBooks& books);
 
   mutable std::mutex mutex_;
-  std::condition_variable changed_;
+  std::unique_ptr<std::condition_variable> changed_;
 
  private:
   const bool trace_;
+  const std::int64_t process_id_;
   std::atomic<bool> stopped_{false};
   std::atomic<bool> finished_{false};
   std::atomic<int> lanes_left_{0};

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "base/clock.h"
@@ -20,7 +22,16 @@ constexpr std::chrono::milliseconds kSlotPoll{20};
 }  // namespace
 
 LoadJob::LoadJob(LoadPlan plan, std::vector<os::File> files, std::shared_ptr<mem::SlotRing> ring, LoadOptions options)
-    : Job(options.trace), plan_(std::move(plan)), files_(std::move(files)), ring_(std::move(ring)), options_(options) {}
+    : Job(options.trace), plan_(std::move(plan)), files_(std::move(files)), ring_(std::move(ring)), options_(options) {
+  if (plan_.stored_bytes_max() > ring_->slot_bytes()) {
+    throw std::invalid_argument("slots of " + std::to_string(ring_->slot_bytes()) + " bytes cannot hold chunks of " +
+                                std::to_string(plan_.stored_bytes_max()));
+  }
+  const bool fits =
+      std::ranges::all_of(plan_.chunks(), [this](const ReadChunk& c) { return plan_.file(c) < files_.size(); });
+  if (!fits)
+    throw std::invalid_argument("the plan names more data files than the " + std::to_string(files_.size()) + " given");
+}
 
 std::vector<Problem> LoadJob::problems() const {
   std::lock_guard lock(mutex_);
@@ -39,7 +50,11 @@ class LoadJob::LaneRun {
 
   ~LaneRun() {
     in_flight_.drain();
-    for (const os::File& file : job_.files_) engine_.forget_file(file);
+    if (in_flight_.broken()) {
+      lane_.drop_io(job_.options_.rung);
+    } else {
+      for (const os::File& file : job_.files_) engine_.forget_file(file);
+    }
   }
 
   void run() {
@@ -51,9 +66,7 @@ class LoadJob::LaneRun {
       } else if (claimed_all_) {
         break;
       } else {
-        const std::int64_t begin = now_ns();
-        spare_ = job_.ring_->acquire(kSlotPoll);
-        books_.add(Stage::kSlotWait, begin, now_ns(), 0);
+        wait_for_slot();
       }
     }
   }
@@ -84,16 +97,24 @@ class LoadJob::LaneRun {
       const ReadChunk& chunk = job_.plan_.chunks()[index];
       const format::ChunkRecord& record = job_.plan_.record(chunk);
       const os::File& file = job_.files_[job_.plan_.file(chunk)];
+      std::uint64_t gained = chunk.target_count > 0 ? 0 : round_up(record.stored_bytes, kPageBytes);
       try {
         if (error_number == io::Completion::kEndOfFile) throw job_.corrupt(chunk, "file ends before the chunk does");
         if (error_number != 0) throw OsError(error_number, "read", file.path, record.offset, record.stored_bytes);
-        job_.take_in(index, slot.data(), lane_, books_);
+        gained += job_.take_in(index, slot.data(), lane_, books_);
       } catch (const CorruptError& error) {
         if (!job_.options_.collect_problems) throw;
         job_.note(chunk, error);
       }
-      job_.progress(record.raw_bytes);
+      job_.progress(gained);
     });
+  }
+
+  void wait_for_slot() {
+    const std::int64_t begin = now_ns();
+    spare_ = job_.ring_->acquire(kSlotPoll);
+    books_.add(Stage::kSlotWait, begin, now_ns(), 0);
+    if (!spare_ && job_.ring_->slot_count() == 0) throw OsError(ENOMEM, "read: no slot is left", "");
   }
 
   LoadJob& job_;
@@ -109,14 +130,15 @@ void LoadJob::work(Lane& lane, LaneBooks& books) {
   if (next_chunk_.load() < plan_.chunks().size()) LaneRun(*this, lane, books).run();
 }
 
-void LoadJob::take_in(std::uint64_t index, const std::uint8_t* slot, Lane& lane, LaneBooks& books) {
+std::uint64_t LoadJob::take_in(std::uint64_t index, const std::uint8_t* slot, Lane& lane, LaneBooks& books) {
   const ReadChunk& chunk = plan_.chunks()[index];
   if (options_.check_padding) check_padding(chunk, slot);
   const std::span<const std::uint8_t> raw = decode(chunk, slot, lane, books);
   if (options_.verify) check_digest(chunk, raw, books);
   const std::int64_t begin = now_ns();
-  scatter_targets(chunk, raw.data());
-  if (chunk.target_count > 0) books.add(Stage::kScatter, begin, now_ns(), raw.size());
+  const std::uint64_t taken = scatter_targets(chunk, raw.data());
+  if (chunk.target_count > 0) books.add(Stage::kScatter, begin, now_ns(), taken);
+  return taken;
 }
 
 std::span<const std::uint8_t> LoadJob::decode(const ReadChunk& chunk, const std::uint8_t* slot, Lane& lane,
@@ -151,16 +173,20 @@ void LoadJob::check_padding(const ReadChunk& chunk, const std::uint8_t* slot) co
   }
 }
 
-void LoadJob::scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw) {
+std::uint64_t LoadJob::scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw) {
+  std::uint64_t taken = 0;
   for (std::uint64_t i = chunk.first_target; i < chunk.first_target + chunk.target_count; ++i) {
     const ReadTarget& target = plan_.targets()[i];
     if (target.contiguous != nullptr) {
       std::memcpy(target.contiguous, raw + target.at, target.shard_end - target.shard_begin);
+      taken += target.shard_end - target.shard_begin;
     } else {
-      scatter(raw + target.at, static_cast<std::int64_t>(target.shard_begin),
-              static_cast<std::int64_t>(target.shard_end), plan_.box(target.box));
+      const auto begin = static_cast<std::int64_t>(target.shard_begin);
+      const auto end = static_cast<std::int64_t>(target.shard_end);
+      taken += static_cast<std::uint64_t>(scatter(raw + target.at, begin, end, plan_.box(target.box)));
     }
   }
+  return taken;
 }
 
 CorruptError LoadJob::corrupt(const ReadChunk& chunk, const std::string& reason, std::string expected,

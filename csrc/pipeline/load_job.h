@@ -1,13 +1,12 @@
 // LoadJob: data files -> slots -> digest check -> codec -> tensor memory. With no targets it is a scrub of every chunk.
 //
 // Guarantee: a byte reaches its target only from a chunk whose digest matched (unless verification is off). finished()
-// without an error means
-//            every target is filled.
+//            without an error means every target is filled.
 // Ownership: target memory belongs to the caller and must stay mapped until finished().
 // Limits:    at most kQueueDepth chunks per lane in memory, whatever the checkpoint's size.
 // Failure:   the first failure ends the job: OsError, or CorruptError naming file and chunk. With collect_problems
-// every wrong chunk is noted
-//            (problems(), at most kProblemsMax) and the job goes on.
+//            every wrong chunk is noted (problems(), at most kProblemsMax) and the job goes on. The constructor throws
+//            std::invalid_argument for a plan that the files or the slots do not fit.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +44,8 @@ class LoadJob : public Job {
  public:
   static constexpr std::size_t kProblemsMax = 1000;
 
-  // `files` are in the order that the plan's tables number them.
+  // `files` are in the order that the plan's tables number them. bytes_done() ends at the plan's bytes_needed(), or for
+  // chunks without targets at its bytes_read().
   LoadJob(LoadPlan plan, std::vector<os::File> files, std::shared_ptr<mem::SlotRing> ring, LoadOptions options);
 
   const LoadPlan& plan() const { return plan_; }
@@ -57,11 +57,11 @@ class LoadJob : public Job {
  private:
   class LaneRun;
 
-  void take_in(std::uint64_t index, const std::uint8_t* slot, Lane& lane, LaneBooks& books);
+  std::uint64_t take_in(std::uint64_t index, const std::uint8_t* slot, Lane& lane, LaneBooks& books);
   std::span<const std::uint8_t> decode(const ReadChunk& chunk, const std::uint8_t* slot, Lane& lane, LaneBooks& books);
   void check_digest(const ReadChunk& chunk, std::span<const std::uint8_t> raw, LaneBooks& books);
   void check_padding(const ReadChunk& chunk, const std::uint8_t* slot) const;
-  void scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw);
+  std::uint64_t scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw);  // bytes that reached targets
   CorruptError corrupt(const ReadChunk& chunk, const std::string& reason, std::string expected = {},
                        std::string actual = {}) const;
   void note(const ReadChunk& chunk, const CorruptError& error);

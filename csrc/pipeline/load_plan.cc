@@ -8,6 +8,27 @@
 #include "base/limits.h"
 
 namespace snapstone::pipeline {
+namespace {
+
+// A box that reaches out of the stored shard would be filled in part, or not at all.
+void check_box_fits(const BoxTarget& box, const StoredShard& shard, const std::string& path) {
+  const std::size_t rank = box.shard_sizes.size();
+  std::int64_t nbytes = box.target.item_bytes;
+  bool fits = box.box_offsets.size() == rank && box.target.sizes.size() == rank;
+  for (std::size_t i = 0; fits && i < rank; ++i) {
+    const std::int64_t size = box.shard_sizes[i];
+    const std::int64_t part = box.target.sizes[i];
+    const std::int64_t offset = box.box_offsets[i];
+    fits = part >= 0 && part <= size && offset >= 0 && offset <= size - part &&
+           !__builtin_mul_overflow(nbytes, size, &nbytes);
+  }
+  if (!fits || static_cast<std::uint64_t>(nbytes) != shard.nbytes) {
+    throw CorruptError("box does not fit the stored shard", path, static_cast<std::int64_t>(shard.first_chunk),
+                       std::to_string(shard.nbytes) + " bytes", std::to_string(nbytes) + " bytes");
+  }
+}
+
+}  // namespace
 
 template <typename Visit>
 void LoadPlan::for_each_piece(const StoredShard& shard, Visit visit) {
@@ -39,6 +60,7 @@ void LoadPlan::add_contiguous(const StoredShard& shard, std::uint8_t* target) {
 }
 
 void LoadPlan::add_box(const StoredShard& shard, BoxTarget box) {
+  check_box_fits(box, shard, tables_.at(shard.table).path);
   const auto first = static_cast<std::uint64_t>(box.first_byte());
   const auto last = static_cast<std::uint64_t>(box.last_byte());
   bytes_needed_ += static_cast<std::uint64_t>(box.target.nbytes());

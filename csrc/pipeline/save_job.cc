@@ -1,8 +1,10 @@
 #include "pipeline/save_job.h"
 
-#include <cassert>
+#include <cerrno>
 #include <cstring>
 #include <deque>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "base/clock.h"
@@ -29,13 +31,16 @@ SaveJob::SaveJob(std::shared_ptr<const format::Layout> layout, SaveSources sourc
       options_(std::move(options)),
       direct_(file_.direct),
       table_(layout_->chunks.size()) {
-  assert(ring_->slot_bytes() >= layout_->chunk_bytes);
+  if (ring_->slot_bytes() < layout_->chunk_bytes) {
+    throw std::invalid_argument("slots of " + std::to_string(ring_->slot_bytes()) + " bytes cannot hold chunks of " +
+                                std::to_string(layout_->chunk_bytes));
+  }
   if (layout_->file_bytes > 0) os::preallocate(file_, layout_->file_bytes);
 }
 
 bool SaveJob::wait_staged(std::chrono::milliseconds timeout) {
   std::unique_lock lock(mutex_);
-  return changed_.wait_for(lock, timeout, [this] { return staged() || finished(); });
+  return changed_->wait_for(lock, timeout, [this] { return staged() || finished(); });
 }
 
 // One lane's share of a save: claims chunks, stages them while slots are free, then encodes and writes what it staged.
@@ -51,6 +56,9 @@ class SaveJob::LaneRun {
   void run() {
     while (!job_.stopped()) {
       reap(0);
+      // Raw chunks cost nothing more, so the device is kept busy; compressing waits until nothing can be staged, since
+      // a fence may hold.
+      while (!job_.options_.compress && !staged_.empty() && !in_flight_.full()) write_oldest();
       if (stage_next()) continue;
       if (!staged_.empty()) {
         write_oldest();
@@ -66,7 +74,11 @@ class SaveJob::LaneRun {
 
   ~LaneRun() {
     in_flight_.drain();
-    engine_.forget_file(job_.file_);
+    if (in_flight_.broken()) {
+      lane_.drop_io(job_.options_.rung);
+    } else {
+      engine_.forget_file(job_.file_);
+    }
   }
 
  private:
@@ -82,8 +94,6 @@ class SaveJob::LaneRun {
     }
     job_.stage(chunk, spare_.data(), books_);
     staged_.emplace_back(chunk, std::move(spare_));
-    if (!job_.options_.compress)
-      write_oldest();  // raw chunks cost nothing more: keep the device busy while staging goes on
     return true;
   }
 
@@ -110,7 +120,7 @@ class SaveJob::LaneRun {
       const format::ChunkRecord& record = job_.table_[chunk];
       if (error_number != 0) throw OsError(error_number, "write", job_.file_.path, record.offset, record.stored_bytes);
       slot = {};
-      job_.progress(record.raw_bytes);
+      job_.progress(job_.payload_bytes(chunk));
     });
   }
 
@@ -118,6 +128,7 @@ class SaveJob::LaneRun {
     const std::int64_t begin = now_ns();
     spare_ = job_.ring_->acquire(kSlotPoll);
     books_.add(Stage::kSlotWait, begin, now_ns(), 0);
+    if (!spare_ && job_.ring_->slot_count() == 0) throw OsError(ENOMEM, "stage: no slot is left", job_.file_.path);
   }
 
   SaveJob& job_;
@@ -153,8 +164,17 @@ void SaveJob::stage(std::uint64_t index, std::uint8_t* slot, LaneBooks& books) {
   }
   if (chunks_staged_.fetch_add(1) + 1 == layout_->chunks.size()) {
     std::lock_guard lock(mutex_);
-    changed_.notify_all();
+    changed_->notify_all();
   }
+}
+
+std::uint64_t SaveJob::payload_bytes(std::uint64_t index) const {
+  const format::ChunkPlan& chunk = layout_->chunks[index];
+  std::uint64_t nbytes = 0;
+  for (std::uint32_t i = chunk.first_piece; i < chunk.first_piece + chunk.piece_count; ++i) {
+    nbytes += layout_->pieces[i].end - layout_->pieces[i].begin;
+  }
+  return nbytes;
 }
 
 void SaveJob::gather_pieces(const format::ChunkPlan& chunk, std::uint8_t* slot) const {
@@ -194,12 +214,12 @@ std::uint32_t SaveJob::encode(std::uint64_t index, std::uint8_t* slot, Lane& lan
 
 bool SaveJob::place(std::uint64_t chunk, std::uint32_t stored_bytes) {
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [&] { return next_place_ == chunk || stopped(); });
+  changed_->wait(lock, [&] { return next_place_ == chunk || stopped(); });
   if (stopped()) return false;
   table_[chunk].offset = file_bytes_;
   file_bytes_ += round_up(stored_bytes, kPageBytes);
   ++next_place_;
-  changed_.notify_all();
+  changed_->notify_all();
   return true;
 }
 

@@ -1,12 +1,13 @@
 // SaveJob: tensors in memory -> slots -> digest -> codec -> one data file, fsynced and closed.
 //
 // Guarantee: staged() means every source byte is in a slot (or further on) and its digest taken: the sources may
-// change. finished() without
-//            an error means the data file is written, fsynced and closed, and chunk_table() describes it.
+//            change. finished() without an error means the data file is written, fsynced and closed, and chunk_table()
+//            describes it. Stored chunks go to the file in chunk order, so the same state gives the same file.
 // Ownership: source memory belongs to the caller and must stay mapped until staged() or finished(), whichever comes
-// first. Limits:    at most ring->slot_count() chunks in memory. Stored chunks go to the file in chunk order, so the
-// same state gives the same file. Failure:   OsError of the first failing call; the file is closed and left for the
-// staging directory's owner to discard.
+//            first.
+// Limits:    at most ring->slot_count() chunks in memory.
+// Failure:   OsError of the first failing call; the file is closed and left for the staging directory's owner to
+//            discard. The constructor preallocates, so a full disk is found before anything is staged.
 #pragma once
 
 #include <cstdint>
@@ -44,8 +45,8 @@ class SaveJob : public Job {
   SaveJob(std::shared_ptr<const format::Layout> layout, SaveSources sources, os::File file,
           std::shared_ptr<mem::SlotRing> ring, SaveOptions options);
 
-  bool wait_staged(std::chrono::milliseconds
-                       timeout);  // true also when the job ended before all was staged: then finished() says why
+  // True also when the job ended before all was staged: then finished() is true.
+  bool wait_staged(std::chrono::milliseconds timeout);
   bool staged() const noexcept { return chunks_staged_.load(std::memory_order_acquire) == layout_->chunks.size(); }
   const std::vector<format::ChunkRecord>& chunk_table() const { return table_; }  // after finished()
   std::uint64_t file_bytes() const noexcept { return file_bytes_; }               // after finished()
@@ -60,6 +61,7 @@ class SaveJob : public Job {
   class LaneRun;
 
   void stage(std::uint64_t chunk, std::uint8_t* slot, LaneBooks& books);
+  std::uint64_t payload_bytes(std::uint64_t chunk) const;  // of tensors, without alignment gaps
   void gather_pieces(const format::ChunkPlan& chunk, std::uint8_t* slot) const;
   // Compresses in place; returns the bytes to store.
   std::uint32_t encode(std::uint64_t chunk, std::uint8_t* slot, Lane& lane, LaneBooks& books);

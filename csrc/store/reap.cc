@@ -39,16 +39,19 @@ Owners owners_of(const os::Directory& staging) {
   }
 }
 
-bool provably_dead(const os::Directory& parent, const os::Entry& entry, const os::FileSystemFacts& facts) {
+// Other hosts may write here too: what we do not know by name counts as shared.
+bool may_be_shared(const os::FileSystemFacts& facts) { return facts.network || facts.name.starts_with("0x"); }
+
+bool provably_dead(const os::Directory& parent, const os::Entry& entry, bool shared) {
   const os::Directory staging = os::open_directory_at(parent, entry.name);
   if (!os::try_lock_exclusive(staging)) return false;
   switch (owners_of(staging)) {
     case Owners::kThisBoot:
       return true;
     case Owners::kOthers:
-      return !facts.network;  // a local file system has no other host: those owners ended with an earlier boot
+      return !shared;  // a local file system has no other host: those owners ended with an earlier boot
     case Owners::kUnknown:
-      return !facts.network && realtime_ns() - entry.modified_ns > kOwnerlessAgeNs;
+      return !shared && realtime_ns() - entry.modified_ns > kOwnerlessAgeNs;
   }
   return false;
 }
@@ -58,13 +61,15 @@ bool provably_dead(const os::Directory& parent, const os::Entry& entry, const os
 std::vector<std::string> reap(const std::string& parent_path) {
   std::vector<std::string> removed;
   const os::Directory parent = os::open_directory(parent_path);
-  const os::FileSystemFacts facts = os::file_system_facts(parent);
+  const bool shared = may_be_shared(os::file_system_facts(parent));
   for (const os::Entry& entry : os::list_directory(parent)) {
     const bool staging = is_staging_name(entry.name);
     if (!entry.is_directory || entry.owner_uid != os::effective_uid() || !(staging || is_trash_name(entry.name)))
       continue;
     try {
-      if (staging && !provably_dead(parent, entry, facts)) continue;
+      if (staging && !provably_dead(parent, entry, shared)) continue;
+      // An overwrite whose last sync failed leaves the old checkpoint here: the swap of names must be durable first.
+      if (removed.empty()) os::sync_directory(parent);
       os::remove_tree_at(parent, entry.name);
       removed.push_back(entry.name);
     } catch (const OsError&) {

@@ -34,6 +34,17 @@ std::span<const std::uint8_t> as_bytes(const std::string& text) {
   return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
 }
 
+// Lustre mounted without -o flock, and some FUSE file systems, have no locks. There reap() cannot take the exclusive
+// one either, so it leaves every staging directory alone. ENOLCK is another matter: locks exist, and a later reap()
+// may get one.
+void lock_if_there_are_locks(const os::Directory& directory) {
+  try {
+    os::try_lock_shared(directory);
+  } catch (const OsError& error) {
+    if (error.error_number() != ENOSYS && error.error_number() != EOPNOTSUPP) throw;
+  }
+}
+
 }  // namespace
 
 Staging::Staging(os::Directory parent, os::Directory directory, std::string save_id)
@@ -45,8 +56,7 @@ Staging Staging::create(const std::string& parent_path, const std::string& save_
   const std::string name = staging_name(save_id);
   os::make_directory_at(parent, name);
   os::Directory directory = os::open_directory_at(parent, name);
-  os::try_lock_shared(
-      directory);  // fails only where locks do not exist; reap() then cannot take the exclusive one either
+  lock_if_there_are_locks(directory);
   std::string owners;
   for (const std::string& boot_id : boot_ids) owners += boot_id + "\n";
   os::write_file_durably(directory.fd.get(), directory.path, kOwnerName, as_bytes(owners));
@@ -56,7 +66,7 @@ Staging Staging::create(const std::string& parent_path, const std::string& save_
 Staging Staging::join(const std::string& parent_path, const std::string& save_id) {
   os::Directory parent = os::open_directory(parent_path);
   os::Directory directory = os::open_directory_at(parent, staging_name(save_id));
-  os::try_lock_shared(directory);
+  lock_if_there_are_locks(directory);
   return Staging(std::move(parent), std::move(directory), save_id);
 }
 
@@ -84,6 +94,7 @@ void Staging::publish(const std::string& final_name, bool overwrite) {
   const std::string final_path = parent_.path + "/" + final_name;
   if (!overwrite || !os::stat_at(parent_, final_name)) {
     os::rename_noreplace(parent_, staging, final_name);
+    published_ = true;
     directory_.path = final_path;
     os::sync_directory(parent_);
     return;
@@ -93,6 +104,7 @@ void Staging::publish(const std::string& final_name, bool overwrite) {
     throw OsError(EEXIST, "overwrite (not a checkpoint, so not replaced)", final_path);
   }
   os::rename_exchange(parent_, staging, final_name);
+  published_ = true;
   directory_.path = final_path;
   os::sync_directory(parent_);
   try {
@@ -104,6 +116,7 @@ void Staging::publish(const std::string& final_name, bool overwrite) {
 }
 
 void Staging::discard() noexcept {
+  if (published_) return;  // after an exchange the staging name is the old checkpoint's
   try {
     os::remove_tree_at(parent_, staging_name(save_id_));
     os::sync_directory(parent_);

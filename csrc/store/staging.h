@@ -6,7 +6,10 @@
 //            `.trash-` directory at most.
 // Ownership: holds the directory open with a shared flock, which tells reap() that the save is alive.
 // Threads:   create_file() and write_file() from any thread; the rest from one at a time.
-// Failure:   OsError. discard() is best effort and noexcept.
+// Failure:   OsError. If step 8 is what failed, the new checkpoint is in place but may not survive a crash; with
+// overwrite the old one
+//            keeps the staging name, untouched. discard() is best effort and noexcept; after the rename it does
+//            nothing.
 #pragma once
 
 #include <cstdint>
@@ -49,6 +52,7 @@ class Staging {
   os::Directory parent_;
   os::Directory directory_;
   std::string save_id_;
+  bool published_ = false;
 };
 
 }  // namespace snapstone::store

@@ -1,8 +1,16 @@
-"""snapstone: fast, durable, verified checkpoints for large-model training."""
+"""snapstone: fast, durable, verified checkpoints for large-model training.
+
+The names below are imported when first used: torch takes seconds, and `snapstone --help` and shell completion do not
+need it.
+"""
 
 from __future__ import annotations
 
-from .checkpoint import Checkpoint
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -11,10 +19,13 @@ from .errors import (
     IncompleteCheckpointError,
     RankFailedError,
 )
-from .handle import SaveHandle, wait
-from .load import load
-from .save import async_save, prepare, save
-from .verify import VerifyReport, verify
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .handle import SaveHandle, wait
+    from .load import load
+    from .save import async_save, prepare, save
+    from .verify import VerifyReport, verify
 
 __version__ = "0.1.0"
 
@@ -35,3 +46,39 @@ __all__ = [
     "verify",
     "wait",
 ]
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "SaveHandle": "handle",
+    "VerifyReport": "verify",
+    "async_save": "save",
+    "load": "load",
+    "prepare": "save",
+    "save": "save",
+    "verify": "verify",
+    "wait": "handle",
+}
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The import system binds a submodule in its package. `save`, `load` and `verify` are functions here, whoever
+        # imports the modules of these names, and whenever.
+        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,10 +7,11 @@ state (batch-norm statistics, RNG states, counters) is copied at the call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -21,8 +22,16 @@ __all__ = ["Fence", "OptimizerFence"]
 Fence = Literal["now"] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
+# What each optimizer's next step waits for.
+_held: WeakKeyDictionary[torch.optim.Optimizer, list[Future[None]]] = WeakKeyDictionary()
+
+
+def _hold(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    wait_for_futures(_held.get(optimizer, ()))
+
+
 class OptimizerFence:
-    """Waits for staging in a pre-step hook of each optimizer; the hooks remove themselves."""
+    """Waits for staging in a pre-step hook of each optimizer."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._optimizers = optimizers
@@ -35,24 +44,19 @@ class OptimizerFence:
             if fence == "now":
                 return None
         else:
-            optimizers = (fence,) if isinstance(fence, torch.optim.Optimizer) else tuple(fence)
+            optimizers = tuple(fence) if isinstance(fence, Iterable) else (fence,)
         if not optimizers or not all(isinstance(one, torch.optim.Optimizer) for one in optimizers):
             raise TypeError(f'fence={fence!r}: use "now", an optimizer or a sequence of optimizers')
         return cls(optimizers)
 
     def attach(self, staged: Future[None]) -> None:
         """From now on no optimizer of the fence steps before `staged` is done. Errors of staging surface elsewhere."""
-        hooks: list[Any] = []
-
-        def hold(*_: Any) -> None:
-            wait_for_futures([staged])
-            remove()
-
-        def remove(*_: Any) -> None:
-            while hooks:
-                hooks.pop().remove()
-
-        hooks.extend(optimizer.register_step_pre_hook(hold) for optimizer in self._optimizers)
+        for optimizer in self._optimizers:
+            pending = [one for one in _held.get(optimizer, ()) if not one.done()]
+            if optimizer not in _held:
+                # One hook for all saves, and for good: a hook must not go while the optimizer walks its hooks.
+                optimizer.register_step_pre_hook(_hold)
+            _held[optimizer] = [*pending, staged]
 
     def snapshot(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any] | state.Flattened:
         """What `state_dict` is now: containers and everything that these optimizers do not own are copied.
@@ -61,7 +65,7 @@ class OptimizerFence:
         waits; a state with anything else in it comes back flattened.
         """
         if type(state_dict) is dict:
-            guards: list[Any] = [one.param_groups for one in self._optimizers]
+            guards: list[Any] = [group["params"] for one in self._optimizers for group in one.param_groups]
             guards += [one.state for one in self._optimizers]
             copied, rest = _native.snapshot(state_dict, guards, tensors.TENSOR_TYPES)
             if all(type(value) in tensors.TENSOR_TYPES for _, _, value in rest):

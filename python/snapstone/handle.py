@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
 from typing import Any
 
 __all__ = ["SaveHandle", "raise_unreported", "wait"]
@@ -12,6 +13,30 @@ __all__ = ["SaveHandle", "raise_unreported", "wait"]
 _lock = threading.Lock()
 _in_flight: set[SaveHandle] = set()
 _unreported: list[SaveHandle] = []
+
+
+class _Upload(Future[Any]):
+    """A future that tells when somebody has looked at how the save ended."""
+
+    def __init__(self, seen: Callable[[], None]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return super().result(timeout)
+        finally:
+            self._tell()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        try:
+            return super().exception(timeout)
+        finally:
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.done():
+            self._seen()
 
 
 class SaveHandle:
@@ -22,16 +47,17 @@ class SaveHandle:
         upload_completion: done when the checkpoint is committed and durable; its result is the Checkpoint.
         step: the step given to `async_save`.
 
-    An error that nobody collects from `result()` or the futures is raised by the next `save`, `async_save` or `wait`.
+    An error that nobody collects from `result()` or `upload_completion` is raised by the next `save`, `async_save` or
+    `wait`, unless the save was cancelled.
     """
 
     def __init__(self, step: int | None, stats: Mapping[str, Any], cancel: Callable[[], bool]) -> None:
         self.staging_completion: Future[None] = Future()
-        self.upload_completion: Future[Any] = Future()
+        self.upload_completion: Future[Any] = _Upload(self._mark_reported)
         self.step = step
         self._stats = stats
         self._cancel = cancel
-        self._reported = False
+        self._cancelled = False
         with _lock:
             _in_flight.add(self)
 
@@ -42,33 +68,34 @@ class SaveHandle:
 
     def result(self, timeout: float | None = None) -> Any:
         """The committed Checkpoint. Raises what the save raised, or TimeoutError after `timeout` seconds."""
-        result = None
-        try:
-            result = self.upload_completion.result(timeout)
-        finally:
-            if self.upload_completion.done():
-                self._mark_reported()
-        return result
+        return self.upload_completion.result(timeout)
 
     def done(self) -> bool:
         return self.upload_completion.done()
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` stopped this save."""
+        return self._cancelled
+
     def cancel(self) -> bool:
         """Stops the save before its commit point: nothing becomes visible. False if it is too late."""
-        return self._cancel()
+        if self.done() or not self._cancel():
+            return False
+        self._cancelled = True
+        return True
 
     def settle(self, checkpoint: Any, error: BaseException | None) -> None:
         """Ends the save, from the thread that ran it."""
-        with _lock:
-            _in_flight.discard(self)
-            if error is not None:
-                _unreported.append(self)
+        self.staged(error)
         if error is None:
-            self.staged(None)
             self.upload_completion.set_result(checkpoint)
         else:
-            self.staged(error)
+            with _lock:
+                _unreported.append(self)
             self.upload_completion.set_exception(error)
+        with _lock:
+            _in_flight.discard(self)  # last, so that `wait` never returns before the futures are done
 
     def staged(self, error: BaseException | None) -> None:
         if self.staging_completion.done():
@@ -86,11 +113,15 @@ class SaveHandle:
 
 def raise_unreported() -> None:
     """Raises the error of an earlier background save that nobody has seen."""
-    with _lock:
-        handle = _unreported.pop(0) if _unreported else None
-    if handle is not None:
+    while True:
+        with _lock:
+            handle = _unreported.pop(0) if _unreported else None
+        if handle is None:
+            return
         error = handle.upload_completion.exception()
         assert error is not None
+        if handle.cancelled:
+            continue
         error.add_note(f"raised by an earlier async_save (step {handle.step}) whose result nobody collected")
         raise error
 
@@ -102,7 +133,7 @@ def wait(timeout: float | None = None) -> None:
         TimeoutError: a save is still in flight after `timeout` seconds.
     """
     with _lock:
-        handles = list(_in_flight)
-    for handle in handles:
-        handle.result(timeout)
+        uploads = [handle.upload_completion for handle in _in_flight]
+    if wait_for_futures(uploads, timeout).not_done:
+        raise TimeoutError(f"a save is still in flight after {timeout:g} s")
     raise_unreported()

@@ -128,10 +128,10 @@ def _integer(value: Any, what: str, limit: int = _INT64_MAX) -> int:
 
 def _integers(value: Any, what: str) -> tuple[int, ...]:
     if type(value) is not list or len(value) > DIMENSIONS_MAX:
-        raise _Reject(f"{what} is not a list of at most {DIMENSIONS_MAX} integers")
+        raise _Reject(f"{what!r}: not a list of at most {DIMENSIONS_MAX} integers")
     for entry in value:
         if type(entry) is not int or not 0 <= entry <= _INT64_MAX:
-            raise _Reject(f"{what} holds {str(entry)[:80]}")
+            raise _Reject(f"{what!r}: {str(entry)[:80]} is not a size or position")
     return tuple(value)
 
 
@@ -219,25 +219,27 @@ def _parse(data: bytes, dtype_bytes: Mapping[str, int]) -> Index:
 def _parse_tensor(row: Any, chunk_count: int, dtype_bytes: Mapping[str, int]) -> StoredTensor:
     if type(row) is not dict:
         raise _Reject("a tensor is not an object")
-    name = _text(row["name"], "tensor name")
-    dtype = _text(row["dtype"], "dtype")
-    shape = _integers(row["shape"], f"shape of {name!r}")
+    name = row["name"]
+    dtype = row["dtype"]
+    if type(name) is not str or type(dtype) is not str:
+        raise _Reject("a tensor's name or dtype is not a string")
+    if dtype not in dtype_bytes:
+        raise _Reject(f"{name!r}: unknown dtype {dtype[:80]!r}")
+    shape = _integers(row["shape"], name)
     if "sizes" in row:
-        offsets = _integers(row["offsets"], f"offsets of {name!r}")
-        sizes = _integers(row["sizes"], f"sizes of {name!r}")
+        offsets = _integers(row["offsets"], name)
+        sizes = _integers(row["sizes"], name)
         if not len(offsets) == len(sizes) == len(shape):
             raise _Reject(f"{name!r}: shape, offsets and sizes differ in length")
         if any(offset + size > extent for offset, size, extent in zip(offsets, sizes, shape, strict=True)):
             raise _Reject(f"{name!r}: shard lies outside its tensor")
     else:
         offsets, sizes = (0,) * len(shape), shape
-    if dtype not in dtype_bytes:
-        raise _Reject(f"{name!r}: unknown dtype {dtype[:80]!r}")
     if math.prod(shape) > _INT64_MAX:
         raise _Reject(f"{name!r}: shape {shape} overflows")
     nbytes = math.prod(sizes) * dtype_bytes[dtype]
-    first, count = _integers(row["chunks"], f"chunks of {name!r}")
-    at = _integer(row.get("at", 0), f"at of {name!r}", _native.CHUNK_BYTES_MAX)
+    first, count = _integers(row["chunks"], name)
+    at = _integer(row.get("at", 0), name, _native.CHUNK_BYTES_MAX)
     if first > chunk_count or count > chunk_count - first:
         raise _Reject(f"{name!r}: chunks {first}+{count} are not in a table of {chunk_count}")
     if (nbytes == 0) != (count == 0) or nbytes > count * _native.CHUNK_BYTES_MAX:

@@ -118,8 +118,9 @@ class _Load:
             self.flattened = self._flatten_target(reader)
             missing, unexpected = self._compare_keys(reader, objects)
             targets = self._targets(reader)
-            for name in self.flattened.objects.keys() & objects.keys():
-                self.loaded[name] = values.decode(objects[name][1], name=name, allow_pickle=self.options.allow_pickle)
+            for name, (_, encoded) in objects.items():
+                if name in self.flattened.objects or self._is_new_in_stateful(name):
+                    self.loaded[name] = values.decode(encoded, name=name, allow_pickle=self.options.allow_pickle)
         needed = sum(target.item.nbytes for target in targets)
         try:
             with Progress(progress, "load", needed) as bar, torch.no_grad():
@@ -154,7 +155,7 @@ class _Load:
         missing = [name for name in wanted_tensors if name not in reader.shards]
         missing += [name for name in wanted_objects if name not in objects]
         unexpected = [name for name in reader.shards if name not in wanted_tensors]
-        unexpected += [name for name in objects if name not in wanted_objects and not self._belongs_to_stateful(name)]
+        unexpected += [name for name in objects if name not in wanted_objects and not self._is_new_in_stateful(name)]
         if self.options.strict:
             problems += [f"missing from the checkpoint: {name}" for name in missing]
             problems += [f"unexpected in the checkpoint: {name}" for name in unexpected]
@@ -171,26 +172,23 @@ class _Load:
             )
         return missing, unexpected
 
-    def _belongs_to_stateful(self, name: str) -> bool:
-        """Values that a Stateful does not have yet are handed to its load_state_dict, which knows what to do with
-        them.
+    def _is_new_in_stateful(self, name: str) -> bool:
+        """Values that a Stateful does not have yet (an optimizer before its first step) are handed to its
+        load_state_dict, which knows what to do with them.
         """
         path = self.saved_paths[name]
-        return any(path[: len(item.path)] == item.path for item in self.flattened.stateful)
+        return name not in self.flattened.paths and any(path[: len(item.path)] == item.path for item in self.flattened.stateful)
 
     def _targets(self, reader: Reader) -> list[LocalShard]:
-        targets: list[LocalShard] = []
-        seen: set[Any] = set()
-        for name, tensor in self.flattened.tensors.items():
-            if name not in reader.shards:
-                continue
-            for shard in tensors.describe(name, tensor):
-                key = (tensors.memory_key(shard.tensor), tuple(saved.stored.place for saved in reader.shards[name]))
-                if shard.item.nbytes and key in seen:
-                    continue  # tied targets of tied tensors: the bytes come once
-                seen.add(key)
-                targets.append(shard)
-        return targets
+        targets = [
+            shard
+            for name, tensor in self.flattened.tensors.items()
+            if name in reader.shards
+            for shard in tensors.describe(name, tensor)
+        ]
+        # Tied targets get their bytes once; where the saved tensors differ the last one stays, as with load_state_dict.
+        last = {tie: position for position, tie in enumerate(tensors.tie_positions(targets))}
+        return [targets[position] for position in sorted(last.values())]
 
     def finish(self) -> None:
         """Every rank has its bytes: values into the state, then load_state_dict of every Stateful."""

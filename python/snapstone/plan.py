@@ -16,7 +16,16 @@ from typing import NamedTuple
 
 from .errors import IncompatibleCheckpointError
 
-__all__ = ["Box", "TensorItem", "assign_writers", "check_tiling", "overlap", "shard_range", "structure_digest"]
+__all__ = [
+    "Box",
+    "TensorItem",
+    "assign_writers",
+    "check_tiling",
+    "first_overlap",
+    "overlap",
+    "shard_range",
+    "structure_digest",
+]
 
 DIMENSIONS_MAX = 64
 
@@ -123,7 +132,7 @@ def check_tiling(items: Iterable[TensorItem]) -> None:
         for part in parts:
             if any(o < 0 or o + s > extent for o, s, extent in zip(part.offsets, part.sizes, shape, strict=True)):
                 raise IncompatibleCheckpointError(f"shard {part} lies outside the tensor {list(shape)}", tensor=name)
-        pair = _first_overlap(parts)
+        pair = first_overlap(parts)
         if pair is not None:
             raise IncompatibleCheckpointError(f"shards overlap: {pair[0]} and {pair[1]}", tensor=name)
         if covered != math.prod(shape):
@@ -132,8 +141,8 @@ def check_tiling(items: Iterable[TensorItem]) -> None:
             )
 
 
-def _first_overlap(boxes: list[Box]) -> tuple[Box, Box] | None:
-    """Sweeps along the first dimension, so that only boxes that meet there are compared."""
+def first_overlap(boxes: list[Box]) -> tuple[Box, Box] | None:
+    """Two boxes that share an element, if any. Sweeps along the first dimension, so that only boxes that meet there are compared."""
     if len(boxes) < 2:
         return None
     active: list[tuple[int, int]] = []  # (end along dimension 0, position)

@@ -261,7 +261,12 @@ class Reader:
 
     def _request(self, requests: _Requests, target: LocalShard, cast: bool) -> None:
         item, tensor = target
-        saved = self.describe(item.name)
+        shards = self.shards[item.name]
+        saved = shards[0].stored.item
+        if saved == item and item.nbytes and tensor.is_contiguous() and not tensors.needs_copy(tensor):
+            # The same shard in plain memory, which is nearly every tensor of a resumed run.
+            requests.rows.append((shards[0].table, *shards[0].stored.place, item.nbytes, tensor.data_ptr()))
+            return
         if item.nbytes == 0 and 0 in item.sizes:
             return
         tensors.check_target(item.name, tensor)
@@ -276,9 +281,12 @@ class Reader:
             requests.converted.append((tensor.detach(), buffer))
             tensor = buffer
         wanted = Box(item.offsets, item.sizes)
-        missing = wanted.volume
-        for read in self._overlaps(item.name, wanted, tensor):
-            missing -= read.part.volume
+        reads = list(self._overlaps(item.name, wanted, tensor))
+        pair = plan.first_overlap([read.part for read in reads])
+        if pair is not None:
+            raise CorruptCheckpointError(f"saved shards overlap: {pair}", path=self.path, tensor=item.name)
+        missing = wanted.volume - sum(read.part.volume for read in reads)
+        for read in reads:
             self._add_read(requests, read)
         if missing > 0:
             raise IncompleteCheckpointError(

@@ -249,5 +249,5 @@ def prepare(device: str | torch.device = "cpu", nbytes: int | None = None) -> No
     if torch.device(device).type != "cpu":
         raise ValueError(f"device={device!r}: only CPU staging memory can be prepared in this version")
     options = SaveOptions.of()
-    wanted = options.host_memory_budget if nbytes is None else min(nbytes, options.host_memory_budget)
+    wanted = options.host_memory_budget if nbytes is None else nbytes
     _native.reserve(options.chunk_bytes, -(-wanted // options.chunk_bytes))

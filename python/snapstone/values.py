@@ -230,7 +230,7 @@ def _encode_tensor(value: torch.Tensor, place: _Place) -> Json:
         kind = f"{value.dtype} {value.layout} tensor on {value.device}"
         raise ValueError(f"{place}: cannot store a {kind} inside a tuple or set; {remedy}")
     _check_embedded(value.nbytes, place)
-    flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    flat = value.detach().cpu().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
     data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     return {"$tensor": {"dtype": dtype_name(value.dtype), "shape": list(value.shape), "data": _base64(data)}}
 

@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -269,12 +270,11 @@ class Writer:
             progress.at(self._job.bytes_done)
             if self.deadline.expired:
                 self._job.cancel()
-                raise CheckpointError(
-                    f"writing did not end within {self.options.timeout_seconds:g} s",
-                    path=self.target.path,
-                    rank=self.group.rank,
-                )
-        self._job.rethrow()
+                raise self._too_late()
+        try:
+            self._job.rethrow()
+        except CancelledError:
+            raise self._cancelled() if self._state == "cancelled" else self._too_late() from None
         progress.at(self._job.bytes_done)
 
     # Vote and commit --------------------------------------------------------------------------------------------------
@@ -294,6 +294,8 @@ class Writer:
             entry = self._write_index()
             with self.trace.span("sync"):
                 self._staging.sync()
+            if self.group.rank != 0:
+                self._enter_commit()  # by its vote a rank gives the decision to rank 0
         except BaseException as failure:
             error = failure
         with self.trace.span("vote"):
@@ -355,13 +357,17 @@ class Writer:
     def _enter_commit(self) -> None:
         with self._commit_lock:
             if self._state == "cancelled":
-                raise CheckpointError("cancelled before the commit", path=self.target.path)
+                raise self._cancelled()
             if self.deadline.expired:
-                raise CheckpointError(
-                    f"not committed: the save took longer than {self.options.timeout_seconds:g} s",
-                    path=self.target.path,
-                )
+                raise self._too_late()
             self._state = "committing"
+
+    def _cancelled(self) -> CheckpointError:
+        return CheckpointError("cancelled before the commit", path=self.target.path, rank=self.group.rank)
+
+    def _too_late(self) -> CheckpointError:
+        message = f"not committed: the save took longer than {self.options.timeout_seconds:g} s"
+        return CheckpointError(message, path=self.target.path, rank=self.group.rank)
 
     def _hear_outcome(self) -> None:
         """Rank 0 may die between the rename and its announcement; then the disk says what happened."""
@@ -387,8 +393,9 @@ class Writer:
             if self._state == "committing":
                 return False
             self._state = "cancelled"
-        if self._job is not None:
-            self._job.cancel()
+        job = self._job
+        if job is not None:
+            job.cancel()
         return True
 
     def close(self, succeeded: bool) -> None:

@@ -1,0 +1,78 @@
+"""The command group: its commands, and how their errors end the process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import click
+
+from .. import __version__
+from .completion import completion
+from .diff import diff
+from .doctor import doctor
+from .exit_codes import ExitCode, code_of, message_of
+from .info import info
+from .ls import ls
+from .output import printable
+from .verify import verify
+
+__all__ = ["cli", "main"]
+
+
+class _Commands(click.Group):
+    """A group whose commands fail with one line on stderr and a documented exit code, never with a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            _fail(error)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    if os.environ.get("SNAPSTONE_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(error, file=sys.stderr)
+    print(f"snapstone: {printable(message_of(error))}", file=sys.stderr)
+    raise SystemExit(code_of(error))
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 ok, 1 damaged, different or nothing found, 2 usage, 3 not found, 4 I/O error, "
+    "130 interrupted.",
+)
+@click.version_option(__version__, prog_name="snapstone", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Lists, inspects, verifies and compares snapstone checkpoints.
+
+    \b
+    Examples:
+      snapstone ls runs/gpt                        # every committed checkpoint of a run
+      snapstone info runs/gpt/step-00001000        # what one checkpoint holds
+      snapstone verify runs/gpt                    # every byte of every checkpoint
+      snapstone diff runs/gpt/step-1 runs/gpt/step-2
+      snapstone doctor /mnt/checkpoints            # what this machine can do there
+    """
+
+
+for _command in (ls, info, verify, diff, doctor, completion):
+    cli.add_command(_command)
+
+
+def main() -> NoReturn:
+    """The console entry point."""
+    # An undecodable or unencodable character must not end a listing; names are escaped, so this concerns paths.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        cli.main(prog_name="snapstone")
+    except KeyboardInterrupt:
+        _fail(KeyboardInterrupt())
+    raise SystemExit(ExitCode.OK)
