@@ -28,7 +28,7 @@ from scale import SCALES
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from train import join_workers
+from train import join_workers, leave_workers
 from trainer import TimedAdamW, local_digest, sharded_gpt
 
 Times = dict[str, float]
@@ -148,7 +148,7 @@ def main() -> None:
             if round_index > 0:
                 measured[engine.name].append(times)
     Path(f"{options.log}.rank-{rank}.json").write_text(json.dumps(measured))
-    dist.destroy_process_group()
+    leave_workers()
 
 
 if __name__ == "__main__":

@@ -113,9 +113,18 @@ class Snapshot {
     return false;
   }
 
-  static bool is_settled(PyObject* value) {
+  static bool is_scalar(PyObject* value) {
     return value == Py_None || PyBool_Check(value) || PyLong_CheckExact(value) || PyFloat_CheckExact(value) ||
            PyUnicode_CheckExact(value) || PyBytes_CheckExact(value);
+  }
+
+  // Scalars and tuples of them, such as the betas of Adam.
+  static bool is_settled(PyObject* value) {
+    if (!PyTuple_CheckExact(value)) return is_scalar(value);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+      if (!is_scalar(PyTuple_GET_ITEM(value, i))) return false;
+    }
+    return true;
   }
 
   std::vector<PyTypeObject*> tensor_types_;

@@ -35,7 +35,8 @@ SaveJob::SaveJob(std::shared_ptr<const format::Layout> layout, SaveSources sourc
     throw std::invalid_argument("slots of " + std::to_string(ring_->slot_bytes()) + " bytes cannot hold chunks of " +
                                 std::to_string(layout_->chunk_bytes));
   }
-  if (layout_->file_bytes > 0) os::preallocate(file_, layout_->file_bytes);
+  // Buffered writes end in the page cache; on tmpfs reserving would write every page once more.
+  if (direct_ && layout_->file_bytes > 0) os::preallocate(file_, layout_->file_bytes);
 }
 
 bool SaveJob::wait_staged(std::chrono::milliseconds timeout) {

@@ -7,7 +7,7 @@
 //            first.
 // Limits:    at most ring->slot_count() chunks in memory.
 // Failure:   OsError of the first failing call; the file is closed and left for the staging directory's owner to
-//            discard. The constructor preallocates, so a full disk is found before anything is staged.
+//            discard. The constructor preallocates a direct file, so a full disk is found before anything is staged.
 #pragma once
 
 #include <cstdint>

@@ -15,13 +15,16 @@
 //   7. lead: rename to the final name. THE COMMIT POINT.                                   leaves: old state or the
 //   committed one
 //            absent target: renameat2(RENAME_NOREPLACE). overwrite: renameat2(RENAME_EXCHANGE), so the old checkpoint
-//            takes the staging name and either name order is a complete checkpoint.
+//            takes the staging name and either name order is a complete checkpoint. The old one is flocked before, so
+//            that nobody reaps it while the exchange is not durable.
 //   8. lead: fsync the parent directory: the commit is durable; only now is success reported.
 //   9. lead, overwrite: rename the old checkpoint to `.trash-<save_id>`, remove it.        leaves: staging or trash,
 //   reaped later
 #include "store/staging.h"
 
 #include <cerrno>
+#include <chrono>
+#include <thread>
 #include <utility>
 
 #include "base/error.h"
@@ -34,14 +37,34 @@ std::span<const std::uint8_t> as_bytes(const std::string& text) {
   return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
 }
 
+constexpr int kLockAttemptsMax = 2000;
+constexpr std::chrono::milliseconds kLockPause{5};
+
+// Another process's reap() holds the lock exclusively while it looks at the directory: without the second try this save
+// would go on unlocked, and the next reap() would take it for dead.
+//
 // Lustre mounted without -o flock, and some FUSE file systems, have no locks. There reap() cannot take the exclusive
 // one either, so it leaves every staging directory alone. ENOLCK is another matter: locks exist, and a later reap()
 // may get one.
 void lock_if_there_are_locks(const os::Directory& directory) {
   try {
-    os::try_lock_shared(directory);
+    for (int attempt = 0; attempt < kLockAttemptsMax; ++attempt) {
+      if (os::try_lock_shared(directory)) return;
+      std::this_thread::sleep_for(kLockPause);
+    }
   } catch (const OsError& error) {
-    if (error.error_number() != ENOSYS && error.error_number() != EOPNOTSUPP) throw;
+    if (error.error_number() == ENOSYS || error.error_number() == EOPNOTSUPP) return;
+    throw;
+  }
+  throw OsError(EWOULDBLOCK, "flock", directory.path);
+}
+
+// Best effort: neither staging nor trash is ever read as a checkpoint, and a later reap() tries again.
+void remove_quietly(const os::Directory& parent, const std::string& name) noexcept {
+  try {
+    os::remove_tree_at(parent, name);
+    os::sync_directory(parent);
+  } catch (...) {
   }
 }
 
@@ -54,13 +77,18 @@ Staging Staging::create(const std::string& parent_path, const std::string& save_
                         const std::vector<std::string>& boot_ids) {
   os::Directory parent = os::open_directory(parent_path);
   const std::string name = staging_name(save_id);
-  os::make_directory_at(parent, name);
-  os::Directory directory = os::open_directory_at(parent, name);
-  lock_if_there_are_locks(directory);
   std::string owners;
   for (const std::string& boot_id : boot_ids) owners += boot_id + "\n";
-  os::write_file_durably(directory.fd.get(), directory.path, kOwnerName, as_bytes(owners));
-  return Staging(std::move(parent), std::move(directory), save_id);
+  os::make_directory_at(parent, name);
+  try {
+    os::Directory directory = os::open_directory_at(parent, name);
+    lock_if_there_are_locks(directory);
+    os::write_file_durably(directory.fd.get(), directory.path, kOwnerName, as_bytes(owners));
+    return Staging(std::move(parent), std::move(directory), save_id);
+  } catch (...) {
+    remove_quietly(parent, name);
+    throw;
+  }
 }
 
 Staging Staging::join(const std::string& parent_path, const std::string& save_id) {
@@ -103,26 +131,23 @@ void Staging::publish(const std::string& final_name, bool overwrite) {
   if (!os::stat_at(old, kManifestName)) {
     throw OsError(EEXIST, "overwrite (not a checkpoint, so not replaced)", final_path);
   }
+  lock_if_there_are_locks(old);
+  const std::string trash = trash_name(save_id_);
   os::rename_exchange(parent_, staging, final_name);
   published_ = true;
   directory_.path = final_path;
   os::sync_directory(parent_);
+  // The new checkpoint is committed and durable: from here on nothing is a failure.
   try {
-    os::rename_at(parent_, staging, trash_name(save_id_));
-    os::remove_tree_at(parent_, trash_name(save_id_));
+    os::rename_at(parent_, staging, trash);
   } catch (const OsError&) {
-    // The new checkpoint is committed and durable; the old one's remains are reaped by a later save.
+    return;
   }
+  remove_quietly(parent_, trash);
 }
 
 void Staging::discard() noexcept {
-  if (published_) return;  // after an exchange the staging name is the old checkpoint's
-  try {
-    os::remove_tree_at(parent_, staging_name(save_id_));
-    os::sync_directory(parent_);
-  } catch (...) {
-    // Left for reap(): a staging directory is never read as a checkpoint.
-  }
+  if (!published_) remove_quietly(parent_, staging_name(save_id_));
 }
 
 }  // namespace snapstone::store

@@ -1,15 +1,13 @@
 // Staging: one save's directory, from creation to the commit point.
 //
-// Guarantee: until commit() returns, no reader sees anything of this save; when it returns, the checkpoint is complete
-// and durable under its
-//            final name. A crash at any moment leaves the previous state or the committed one, and a `.staging-` or
-//            `.trash-` directory at most.
+// Guarantee: until commit() renames, no reader sees anything of this save; when commit() returns, the checkpoint is
+//            complete and durable under its final name. A crash at any moment leaves the previous state or the
+//            committed one, and a `.staging-` or `.trash-` directory at most.
 // Ownership: holds the directory open with a shared flock, which tells reap() that the save is alive.
 // Threads:   create_file() and write_file() from any thread; the rest from one at a time.
 // Failure:   OsError. If step 8 is what failed, the new checkpoint is in place but may not survive a crash; with
-// overwrite the old one
-//            keeps the staging name, untouched. discard() is best effort and noexcept; after the rename it does
-//            nothing.
+//            overwrite the old one keeps the staging name, untouched. discard() is best effort and noexcept; after the
+//            rename it does nothing.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +50,7 @@ class Staging {
   os::Directory parent_;
   os::Directory directory_;
   std::string save_id_;
-  bool published_ = false;
+  bool published_ = false;  // renamed: what has the staging name now, if anything, is the replaced checkpoint
 };
 
 }  // namespace snapstone::store

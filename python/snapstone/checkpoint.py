@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from numbers import Real
 from types import TracebackType
 from typing import Any, Self
 
@@ -55,7 +57,8 @@ class Checkpoint:
         `device`.
 
         Raises:
-            CheckpointNotFoundError, IncompleteCheckpointError, CorruptCheckpointError, IncompatibleCheckpointError.
+            CheckpointNotFoundError, IncompleteCheckpointError, CorruptCheckpointError, IncompatibleCheckpointError: as
+                from `load`.
         """
         return cls(Reader(path), device=device)
 
@@ -82,8 +85,14 @@ class Checkpoint:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        found = self.metadata.get("metrics", {})
-        return {str(key): float(value) for key, value in found.items()} if isinstance(found, dict) else {}
+        """`metadata["metrics"]`: those entries that are numbers a float can hold."""
+        found = self.metadata.get("metrics")
+        numbers: dict[str, float] = {}
+        for key, value in found.items() if isinstance(found, dict) else ():
+            if isinstance(value, Real):
+                with suppress(OverflowError):
+                    numbers[str(key)] = float(value)
+        return numbers
 
     @property
     def format_version(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ Ownership   One `Group` per process group, one `Channel` per operation. A channe
             same order on every rank, and may then be used by one other thread at a time.
 Threads     One daemon thread per group talks to the store, so a store call that hangs never holds up its caller.
 Limits      Only the c10d store of the process group is used, polled and never waited on; no NCCL, no gloo collective.
-            Values above 4 KiB are compressed and split into keys of 4 MiB, since a TCPStore refuses more than 8 MiB.
+            Large values are compressed and split into several keys (`wire`), since a TCPStore refuses more than 8 MiB.
 Failure     `RankFailedError`, naming ranks by their global number. The one exception to "the same outcome" is a rank
             that loses its connection to the store: it raises without knowing what its peers decided.
 
@@ -26,16 +26,13 @@ import hashlib
 import json
 import math
 import queue
-import struct
 import threading
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from contextlib import suppress
-from itertools import accumulate, pairwise
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -43,7 +40,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from snapstone.errors import RankFailedError
+from . import wire
+from .errors import RankFailedError
 
 T = TypeVar("T")
 _Combine: TypeAlias = Callable[[list[bytes]], list[bytes]]
@@ -54,14 +52,10 @@ POLL_MIN_S: Final = 0.001
 POLL_MAX_S: Final = 0.05
 POLL_S_PER_RANK: Final = 0.0001  # all ranks together ask a store at most 10,000 times per second
 LINGER_S: Final = 2.0  # rank 0 may serve the store from this process: how long close() keeps it for slower readers
-COMPRESS_ABOVE_BYTES: Final = 4 << 10
-PART_BYTES: Final = 4 << 20
 FETCH_COUNT: Final = 64  # keys per multi_get
 RETIRED_COUNT_MAX: Final = 32  # closed channels whose keys wait for slower ranks
 REASON_CHARS_MAX: Final = 2000
 NAMED_RANKS_MAX: Final = 16
-
-_HEAD: Final = struct.Struct("<BIQ")  # 1 when compressed, number of parts, raw bytes
 
 
 class Deadline:
@@ -251,7 +245,10 @@ class Group:
 
 
 class Channel:
-    """One operation's conversation. Every rank makes the same calls in the same order; a label is used once."""
+    """One operation's conversation. Every rank makes the same calls in the same order; a label is used once.
+
+    `lost`: the store broke or was silent, so that what the other ranks decided is unknown here.
+    """
 
     def __init__(self, group: Group, kind: str, prefix: str) -> None:
         self.group: Final = group
@@ -261,13 +258,18 @@ class Channel:
         self._posted: list[str] = []
         self._failed = False
         self._closed = False
+        self.lost = False
 
     def exchange(self, label: str, payload: bytes, deadline: Deadline) -> list[bytes]:
         """Every rank gets every rank's payload, in rank order; fails on all ranks when one is missing."""
         return self._decide(label, None, payload, deadline, lambda votes: votes)
 
     def vote(self, label: str, error: BaseException | None, payload: bytes, deadline: Deadline) -> list[bytes]:
-        """`exchange` in which a rank may say that it failed: it raises `error`, the others RankFailedError, at once."""
+        """`exchange` in which a rank may say that it failed: it raises `error`, the others RankFailedError, at once.
+
+        When another rank had failed before, that RankFailedError becomes the cause of `error`. A RankFailedError given
+        as `error` blames the ranks that it names.
+        """
         return self._decide(label, error, payload, deadline, lambda votes: votes)
 
     def agree(self, label: str, payload: bytes, deadline: Deadline) -> bool:
@@ -288,7 +290,7 @@ class Channel:
         self._poll(lambda store: store.check(names) or None, deadline)
         if missing := self._call(lambda store: _absent(store, names, 1), deadline):
             raise self._failure(self._silent(label, missing, deadline))
-        return [payload, *map(_unpack, self._call(lambda store: _fetch(store, names), deadline))]
+        return [payload, *map(wire.unpack, self._call(lambda store: _fetch(store, names), deadline))]
 
     def broadcast(self, label: str, payload: bytes | None, deadline: Deadline) -> bytes:
         """Every rank gets rank 0's payload; what the others pass is ignored."""
@@ -302,8 +304,20 @@ class Channel:
             return payload
         late = deadline.extended(GRACE_S)
         if packed := self._poll(lambda store: _fetch(store, [key])[0] if store.check([key]) else None, late):
-            return _unpack(packed)
+            return wire.unpack(packed)
         raise self._failure(self._silent(label, [0], deadline))
+
+    def abort(self, labels: Sequence[str], error: BaseException) -> None:
+        """Fail those of the votes `labels` that are not decided, because this rank leaves. Never raises `error`.
+
+        For what ends an operation elsewhere than in a vote, Ctrl-C above all: the others hear of it in the vote that
+        they are in, or come to. Does nothing after a failure, which they know already.
+        """
+        if not self._failed:
+            for label in labels:
+                self._report(label, error, Deadline(0))
+                if self.lost:
+                    break
 
     def close(self) -> None:
         """Let the keys go once every rank is done with them. Never raises.
@@ -325,12 +339,13 @@ class Channel:
         """The numbered steps at the top of this file; `combine` makes the common result out of all votes."""
         self._take(label)
         if error is not None:
-            self._report(label, error, deadline)
+            first = self._report(label, error, deadline)
+            error.__cause__ = error.__cause__ or first
             raise error
         if self.group.world_size == 1:
             return combine([payload])
         lead_or_follow = self._lead if self.group.rank == 0 else self._follow
-        verdict, *results = _unframe(lead_or_follow(label, payload, deadline, combine))
+        verdict, *results = wire.unframe(lead_or_follow(label, payload, deadline, combine))
         if verdict:
             raise self._failure(verdict)
         return results
@@ -348,45 +363,52 @@ class Channel:
         self._poll(lambda store: store.check([decision]) or store.check(names) or None, deadline)
         decided, missing, votes = self._call(tally, deadline)
         if decided:
-            return _unpack(decided)
+            return wire.unpack(decided)
         if missing:
             return self._settle(label, self._silent(label, missing, deadline), deadline)
-        return self._settle(label, b"", deadline, combine([payload, *map(_unpack, votes)]))
+        return self._settle(label, b"", deadline, combine([payload, *map(wire.unpack, votes)]))
 
     def _follow(self, label: str, payload: bytes, deadline: Deadline, _: _Combine) -> bytes:
         self._call(self._post(f"{label}/vote/{self.group.rank}", payload), deadline)
         if decided := self._poll(lambda store: self._decided(store, label), deadline.extended(GRACE_S)):
-            return _unpack(decided)
+            return wire.unpack(decided)
         names = self._vote_names(label)
         missing = self._call(lambda store: _absent(store, names), deadline) or [0]  # all voted, so rank 0 is stuck
         return self._settle(label, self._silent(label, missing, deadline), deadline)
 
-    def _report(self, label: str, error: BaseException, deadline: Deadline) -> None:
+    def _report(self, label: str, error: BaseException, deadline: Deadline) -> RankFailedError | None:
+        """Tells the other ranks of `error`. Returns how the vote had failed before, if it had."""
         self._failed = True
         if self.group.world_size == 1:
-            return
+            return None
         rank = self.group.ranks[self.group.rank]
         reason = f"{type(error).__qualname__}: {error}"[:REASON_CHARS_MAX]
+        blamed = error.failed_ranks if isinstance(error, RankFailedError) else ()
+        mine = _verdict(f"{self.kind} ({label}): rank {rank} failed: {reason}", blamed or [rank])
         try:
-            self._settle(label, _verdict(f"{self.kind} ({label}): rank {rank} failed: {reason}", [rank]), deadline)
+            verdict, *_ = wire.unframe(self._settle(label, mine, deadline))
         except RankFailedError as unreachable:
             error.add_note(f"the other ranks could not be told: {unreachable}")
+            return None
+        return self._failure(verdict) if verdict not in (b"", mine) else None
 
     def _settle(self, label: str, verdict: bytes, deadline: Deadline, results: Sequence[bytes] = ()) -> bytes:
         """Propose a failure, or results with an empty verdict; returns the outcome that was decided."""
-        outcome = _frame([verdict, *results])
+        outcome = wire.frame([verdict, *results])
         me = str(self.group.rank).encode()
         decision = self._key(f"{label}/decision")
         post = self._post(f"{label}/outcome/{self.group.rank}", outcome)
 
         def claim(store: _Store) -> bytes | None:
+            if decided := self._decided(store, label):
+                return decided  # perhaps this rank's own outcome, which must not be overwritten
             post(store)
             if store.compare_set(decision, b"", me) == me:
                 self._posted.append(decision)
                 return None
             return self._decided(store, label)
 
-        return _unpack(decided) if (decided := self._call(claim, deadline)) else outcome
+        return wire.unpack(decided) if (decided := self._call(claim, deadline)) else outcome
 
     def _decided(self, store: _Store, label: str) -> bytes | None:
         decision = self._key(f"{label}/decision")
@@ -397,7 +419,7 @@ class Channel:
 
     def _post(self, name: str, payload: bytes) -> Callable[[_Store], None]:
         key = self._key(name)
-        first, *rest = _pack(payload)
+        first, *rest = wire.pack(payload)
 
         def post(store: _Store) -> None:
             for index, part in enumerate(rest, 1):
@@ -423,7 +445,7 @@ class Channel:
         try:
             return self.group.call(operation, deadline.extended(GRACE_S))
         except RankFailedError:
-            self._failed = True
+            self._failed = self.lost = True
             raise
 
     def _take(self, label: str) -> None:
@@ -465,32 +487,9 @@ def _fetch(store: _Store, names: Sequence[str]) -> list[bytes]:
     for begin in range(0, len(names), FETCH_COUNT):
         batch = names[begin : begin + FETCH_COUNT]
         for name, first in zip(batch, store.multi_get(list(batch)), strict=True):
-            _, part_count, _ = _HEAD.unpack_from(first)
-            values.append(b"".join([first, *(store.get(f"{name}#{index}") for index in range(1, part_count))]))
+            parts = (store.get(f"{name}#{index}") for index in range(1, wire.part_count(first)))
+            values.append(b"".join([first, *parts]))
     return values
-
-
-def _pack(payload: bytes) -> list[bytes]:
-    body = zlib.compress(payload, 1) if len(payload) > COMPRESS_ABOVE_BYTES else payload
-    parts = [body[begin : begin + PART_BYTES] for begin in range(0, len(body), PART_BYTES)] or [b""]
-    parts[0] = _HEAD.pack(body is not payload, len(parts), len(payload)) + parts[0]
-    return parts
-
-
-def _unpack(packed: bytes) -> bytes:
-    compressed, _, nbytes = _HEAD.unpack_from(packed)
-    body = packed[_HEAD.size :]
-    return zlib.decompress(body, bufsize=max(1, nbytes)) if compressed else body
-
-
-def _frame(items: Sequence[bytes]) -> bytes:
-    return struct.pack(f"<I{len(items)}Q", len(items), *map(len, items)) + b"".join(items)
-
-
-def _unframe(frame: bytes) -> list[bytes]:
-    (count,) = struct.unpack_from("<I", frame)
-    sizes = struct.unpack_from(f"<{count}Q", frame, 4)
-    return [frame[begin:end] for begin, end in pairwise(accumulate(sizes, initial=4 + 8 * count))]
 
 
 def _verdict(message: str, ranks: Sequence[int]) -> bytes:

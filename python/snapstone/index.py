@@ -13,19 +13,21 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import _native
 from .config import FORMAT_MAJOR, FORMAT_MINOR
-from .errors import CorruptCheckpointError
+from .errors import CorruptCheckpointError, IncompatibleCheckpointError
 from .plan import DIMENSIONS_MAX, TensorItem
 
 __all__ = ["CHUNK_DTYPE", "Index", "Place", "StoredTensor", "encode", "encode_tensors", "parse"]
 
 MAGIC = b"SNAPSIDX"
 ALIGNMENT = 64
+FILE_BYTES_MAX = 2 * _native.INDEX_HEADER_BYTES_MAX  # header and table: as much again, for 25 million chunks
 CHUNK_DTYPE = np.dtype(
     [
         ("offset", "<u8"),
@@ -169,11 +171,17 @@ def parse(data: bytes, *, path: str, dtype_bytes: Mapping[str, int]) -> Index:
 
     Raises:
         CorruptCheckpointError: anything in `data` that no writer would have written.
+        IncompatibleCheckpointError: a dtype that is not in `dtype_bytes`.
     """
     try:
         return _parse(data, dtype_bytes)
+    except IncompatibleCheckpointError as error:
+        error.path = path
+        raise
     except _Reject as reason:
         raise CorruptCheckpointError(f"index: {reason}", path=path) from None
+    except RecursionError:
+        raise CorruptCheckpointError("index: nested too deep", path=path) from None
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpointError(f"index header: {type(error).__name__}: {error}", path=path) from None
 
@@ -204,19 +212,23 @@ def _parse(data: bytes, dtype_bytes: Mapping[str, int]) -> Index:
     rows = header["tensors"]
     if type(rows) is not list:
         raise _Reject("tensors is not a list")
+    table = data[table_begin:]
+    raw_bytes = np.frombuffer(table, CHUNK_DTYPE)["raw_bytes"]
+    ends = [0, *np.cumsum(raw_bytes, dtype=np.uint64).tolist()]
     return Index(
         save_id=_text(header["save_id"], "save_id"),
         rank=_integer(header["rank"], "rank"),
         world_size=_integer(header["world_size"], "world_size"),
         files=tuple(files),
         chunk_bytes=_integer(header["chunk_bytes"], "chunk_bytes", _native.CHUNK_BYTES_MAX),
-        tensors=tuple(_parse_tensor(row, chunk_count, dtype_bytes) for row in rows),
+        tensors=tuple(_parse_tensor(row, ends, dtype_bytes) for row in rows),
         objects=objects,
-        table=data[table_begin:],
+        table=table,
     )
 
 
-def _parse_tensor(row: Any, chunk_count: int, dtype_bytes: Mapping[str, int]) -> StoredTensor:
+def _parse_tensor(row: Any, ends: list[int], dtype_bytes: Mapping[str, int]) -> StoredTensor:
+    """`ends[i]` is the sum of the raw sizes of the first i chunks."""
     if type(row) is not dict:
         raise _Reject("a tensor is not an object")
     name = row["name"]
@@ -224,7 +236,7 @@ def _parse_tensor(row: Any, chunk_count: int, dtype_bytes: Mapping[str, int]) ->
     if type(name) is not str or type(dtype) is not str:
         raise _Reject("a tensor's name or dtype is not a string")
     if dtype not in dtype_bytes:
-        raise _Reject(f"{name!r}: unknown dtype {dtype[:80]!r}")
+        raise IncompatibleCheckpointError(f"this version of torch has no dtype {dtype[:80]!r}", tensor=name)
     shape = _integers(row["shape"], name)
     if "sizes" in row:
         offsets = _integers(row["offsets"], name)
@@ -235,14 +247,14 @@ def _parse_tensor(row: Any, chunk_count: int, dtype_bytes: Mapping[str, int]) ->
             raise _Reject(f"{name!r}: shard lies outside its tensor")
     else:
         offsets, sizes = (0,) * len(shape), shape
-    if math.prod(shape) > _INT64_MAX:
+    if math.prod(map(max, shape, repeat(1))) > _INT64_MAX:  # without the zeros, as strides are computed
         raise _Reject(f"{name!r}: shape {shape} overflows")
     nbytes = math.prod(sizes) * dtype_bytes[dtype]
     first, count = _integers(row["chunks"], name)
     at = _integer(row.get("at", 0), name, _native.CHUNK_BYTES_MAX)
-    if first > chunk_count or count > chunk_count - first:
-        raise _Reject(f"{name!r}: chunks {first}+{count} are not in a table of {chunk_count}")
-    if (nbytes == 0) != (count == 0) or nbytes > count * _native.CHUNK_BYTES_MAX:
+    if first >= len(ends) or count >= len(ends) - first:
+        raise _Reject(f"{name!r}: chunks {first}+{count} are not in a table of {len(ends) - 1}")
+    if (nbytes == 0) != (count == 0) or (count and at + nbytes > ends[first + count] - ends[first]):
         raise _Reject(f"{name!r}: {nbytes} bytes cannot be in {count} chunks")
     return StoredTensor(
         TensorItem(name, dtype, shape, offsets, sizes, nbytes), row.get("path"), Place(first, count, at)

@@ -23,6 +23,7 @@ from .index import load_json
 __all__ = [
     "DIGEST_NAME",
     "MANIFEST_NAME",
+    "NOT_REGULAR_ERRNOS",
     "FileEntry",
     "Manifest",
     "Writer",
@@ -35,6 +36,8 @@ __all__ = [
 MANIFEST_NAME = "MANIFEST.json"
 DIGEST_NAME = "MANIFEST.xxh128"
 _DIGEST_BYTES_MAX = 4096
+# What opening and reading say of a link, FIFO, socket, device or directory in the place of a file.
+NOT_REGULAR_ERRNOS = (errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EISDIR)
 _HEX128 = re.compile(r"[0-9a-f]{32}\Z")
 
 
@@ -108,6 +111,8 @@ def read(path: str) -> Manifest:
         IncompatibleCheckpointError: a format newer than this version reads.
     """
     manifest_path = os.path.join(path, MANIFEST_NAME)
+    if is_unfinished(path):
+        raise IncompleteCheckpointError("a save that never committed, or one being removed", path=path)
     data = _read_root_file(path, MANIFEST_NAME, _native.MANIFEST_BYTES_MAX)
     recorded = _read_root_file(path, DIGEST_NAME, _DIGEST_BYTES_MAX)
     expected = digest_line(data)
@@ -121,23 +126,31 @@ def read(path: str) -> Manifest:
     try:
         document = load_json(data)
         return _parse(document, manifest_path)
+    except RecursionError:
+        raise CorruptCheckpointError("manifest: nested too deep", path=manifest_path) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(f"manifest: {type(error).__name__}: {error}", path=manifest_path) from None
 
 
+def is_unfinished(path: str) -> bool:
+    """Whether `path` has a name that only saves in flight and remains of replaced checkpoints have, and exists."""
+    return os.path.basename(os.path.normpath(path)).startswith((".staging-", ".trash-")) and os.path.lexists(path)
+
+
 def _read_root_file(path: str, name: str, limit_nbytes: int) -> bytes:
     try:
-        data: bytes = _native.read_file(path, name, limit_nbytes)
-        return data
+        return _native.read_file(path, name, limit_nbytes)
     except FileNotFoundError:
         if not os.path.lexists(path):
             raise CheckpointNotFoundError(path=path) from None
-        if os.path.basename(os.path.normpath(path)).startswith(".staging-"):
-            raise IncompleteCheckpointError("a save that never committed", path=path) from None
         raise IncompleteCheckpointError(f"not a checkpoint: it has no {name}", path=path) from None
+    except NotADirectoryError:
+        if os.path.lexists(path):
+            raise IncompleteCheckpointError("not a checkpoint: not a directory", path=path) from None
+        raise CheckpointNotFoundError(path=path) from None
     except OSError as error:
-        if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO):
-            raise IncompleteCheckpointError(f"not a checkpoint: {error.strerror}", path=path) from None
+        if error.errno in NOT_REGULAR_ERRNOS:
+            raise IncompleteCheckpointError(f"not a checkpoint: {name}: {error.strerror}", path=path) from None
         raise
 
 
@@ -145,6 +158,8 @@ def _parse(document: Any, manifest_path: str) -> Manifest:
     if type(document) is not dict or document.get("format") != "snapstone":
         raise ValueError("not a snapstone manifest")
     version = _version(document["format_version"])
+    if version[0] == 0:
+        raise ValueError(f"format_version is {version[0]}.{version[1]}; the first was 1.0")
     if version[0] > FORMAT_MAJOR:
         raise IncompatibleCheckpointError(
             f"format {version[0]}.{version[1]} is newer than this version reads ({FORMAT_MAJOR}.x); update snapstone",
@@ -152,7 +167,7 @@ def _parse(document: Any, manifest_path: str) -> Manifest:
         )
     writers = tuple(writer_of(entry) for entry in _typed(document["writers"], list))
     world_size = _count(document["world_size"])
-    if [writer.rank for writer in writers] != list(range(world_size)):
+    if len(writers) != world_size or any(writer.rank != rank for rank, writer in enumerate(writers)):
         raise ValueError(f"writers are not ranks 0 to {world_size - 1}")
     names = [entry.name for writer in writers for entry in (writer.index, *writer.data)]
     if len(set(names)) != len(names):

@@ -138,9 +138,12 @@ class Reader:
 
     def _read_index(self, writer: manifest.Writer, path: str) -> bytes:
         try:
-            data: bytes = _native.read_file(self.path, writer.index.name, writer.index.nbytes)
+            limit_nbytes = min(writer.index.nbytes, index.FILE_BYTES_MAX)
+            data: bytes = _native.read_file(self.path, writer.index.name, limit_nbytes)
         except FileNotFoundError:
             raise IncompleteCheckpointError("index file is missing", path=path, rank=writer.rank) from None
+        except OSError as error:
+            raise _not_regular(error, "index file") or error from None
         except CorruptCheckpointError as error:
             error.rank = writer.rank
             raise
@@ -258,6 +261,8 @@ class Reader:
             )
         except FileNotFoundError as error:
             raise IncompleteCheckpointError("data file is missing", path=error.filename) from None
+        except OSError as error:
+            raise _not_regular(error, "data file") or error from None
 
     def _request(self, requests: _Requests, target: LocalShard, cast: bool) -> None:
         item, tensor = target
@@ -341,6 +346,13 @@ class Reader:
                 if error.chunk is not None and error.tensor is None:
                     error.tensor = self._tensor_of(table, error.chunk)
         return error
+
+
+def _not_regular(error: OSError, what: str) -> CorruptCheckpointError | None:
+    """What to raise when a link, FIFO, device or directory stands in the place of a file; None for other errors."""
+    if error.errno not in manifest.NOT_REGULAR_ERRNOS or error.filename is None:
+        return None
+    return CorruptCheckpointError(f"{what} cannot be opened: {error.strerror}", path=error.filename)
 
 
 def read_rung(path: str) -> str:

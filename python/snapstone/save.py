@@ -113,7 +113,7 @@ def async_save(
         A SaveHandle. Its errors, if nobody collects them, are raised by the next `save`, `async_save` or `wait`.
 
     Raises:
-        What `save` raises before bytes are written (`fence="now"`); everything later comes from the handle.
+        Exception: what `save` raises before bytes are written (`fence="now"`); everything later comes from the handle.
     """
     begin = time.monotonic()
     options = _options(base, overwrite, codec, allow_pickle, host_memory_budget, timeout)

@@ -6,6 +6,7 @@ addresses.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,21 +33,28 @@ class Structure:
 
 
 class StructureCache:
-    """The last few structures by the digests of all ranks' items; every rank inserts the same keys in equal order."""
+    """The last few structures of this process, by the digest of all ranks' items and by this rank's number in its group.
+
+    What one rank still knows another may have dropped, having saved other things alone or with other ranks in between:
+    a structure is used only when every rank says that it knows it.
+    """
 
     _ENTRIES_MAX = 4
 
     def __init__(self) -> None:
-        self._entries: dict[str, Structure] = {}
+        self._entries: dict[tuple[int, str], Structure] = {}
+        self._lock = threading.Lock()  # saves in flight describe their states on threads of their own
 
-    def get(self, key: str) -> Structure | None:
-        return self._entries.get(key)
+    def known(self, rank: int) -> dict[str, Structure]:
+        with self._lock:
+            return {key: structure for (of_rank, key), structure in self._entries.items() if of_rank == rank}
 
-    def put(self, key: str, structure: Structure) -> None:
-        self._entries.pop(key, None)
-        self._entries[key] = structure
-        while len(self._entries) > self._ENTRIES_MAX:
-            del self._entries[next(iter(self._entries))]
+    def put(self, rank: int, key: str, structure: Structure) -> None:
+        with self._lock:
+            self._entries.pop((rank, key), None)
+            self._entries[rank, key] = structure
+            while len(self._entries) > self._ENTRIES_MAX:
+                del self._entries[next(iter(self._entries))]
 
 
 class StructureKeys:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,30 +26,16 @@ from .plan import TensorItem
 from .progress import Progress
 from .stall import learn_rates, predict_stall
 from .structure import Structure, StructureCache, StructureKeys, describe_all, make_structure
+from .target import Target
 from .tensors import LocalShard
 from .trace import Trace
 
-__all__ = ["Target", "Writer"]
+__all__ = ["VOTES", "Writer"]
+
+VOTES = ("plan", "assign", "open", "written")  # of one save, in this order; "assign" only for a new structure
 
 _POLL_SECONDS = 0.1
-_JOIN_PATIENCE_SECONDS = 90.0  # network file systems cache missing directory entries for a minute
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a checkpoint goes and what its manifest says beside the tensors."""
-
-    path: str
-    step: int | None
-    metadata: Mapping[str, Any]
-
-    @property
-    def parent(self) -> str:
-        return os.path.dirname(self.path)
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.path)
+_DRAIN_SECONDS = 1.0  # after a failure, for requests that the kernel still has
 
 
 _cache = StructureCache()
@@ -73,6 +57,7 @@ class Writer:
         self._job: Any = None
         self._staging: Any = None
         self._structure: Structure | None = None
+        self._known: dict[str, Structure] = {}
         self._flattened = state.Flattened()
         self._error: BaseException | None = None
         self._objects: dict[str, Any] = {}
@@ -113,6 +98,7 @@ class Writer:
         except BaseException as failure:
             self._error = failure
         hellos = [json.loads(one) for one in self._vote("plan", self._error, hello)]
+        self._check_same_target(hellos)
         self._agree_on_structure(hellos)
         self._open_staging(hellos)
         if self.group.rank != 0:
@@ -129,7 +115,7 @@ class Writer:
 
     def _prepare(self, keep_staged: bool) -> None:
         if self._staging is None:
-            self._staging = join_staging(self.target.parent, self.save_id, self.deadline)
+            self._staging = self.target.join_staging(self.save_id, self.deadline)
             self.rung, _ = _native.choose_rung(self.target.parent)
         with self.trace.span("plan"), garbage.paused():
             self._make_job(keep_staged)
@@ -137,9 +123,11 @@ class Writer:
     def _describe(self) -> bytes:
         self._shards = describe_all(self._flattened)
         self._ties = tensors.tie_positions(self._shards)
+        self._known = _cache.known(self.group.rank)
         return _json(
             {
                 "key": _keys.of(self._shards, self._flattened.paths, self._ties, self.options.chunk_bytes),
+                "known": list(self._known),
                 "boot": _native.boot_id(),
                 "target": [self.target.path, self.target.step, self.options.overwrite],
                 "objects": {name: _native.digest_hex(_json(entry)) for name, entry in self._objects.items()},
@@ -147,23 +135,27 @@ class Writer:
         )
 
     def _agree_on_structure(self, hellos: list[Any]) -> None:
-        key = "/".join(hello["key"] for hello in hellos) + f"@{self.group.rank}"
-        structure = _cache.get(key)
-        if structure is None:
+        key = _native.digest_hex("/".join(hello["key"] for hello in hellos).encode())
+        if all(key in hello["known"] for hello in hellos):
+            self._structure = self._known[key]
+        else:
             with self.trace.span("plan"), garbage.paused():
                 items = [shard.item for shard in self._shards]
                 positions, payload_bytes = self._assign(items)
-                structure = make_structure(
+                self._structure = make_structure(
                     items, self._flattened.paths, self._ties, positions, payload_bytes, self.options.chunk_bytes
                 )
-            _cache.put(key, structure)
-        self._structure = structure
+        _cache.put(self.group.rank, key, self._structure)
 
     def _assign(self, items: list[TensorItem]) -> tuple[list[int], int]:
         """Which of its items this rank writes, and the bytes of all ranks' tensors together."""
-        gathered = self.channel.gather("items", _json(items), self.deadline)
         error: BaseException | None = None
+        gathered: list[bytes] | None = None
         answer = b""
+        try:
+            gathered = self.channel.gather("items", _json(items), self.deadline)
+        except RankFailedError as failure:
+            error = failure  # only rank 0 knows who is missing: the vote tells
         if gathered is not None:
             try:
                 ranks = [[_item(row) for row in json.loads(rows)] for rows in gathered]
@@ -183,8 +175,8 @@ class Writer:
         answer = b""
         if self.group.rank == 0:
             try:
-                self._check_target(hellos)
-                make_parents(self.target.parent)
+                self.target.check(overwrite=self.options.overwrite)
+                self.target.make_parents()
                 _native.reap(self.target.parent)
                 self.save_id = uuid.uuid4().hex
                 self.rung, _ = _native.choose_rung(self.target.parent)
@@ -195,25 +187,15 @@ class Writer:
                 error = failure
         self.save_id = json.loads(self._vote("open", error, answer)[0])["save_id"]
 
-    def _check_target(self, hellos: list[Any]) -> None:
-        wanted = hellos[0]["target"]
-        for rank, hello in enumerate(hellos):
+    def _check_same_target(self, hellos: list[Any]) -> None:
+        """The same answer on every rank, so there is nothing to vote on."""
+        (first, *others), wanted = self.group.ranks, hellos[0]["target"]
+        for rank, hello in zip(others, hellos[1:], strict=True):
             if hello["target"] != wanted:
-                raise ValueError(f"ranks 0 and {rank} save to different places: {wanted} and {hello['target']}")
-        if not _native.is_file_name(self.target.name):
-            raise ValueError(
-                f"checkpoint_id={self.target.path!r}: the last component must be 1 to 128 of "
-                "A-Z a-z 0-9 . _ - and not start with '.'"
-            )
-        if os.path.lexists(self.target.path) and not (
-            self.options.overwrite and manifest.is_checkpoint(self.target.path)
-        ):
-            remedy = (
-                "it is not a checkpoint, so it is not replaced"
-                if self.options.overwrite
-                else "pass overwrite=True to replace it"
-            )
-            raise FileExistsError(17, f"target exists; {remedy}", self.target.path)
+                raise ValueError(
+                    f"ranks {first} and {rank} save different checkpoints: (path, step, overwrite) is {wanted} on one "
+                    f"and {hello['target']} on the other; give the same everywhere"
+                )
 
     # Bytes ------------------------------------------------------------------------------------------------------------
 
@@ -255,6 +237,8 @@ class Writer:
         while self._error is None and not self._job.wait_staged(_POLL_SECONDS):
             if self.deadline.expired:
                 self._job.cancel()
+                if not self._job.wait_staged(_DRAIN_SECONDS):
+                    self._error = self._too_late()  # the kernel holds on to it
 
     @property
     def staged(self) -> bool:
@@ -299,7 +283,17 @@ class Writer:
         except BaseException as failure:
             error = failure
         with self.trace.span("vote"):
-            votes = self._vote("written", error, _json(entry))
+            try:
+                votes = self._vote("written", error, _json(entry))
+            except FileNotFoundError as gone:
+                # Rank 0 removes a failed save's directory from under the others: what failed before is the news.
+                if isinstance(gone.__cause__, RankFailedError):
+                    raise gone.__cause__ from None
+                raise
+            except RankFailedError:
+                if self.channel.lost and error is None and (committed := self._outcome_on_disk()):
+                    return committed
+                raise
         with self.trace.span("commit"):
             return self._commit([json.loads(vote) for vote in votes])
 
@@ -345,14 +339,23 @@ class Writer:
             data = document.to_bytes()
             self._staging.commit(data, manifest.digest_line(data), self.target.name, self.options.overwrite)
         except BaseException as failure:
-            error = failure
+            error = self._explain(failure)
         if self.group.world_size > 1:
-            outcome = {"error": None if error is None else f"{type(error).__name__}: {error}"}
+            # Ctrl-C is seen when the native call is over, which may well have committed.
+            failed = error is not None and (isinstance(error, Exception) or self._committed() is None)
+            outcome = {"error": f"{type(error).__name__}: {error}" if failed else None}
             with suppress(RankFailedError):  # the others look at the disk then, where the outcome stands
-                self.channel.broadcast("outcome", _json(outcome), self.deadline.extended(30.0))
+                self.channel.broadcast("outcome", _json(outcome), self.deadline)
         if error is not None:
             raise error
         return document
+
+    def _explain(self, failure: BaseException) -> BaseException:
+        if isinstance(failure, FileNotFoundError) and not os.path.lexists(self._staging.path):
+            late = self._too_late()  # the other ranks gave up and withdrew the save
+            late.__cause__ = failure
+            return late
+        return failure
 
     def _enter_commit(self) -> None:
         with self._commit_lock:
@@ -370,23 +373,42 @@ class Writer:
         return CheckpointError(message, path=self.target.path, rank=self.group.rank)
 
     def _hear_outcome(self) -> None:
-        """Rank 0 may die between the rename and its announcement; then the disk says what happened."""
+        """Rank 0 may die or hang between the rename and its announcement; then the disk says what happened."""
         try:
-            outcome = json.loads(self.channel.broadcast("outcome", None, self.deadline.extended(30.0)))
+            outcome = json.loads(self.channel.broadcast("outcome", None, self.deadline))
         except RankFailedError:
-            if self._committed_on_disk():
-                return
-            raise
+            if self._outcome_on_disk() is None:
+                raise
+            return
         if outcome["error"] is not None:
             raise RankFailedError(
-                f"rank 0 could not commit: {outcome['error']}", path=self.target.path, failed_ranks=(0,)
+                f"rank 0 could not commit: {outcome['error']}", path=self.target.path, failed_ranks=self.group.ranks[:1]
             )
 
-    def _committed_on_disk(self) -> bool:
+    def _outcome_on_disk(self) -> Manifest | None:
+        """How the save ended, for a rank that cannot hear rank 0: the manifest if it is committed, else None for good.
+
+        An undecided save is withdrawn first. Whoever renames the staging directory first decides, rank 0 or this rank,
+        so that no rank reports a failure of what becomes visible a moment later.
+        """
+        if self.group.rank == 0:
+            return None
+        committed = self._committed()
+        if committed is None:
+            self._staging.withdraw()
+            committed = self._committed()
+        return committed
+
+    def _committed(self) -> Manifest | None:
+        """The manifest, if this save is visible; it is made durable then, which rank 0 may have left undone."""
         try:
-            return manifest.read(self.target.path).save_id == self.save_id
+            found = manifest.read(self.target.path)
         except (CheckpointError, OSError):
-            return False
+            return None
+        if found.save_id != self.save_id:
+            return None
+        _native.sync_directory(self.target.parent)
+        return found
 
     def cancel(self) -> bool:
         with self._commit_lock:
@@ -398,17 +420,21 @@ class Writer:
             job.cancel()
         return True
 
-    def close(self, succeeded: bool) -> None:
-        """Lets go of everything; after a failure rank 0 removes the staging directory once nothing writes into it."""
+    def close(self, error: BaseException | None) -> None:
+        """Lets go of everything. After an error every rank hears of it that has not, and rank 0 removes the staging
+        directory, under those who may still write into it.
+        """
+        if error is not None:
+            self.channel.abort(VOTES, error)
         job, self._job = self._job, None
         if job is not None and not job.finished:
             job.cancel()
-            job.wait(5.0)
-            if not job.finished:
+            if not job.wait(_DRAIN_SECONDS):
                 _orphans.append((job, self._shards))  # the kernel still holds its buffers: neither may be freed
+        _orphans[:] = [orphan for orphan in _orphans if not orphan[0].finished]
         self._shards = []
         self._flattened = state.Flattened()
-        if not succeeded and self.group.rank == 0 and self._staging is not None:
+        if error is not None and self.group.rank == 0 and self._staging is not None:
             self._staging.discard()
         self._staging = None
         self.channel.close()
@@ -441,28 +467,3 @@ def encode_objects(flattened: state.Flattened, allow_pickle: bool) -> dict[str, 
         }
         for name, value in flattened.objects.items()
     }
-
-
-def make_parents(path: str) -> None:
-    """Makes `path` and what is missing above it, each entry durable, so that a committed checkpoint cannot lose its
-    parents.
-    """
-    missing = []
-    while not os.path.isdir(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    for directory in reversed(missing):
-        os.makedirs(directory, exist_ok=True)
-        _native.sync_directory(os.path.dirname(directory))
-
-
-def join_staging(parent: str, save_id: str, deadline: Deadline) -> Any:
-    """Opens rank 0's staging directory, waiting until a network file system shows it."""
-    patience = Deadline(min(_JOIN_PATIENCE_SECONDS, deadline.remaining()))
-    while True:
-        try:
-            return _native.Staging.join(parent, save_id)
-        except FileNotFoundError:
-            if patience.expired:
-                raise
-            time.sleep(0.05)

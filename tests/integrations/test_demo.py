@@ -1,8 +1,8 @@
 """The demo at its smallest: the same orchestrator, processes, kill and checks as at full size, in well under 90 s.
 
 Invariants, read from the logs that the workers wrote, not only from what the demo says of itself:
-a run killed in the middle of a save and resumed has, at every step and on every rank, the loss of the run that was never
-killed, as exact text, and ends with the same bits; the save that was killed is never taken for a checkpoint.
+a run killed in the middle of a save and resumed has, at every step and on every rank, the loss of the run that was
+never killed, as exact text, and ends with the same bits; the save that was killed is never taken for a checkpoint.
 """
 
 from __future__ import annotations

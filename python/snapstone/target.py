@@ -1,0 +1,69 @@
+"""Target: where a checkpoint goes, and what makes a place fit for one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import _native, manifest
+from .collective import Deadline
+
+__all__ = ["Target"]
+
+_JOIN_PATIENCE_SECONDS = 90.0  # network file systems cache missing directory entries for a minute
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a checkpoint goes and what its manifest says beside the tensors."""
+
+    path: str
+    step: int | None
+    metadata: Mapping[str, Any]
+
+    @property
+    def parent(self) -> str:
+        return os.path.dirname(self.path)
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+    def check(self, *, overwrite: bool) -> None:
+        """Raises ValueError for a name that no checkpoint can have, FileExistsError for a place that is taken."""
+        if not _native.is_file_name(self.name):
+            raise ValueError(
+                f"checkpoint_id={self.path!r}: the last component must be 1 to 128 of "
+                "A-Z a-z 0-9 . _ - and not start with '.'"
+            )
+        if os.path.lexists(self.path) and not (overwrite and manifest.is_checkpoint(self.path)):
+            remedy = (
+                "it is not a checkpoint, so it is not replaced" if overwrite else "pass overwrite=True to replace it"
+            )
+            raise FileExistsError(errno.EEXIST, f"target exists; {remedy}", self.path)
+
+    def make_parents(self) -> None:
+        """Makes what is missing above the checkpoint, each entry durable, so that it cannot lose its parents."""
+        missing = []
+        path = self.parent
+        while not os.path.isdir(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        for directory in reversed(missing):
+            os.makedirs(directory, exist_ok=True)
+            _native.sync_directory(os.path.dirname(directory))
+
+    def join_staging(self, save_id: str, deadline: Deadline) -> Any:
+        """Opens rank 0's staging directory, waiting until a network file system shows it."""
+        patience = Deadline(min(_JOIN_PATIENCE_SECONDS, deadline.remaining()))
+        while True:
+            try:
+                return _native.Staging.join(self.parent, save_id)
+            except FileNotFoundError:
+                if patience.expired:
+                    raise
+                time.sleep(0.05)

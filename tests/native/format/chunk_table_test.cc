@@ -1,0 +1,114 @@
+#include "format/chunk_table.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "base/limits.h"
+#include "codec/compress.h"
+
+namespace snapstone::format {
+namespace {
+
+constexpr std::uint64_t kChunkBytes = 1ull << 20;
+constexpr std::uint32_t kMax32 = std::numeric_limits<std::uint32_t>::max();
+const std::vector<std::uint64_t> kFiles = {4 * kChunkBytes, 2 * kPageBytes};
+
+ChunkRecord good_record() {
+  ChunkRecord record{};
+  record.offset = kPageBytes;
+  record.stored_bytes = record.raw_bytes = 5000;
+  return record;
+}
+
+// The reason of the CorruptError for a table whose third of four records is `record`; empty when it is accepted.
+std::string reason_for(const ChunkRecord& record) {
+  const std::vector<ChunkRecord> table = {good_record(), good_record(), record, good_record()};
+  try {
+    check_chunk_table(table, kFiles, kChunkBytes, "rank-00000.index");
+  } catch (const CorruptError& error) {
+    EXPECT_EQ(error.path(), "rank-00000.index");
+    EXPECT_EQ(error.chunk(), 2);
+    return error.reason();
+  }
+  return {};
+}
+
+std::string reason_after(const std::function<void(ChunkRecord&)>& change) {
+  ChunkRecord record = good_record();
+  change(record);
+  return reason_for(record);
+}
+
+TEST(ChunkTableTest, good_tables_are_accepted) {
+  EXPECT_NO_THROW(check_chunk_table({}, {}, kChunkBytes, "index"));
+  EXPECT_EQ(reason_for(good_record()), "");
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.raw_bytes = r.stored_bytes = kChunkBytes; }), "");
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.offset = 4 * kChunkBytes - 2 * kPageBytes; }), "") << "up to the end";
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.file = 1, r.offset = 0; }), "");
+  for (const auto codec : {codec::Codec::kZstd, codec::Codec::kZstdPlanes8}) {
+    EXPECT_EQ(reason_after([codec](ChunkRecord& r) {
+                r.codec = static_cast<std::uint16_t>(codec);
+                r.stored_bytes = 1;
+              }),
+              "");
+  }
+}
+
+TEST(ChunkTableTest, the_reserved_field_is_zero) {
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.reserved = 1; }), "chunk record: reserved field is not zero");
+}
+
+TEST(ChunkTableTest, unknown_codecs_are_refused) {
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.codec = 5; }), "chunk record: unknown codec");
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.codec = 0xFFFF; }), "chunk record: unknown codec");
+}
+
+TEST(ChunkTableTest, raw_sizes_are_bounded) {
+  const char* const reason = "chunk record: raw size out of range";
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.raw_bytes = r.stored_bytes = 0; }), reason);
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.raw_bytes = r.stored_bytes = kChunkBytes + 1; }), reason);
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.raw_bytes = kMax32; }), reason);
+}
+
+TEST(ChunkTableTest, stored_sizes_are_at_most_the_raw_size) {
+  const char* const reason = "chunk record: stored size out of range";
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.stored_bytes = 0; }), reason);
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.stored_bytes = r.raw_bytes + 1; }), reason);
+  EXPECT_EQ(reason_after([](ChunkRecord& r) {
+              r.codec = 1;
+              r.stored_bytes = kMax32;
+            }),
+            reason);
+}
+
+TEST(ChunkTableTest, without_a_codec_the_sizes_are_equal) {
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { --r.stored_bytes; }),
+            "chunk record: stored and raw size differ without a codec");
+}
+
+TEST(ChunkTableTest, offsets_are_aligned) {
+  for (const std::uint64_t off : {1ull, 64ull, 512ull, 4095ull}) {
+    EXPECT_EQ(reason_after([off](ChunkRecord& r) { r.offset += off; }), "chunk record: offset is not aligned") << off;
+  }
+}
+
+TEST(ChunkTableTest, files_exist) {
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.file = 2; }), "chunk record: no such file");
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.file = kMax32; }), "chunk record: no such file");
+}
+
+TEST(ChunkTableTest, chunks_lie_inside_their_file) {
+  const char* const reason = "chunk record: reaches past the end of its file";
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.offset = 4 * kChunkBytes; }), reason);
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.offset = 4 * kChunkBytes - kPageBytes; }), reason) << "by its padding";
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.file = 1; }), reason);
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.offset = ~std::uint64_t{0} / kPageBytes * kPageBytes; }), reason);
+}
+
+}  // namespace
+}  // namespace snapstone::format
