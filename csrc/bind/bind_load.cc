@@ -89,7 +89,9 @@ std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileA
   plan.finish();
   std::vector<os::File> files = open_files(file_arguments, io::rung_is_direct(options.rung));
   const std::uint64_t slot_bytes = std::max(round_up(plan.stored_bytes_max(), kPageBytes), kChunkBytesDefault);
-  const std::uint64_t slots = std::clamp<std::uint64_t>(plan.chunks().size(), 1, std::max<std::uint64_t>(slots_max, 1));
+  const std::uint64_t slots_in_limit = std::min(slots_max, kLoadStagingBytesMax / slot_bytes);
+  const std::uint64_t slots =
+      std::clamp<std::uint64_t>(plan.chunks().size(), 1, std::max<std::uint64_t>(slots_in_limit, 1));
   auto ring = pipeline::Engine::instance().ring(slot_bytes, slots);
   return std::make_shared<LoadJob>(std::move(plan), std::move(files), std::move(ring), options);
 }

@@ -57,6 +57,7 @@ void bind_staging(py::module_& module) {
             staging.commit(manifest_bytes, digest_bytes, final_name, overwrite);
           },
           py::arg("manifest"), py::arg("manifest_digest"), py::arg("final_name"), py::arg("overwrite"))
+      .def("withdraw", &Staging::withdraw, Released())
       .def("discard", &Staging::discard, Released());
 }
 

@@ -36,7 +36,8 @@ struct SaveOptions {
   io::Rung rung = io::Rung::kBuffered;
   bool compress = false;
   int zstd_level = 3;
-  std::vector<std::uint8_t> item_bytes;  // one per tensor when compressing: floating types get byte planes, others 1
+  // One per tensor when compressing: floating types get byte planes, others 1.
+  std::vector<std::uint8_t> item_bytes = {};
   bool trace = false;
 };
 

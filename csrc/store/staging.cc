@@ -146,6 +146,14 @@ void Staging::publish(const std::string& final_name, bool overwrite) {
   remove_quietly(parent_, trash);
 }
 
+void Staging::withdraw() {
+  try {
+    os::rename_at(parent_, staging_name(save_id_), trash_name(save_id_));
+  } catch (const OsError& error) {
+    if (error.error_number() != ENOENT) throw;  // committed, discarded, or withdrawn by another rank
+  }
+}
+
 void Staging::discard() noexcept {
   if (!published_) remove_quietly(parent_, staging_name(save_id_));
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from contextlib import suppress
 from numbers import Real
 from types import TracebackType
@@ -242,8 +243,9 @@ class TensorSlice:
         given = [part for part in parts if part is not Ellipsis]
         if len(given) > len(self.shape) or len(parts) - len(given) > 1:
             raise IndexError(f"{self._item.name}: too many indices for shape {list(self.shape)}")
-        if not all(isinstance(part, slice) or type(part) is int for part in given):
+        if any(isinstance(part, bool) or not isinstance(part, slice | Integral) for part in given):
             raise TypeError(f"{self._item.name}: index with integers, slices and '...'")
+        parts = [int(part) if isinstance(part, Integral) else part for part in parts]
         fill = [slice(None)] * (len(self.shape) - len(given))
         at = next((position for position, part in enumerate(parts) if part is Ellipsis), len(parts))
         return [*parts[:at], *fill, *parts[at + 1 :]]

@@ -88,7 +88,7 @@ def _compare_tensor(first: Checkpoint, second: Checkpoint, name: str, values: bo
 
 
 def _chunks(checkpoint: Checkpoint, name: str) -> dict[Any, tuple[int, bytes]] | None:
-    """(shard box, chunk position) -> (bytes, digest); None for a tensor that shares its chunk with others."""
+    """(shard box, chunk position, bytes) -> (bytes, digest); None for a tensor that shares its chunk with others."""
     found: dict[Any, tuple[int, bytes]] = {}
     for shard in checkpoint.reader.shards[name]:
         place, item = shard.stored.place, shard.stored.item
@@ -99,7 +99,8 @@ def _chunks(checkpoint: Checkpoint, name: str) -> dict[Any, tuple[int, bytes]] |
         if int(table["raw_bytes"].sum()) != item.nbytes:
             return None
         for position, record in enumerate(table):
-            found[(item.offsets, item.sizes, position)] = (int(record["raw_bytes"]), record["digest"].tobytes())
+            raw_bytes = int(record["raw_bytes"])
+            found[(item.offsets, item.sizes, position, raw_bytes)] = (raw_bytes, record["digest"].tobytes())
     return found
 
 
@@ -107,8 +108,12 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _largest(left: torch.Tensor, right: torch.Tensor) -> float:
+def _largest(left: torch.Tensor, right: torch.Tensor) -> float | None:
+    """None for a dtype that torch does not compute with, such as packed pairs of 4-bit floats."""
     if left.numel() == 0:
         return 0.0
     wide = torch.complex128 if left.dtype.is_complex else torch.float64
-    return float((left.to(wide) - right.to(wide)).abs().max())
+    try:
+        return float((left.to(wide) - right.to(wide)).abs().max())
+    except NotImplementedError:
+        return None

@@ -58,6 +58,8 @@ class SaveHandle:
         self._stats = stats
         self._cancel = cancel
         self._cancelled = False
+        for future in (self.staging_completion, self.upload_completion):
+            future.set_running_or_notify_cancel()  # Future.cancel() cannot stop a save; SaveHandle.cancel() can
         with _lock:
             _in_flight.add(self)
 

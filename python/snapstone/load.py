@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import timedelta
@@ -12,7 +11,7 @@ import torch
 
 from . import garbage, state, tensors, values
 from .checkpoint import Checkpoint
-from .collective import Deadline, Group
+from .collective import Channel, Deadline, Group
 from .config import LoadOptions
 from .errors import CorruptCheckpointError, IncompatibleCheckpointError
 from .progress import Progress
@@ -49,8 +48,8 @@ def load(
         checkpoint_id: a committed checkpoint.
         process_group: the ranks that load together (default group); every rank of it calls.
         no_dist: load alone even though torch.distributed is initialised.
-        strict: raise unless names agree exactly; False returns them in `missing_keys` and `unexpected_keys` of the
-            result.
+        strict: raise unless names agree exactly: this rank's are all saved, and each saved one is wanted by some rank.
+            False returns those that differ on this rank in `missing_keys` and `unexpected_keys` of the result.
         cast: convert dtypes that differ; otherwise they are an error.
         verify: check every chunk's digest before its bytes reach a tensor.
         strategy: "direct": each rank reads what it needs.
@@ -66,66 +65,100 @@ def load(
         RankFailedError: another rank raised, died or missed the deadline.
         ValueError: a target that cannot be filled.
     """
-    options = LoadOptions.of(
-        strict=strict, cast=cast, verify=verify, strategy=strategy, allow_pickle=allow_pickle, timeout=timeout
-    )
     group = Group.create(process_group, no_dist=no_dist)
-    channel = group.channel("load")
-    deadline = Deadline(options.timeout_seconds)
+    channel = group.channel("load")  # first, so that the ranks stay in step whatever is raised here on one of them
     trace = Trace("load", group.rank, group.world_size)
-    operation = _Load(state_dict, options, group.rank, trace)
-    checkpoint: Checkpoint | None = None
-    error: BaseException | None = None
-    save_id = ""
     try:
-        checkpoint = operation.read(os.path.abspath(os.fspath(checkpoint_id)), deadline, progress)
-        save_id = checkpoint.save_id
-    except BaseException as failure:
-        error = failure
-    try:
-        with trace.span("vote"):
-            votes = channel.vote("read", error, json.dumps(save_id).encode(), deadline)
-        if len(set(votes)) > 1:
-            raise CorruptCheckpointError(
-                "ranks read different checkpoints under one name", path=os.fspath(checkpoint_id)
-            )
-        operation.finish()
+        options = LoadOptions.of(
+            strict=strict, cast=cast, verify=verify, strategy=strategy, allow_pickle=allow_pickle, timeout=timeout
+        )
+        deadline = Deadline(options.timeout_seconds)
+        operation = _Load(state_dict, options, group, trace)
+        path = os.path.abspath(os.fspath(checkpoint_id))
+        votes = _together(channel, "plan", deadline, trace, lambda: operation.plan(path))
+        operation.compare_votes(votes)
+        _together(channel, "read", deadline, trace, lambda: operation.read(deadline, progress))
+        _together(channel, "fill", deadline, trace, operation.finish)
+    except BaseException as error:
+        channel.abort(_VOTES, error)
+        raise
     finally:
         channel.close()
     trace.close()
-    assert checkpoint is not None
-    return checkpoint
+    return operation.checkpoint()
+
+
+_VOTES = ("plan", "read", "fill")  # of one load, in this order
+
+
+def _together(
+    channel: Channel, label: str, deadline: Deadline, trace: Trace, step: Callable[[], bytes | None]
+) -> list[bytes]:
+    """One step of the load on every rank: all succeed, or all fail."""
+    error: BaseException | None = None
+    payload: bytes | None = None
+    try:
+        payload = step()
+    except BaseException as failure:
+        error = failure
+    with trace.span("vote"):
+        return channel.vote(label, error, payload or b"", deadline)
 
 
 class _Load:
-    def __init__(self, state_dict: Mapping[str, Any], options: LoadOptions, rank: int, trace: Trace) -> None:
+    """One rank's part of one load: `plan`, `compare_votes`, `read`, `finish`, `checkpoint`, in this order."""
+
+    def __init__(self, state_dict: Mapping[str, Any], options: LoadOptions, group: Group, trace: Trace) -> None:
         if not isinstance(state_dict, MutableMapping):
             raise TypeError(f"the state must be a dict that can take loaded values, not a {type(state_dict).__name__}")
         self.state_dict = state_dict
         self.options = options
-        self.rank = rank
+        self.group = group
         self.trace = trace
+        self.reader: Any = None
         self.flattened = state.Flattened()
+        self.targets: list[LocalShard] = []
         self.loaded: dict[str, Any] = {}
         self.saved_paths: dict[str, state.LeafPath] = {}
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
 
-    def read(self, path: str, deadline: Deadline, progress: bool | Callable[[int, int], None]) -> Checkpoint:
+    def plan(self, path: str) -> bytes:
+        """Opens the checkpoint and lays out what this rank reads; nothing is changed yet.
+
+        Its vote: the checkpoint's id, and a byte for each name in it, in alphabetical order: 1 for one not wanted here.
+        """
         with self.trace.span("plan"), garbage.paused():
-            reader = Reader(path)
-            objects = reader.objects(self.rank)
+            self.reader = reader = Reader(path)
+            objects = reader.objects(self.group.rank)
             self.saved_paths = {name: decode_path(name, encoded) for name, (encoded, _) in objects.items()}
             self.saved_paths.update({name: decode_path(name, encoded) for name, encoded in reader.paths.items()})
             self.flattened = self._flatten_target(reader)
-            missing, unexpected = self._compare_keys(reader, objects)
-            targets = self._targets(reader)
+            self._compare_keys(reader, objects)
+            self.targets = self._targets(reader)
             for name, (_, encoded) in objects.items():
                 if name in self.flattened.objects or self._is_new_in_stateful(name):
                     self.loaded[name] = values.decode(encoded, name=name, allow_pickle=self.options.allow_pickle)
-        needed = sum(target.item.nbytes for target in targets)
+            unexpected = set(self.unexpected)
+            return reader.manifest.save_id.encode() + bytes(name in unexpected for name in sorted(self.saved_paths))
+
+    def compare_votes(self, votes: list[bytes]) -> None:
+        """The same answer on every rank, so there is nothing to vote on."""
+        id_nbytes = len(self.reader.manifest.save_id)
+        if len({vote[:id_nbytes] for vote in votes}) > 1:
+            raise CorruptCheckpointError("ranks read different checkpoints under one name", path=self.reader.path)
+        if self.options.strict and self.group.world_size > 1:
+            # Ranks may want names of their own: unexpected is only what nobody wants.
+            nobody_wants = map(all, zip(*(vote[id_nbytes:] for vote in votes), strict=True))
+            names = [name for name, unwanted in zip(sorted(self.saved_paths), nobody_wants, strict=True) if unwanted]
+            self._refuse([f"unexpected in the checkpoint: {name}" for name in names])
+
+    def read(self, deadline: Deadline, progress: bool | Callable[[int, int], None]) -> None:
+        needed = sum(target.item.nbytes for target in self.targets)
         try:
             with Progress(progress, "load", needed) as bar, torch.no_grad():
-                stats = reader.fill(
-                    targets,
+                stats = self.reader.fill(
+                    self.targets,
                     cast=self.options.cast,
                     verify=self.options.verify,
                     timeout_seconds=deadline.remaining(),
@@ -133,9 +166,13 @@ class _Load:
                     trace=self.trace,
                 )
         except CorruptCheckpointError as error:
-            raise reader.name_tensor(error) from None
+            raise self.reader.name_tensor(error) from None
         self.trace.stats.update(stats)
-        return Checkpoint(reader, stats=self.trace.stats, missing_keys=missing, unexpected_keys=unexpected)
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            self.reader, stats=self.trace.stats, missing_keys=self.missing, unexpected_keys=self.unexpected
+        )
 
     def _flatten_target(self, reader: Reader) -> state.Flattened:
         flattened = state.flatten(self.state_dict)
@@ -149,35 +186,43 @@ class _Load:
                 fresh = True
         return state.flatten(self.state_dict) if fresh else flattened
 
-    def _compare_keys(self, reader: Reader, objects: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    def _compare_keys(self, reader: Reader, objects: Mapping[str, Any]) -> None:
         wanted_tensors, wanted_objects = self.flattened.tensors, self.flattened.objects
-        problems = []
         missing = [name for name in wanted_tensors if name not in reader.shards]
-        missing += [name for name in wanted_objects if name not in objects]
+        # An empty container at the place of a Stateful is the state of one that has not started: nothing to find.
+        blank = {item.path for item in self.flattened.stateful}
+        missing += [name for name in wanted_objects if name not in objects and self.flattened.paths[name] not in blank]
         unexpected = [name for name in reader.shards if name not in wanted_tensors]
         unexpected += [name for name in objects if name not in wanted_objects and not self._is_new_in_stateful(name)]
+        self.missing, self.unexpected = missing, unexpected
+        problems = []
         if self.options.strict:
             problems += [f"missing from the checkpoint: {name}" for name in missing]
+        if self.options.strict and self.group.world_size == 1:  # of several ranks, see compare_votes
             problems += [f"unexpected in the checkpoint: {name}" for name in unexpected]
         for name, tensor in wanted_tensors.items():
             if name in reader.shards and reader.describe(name).shape != tuple(tensor.shape):
                 problems.append(
                     f"{name}: saved with shape {list(reader.describe(name).shape)}, wanted {list(tensor.shape)}"
                 )
+        self._refuse(problems)
+
+    def _refuse(self, problems: list[str]) -> None:
         if problems:
             raise IncompatibleCheckpointError(
                 f"{len(problems)} keys do not fit (strict=False accepts missing and unexpected ones):\n  "
                 + "\n  ".join(problems),
-                path=reader.path,
+                path=self.reader.path,
             )
-        return missing, unexpected
 
     def _is_new_in_stateful(self, name: str) -> bool:
         """Values that a Stateful does not have yet (an optimizer before its first step) are handed to its
         load_state_dict, which knows what to do with them.
         """
         path = self.saved_paths[name]
-        return name not in self.flattened.paths and any(path[: len(item.path)] == item.path for item in self.flattened.stateful)
+        return name not in self.flattened.paths and any(
+            path[: len(item.path)] == item.path for item in self.flattened.stateful
+        )
 
     def _targets(self, reader: Reader) -> list[LocalShard]:
         targets = [

@@ -34,7 +34,7 @@ from .trace import Trace
 __all__ = ["Reader", "SavedShard", "run_job"]
 
 _DTYPE_BYTES: Mapping[str, int] = {name: tensors.dtype_bytes(name) for name in tensors.dtype_names()}
-_DRAIN_SECONDS = 10.0  # after a failure, for requests that the kernel still has
+_DRAIN_SECONDS = 1.0  # after a failure, for requests that the kernel still has
 _orphans: list[Any] = []
 _POLL_SECONDS = 0.1  # between looks at Ctrl-C, the deadline and the progress callback
 
@@ -68,9 +68,10 @@ def run_job(
 ) -> None:
     """Waits for a started job, awake for Ctrl-C; raises its error, or CheckpointError at the deadline.
 
-    The job writes into `targets`. If the kernel does not give up its buffers soon after a failure, both are kept for
-    ever: leaking memory is better than freeing what is still written to.
+    The job writes into `targets`. If the kernel does not give up its buffers soon after a failure, both are kept until
+    it does: leaking memory is better than freeing what is still written to.
     """
+    _orphans[:] = [orphan for orphan in _orphans if not orphan[0].finished]
     deadline = time.monotonic() + timeout_seconds
     try:
         while not job.wait(_POLL_SECONDS):
@@ -148,6 +149,10 @@ class Reader:
             error.rank = writer.rank
             raise
         actual = _native.digest_hex(data)
+        if len(data) != writer.index.nbytes:
+            raise CorruptCheckpointError(
+                "index file has the wrong size", path=path, rank=writer.rank, expected=writer.index.nbytes, actual=len(data)
+            )
         if actual != writer.index.xxh128:
             raise CorruptCheckpointError(
                 "index digest mismatch", path=path, rank=writer.rank, expected=writer.index.xxh128, actual=actual

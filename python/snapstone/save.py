@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,8 +20,9 @@ from .config import SaveOptions
 from .fence import Fence, OptimizerFence
 from .handle import SaveHandle, raise_unreported
 from .progress import Progress
+from .target import Target
 from .trace import Trace
-from .writer import Target, Writer
+from .writer import VOTES, Writer
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -72,16 +74,17 @@ def save(
         OSError: the file system refused; errno and filename are set.
         TypeError, ValueError: the state or an argument cannot be saved; the message names it and the remedy.
     """
-    options = _options(base, overwrite, codec, allow_pickle, host_memory_budget, timeout)
-    writer = _open(state_dict, checkpoint_id, step, process_group, no_dist, metadata, options)
-    checkpoint: Checkpoint | None = None
+    make_options = partial(_options, base, overwrite, codec, allow_pickle, host_memory_budget, timeout)
+    writer = _open(state_dict, checkpoint_id, step, process_group, no_dist, metadata, make_options)
     try:
         writer.take(lambda: state.flatten(state_dict))
         writer.open(keep_staged=False)
         writer.start()
         checkpoint = _finish(writer, progress)
-    finally:
-        writer.close(succeeded=checkpoint is not None)
+    except BaseException as error:
+        writer.close(error)
+        raise
+    writer.close(None)
     return checkpoint
 
 
@@ -116,19 +119,19 @@ def async_save(
         Exception: what `save` raises before bytes are written (`fence="now"`); everything later comes from the handle.
     """
     begin = time.monotonic()
-    options = _options(base, overwrite, codec, allow_pickle, host_memory_budget, timeout)
-    optimizers = OptimizerFence.of(fence)
-    writer = _open(state_dict, checkpoint_id, step, process_group, no_dist, metadata, options)
+    make_options = partial(_options, base, overwrite, codec, allow_pickle, host_memory_budget, timeout)
+    writer = _open(state_dict, checkpoint_id, step, process_group, no_dist, metadata, make_options)
     taken: Mapping[str, Any] | None = None
     try:
+        optimizers = OptimizerFence.of(fence)
         if optimizers is None:
             writer.take(lambda: state.flatten(state_dict))
         else:
             taken = _snapshot(writer, optimizers, state_dict)
         if optimizers is None or writer.failed:
             _stage(writer)
-    except BaseException:
-        writer.close(succeeded=False)
+    except BaseException as error:
+        writer.close(error)
         raise
     handle = SaveHandle(writer.target.step, writer.trace.stats, writer.cancel)
     if optimizers is not None:
@@ -137,10 +140,15 @@ def async_save(
         handle.staged(None)
     go = threading.Event()
     background = _Background(writer, handle, optimizers is not None, taken, progress, go)
-    # Not a daemon: the interpreter waits for it at exit, so a save that was begun is finished or fails by its deadline.
-    threading.Thread(target=background.run, name="snapstone-save").start()
-    writer.trace.stats["stall_seconds"] = time.monotonic() - begin
-    go.set()
+    try:
+        # Not a daemon: the interpreter waits for it at exit, so a save that was begun ends by its deadline.
+        threading.Thread(target=background.run, name="snapstone-save").start()
+        writer.trace.stats["stall_seconds"] = time.monotonic() - begin
+    except RuntimeError as error:  # no thread can be started
+        background.end(None, error)
+        handle.result()  # raises it
+    finally:
+        go.set()
     return handle
 
 
@@ -175,8 +183,6 @@ class _Background:
     go: threading.Event  # keeps this thread off the interpreter lock until the caller is on its way
 
     def run(self) -> None:
-        checkpoint: Checkpoint | None = None
-        error: BaseException | None = None
         self.go.wait()
         try:
             if self.taken is not None:
@@ -188,11 +194,16 @@ class _Background:
                 if self.writer.staged:
                     self.handle.staged(None)
             checkpoint = _finish(self.writer, self.progress)
-        except BaseException as failure:
-            error = failure
+        except BaseException as error:
+            self.end(None, error)
+        else:
+            self.end(checkpoint, None)
+
+    def end(self, checkpoint: Checkpoint | None, error: BaseException | None) -> None:
+        try:
+            self.writer.close(error)
         finally:
-            self.writer.close(succeeded=checkpoint is not None)
-            self.handle.settle(checkpoint, error)
+            self.handle.settle(checkpoint, error)  # whatever happens: somebody may wait for it
 
 
 def _finish(writer: Writer, progress: ProgressWanted) -> Checkpoint:
@@ -228,16 +239,29 @@ def _open(
     process_group: dist.ProcessGroup | None,
     no_dist: bool,
     metadata: Mapping[str, Any] | None,
-    options: SaveOptions,
+    make_options: Callable[[], SaveOptions],
 ) -> Writer:
-    raise_unreported()
+    group = Group.create(process_group, no_dist=no_dist)
+    channel = group.channel("save")  # first, so that the ranks stay in step whatever is raised here on one of them
+    try:
+        raise_unreported()
+        options = make_options()
+        target = _target(state_dict, checkpoint_id, step, metadata)
+        return Writer(target, options, group, channel, Trace("save", group.rank, group.world_size))
+    except BaseException as error:
+        channel.abort(VOTES, error)
+        channel.close()
+        raise
+
+
+def _target(
+    state_dict: StateDict, checkpoint_id: PathLike, step: int | None, metadata: Mapping[str, Any] | None
+) -> Target:
     if step is None:
         found: Any = state_dict.get("step") if hasattr(state_dict, "get") else None
         step = found if type(found) is int else None
     encoded = {str(key): values.encode(value, name=f"metadata[{key!r}]") for key, value in (metadata or {}).items()}
-    target = Target(os.path.abspath(os.fspath(checkpoint_id)), step, encoded)
-    group = Group.create(process_group, no_dist=no_dist)
-    return Writer(target, options, group, group.channel("save"), Trace("save", group.rank, group.world_size))
+    return Target(os.path.abspath(os.fspath(checkpoint_id)), step, encoded)
 
 
 def prepare(device: str | torch.device = "cpu", nbytes: int | None = None) -> None:

@@ -33,7 +33,7 @@ class Structure:
 
 
 class StructureCache:
-    """The last few structures of this process, by the digest of all ranks' items and by this rank's number in its group.
+    """The last few structures of this process, by the digest of all ranks' items and this rank's number in the group.
 
     What one rank still knows another may have dropped, having saved other things alone or with other ranks in between:
     a structure is used only when every rank says that it knows it.

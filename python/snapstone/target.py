@@ -35,12 +35,14 @@ class Target:
 
     def check(self, *, overwrite: bool) -> None:
         """Raises ValueError for a name that no checkpoint can have, FileExistsError for a place that is taken."""
-        if not _native.is_file_name(self.name):
+        if not (self.name.isascii() and _native.is_file_name(self.name)):
             raise ValueError(
                 f"checkpoint_id={self.path!r}: the last component must be 1 to 128 of "
                 "A-Z a-z 0-9 . _ - and not start with '.'"
             )
-        if os.path.lexists(self.path) and not (overwrite and manifest.is_checkpoint(self.path)):
+        # A link to a checkpoint is not one: replacing the link is not what was asked for.
+        replaceable = overwrite and manifest.is_checkpoint(self.path) and not os.path.islink(self.path)
+        if os.path.lexists(self.path) and not replaceable:
             remedy = (
                 "it is not a checkpoint, so it is not replaced" if overwrite else "pass overwrite=True to replace it"
             )

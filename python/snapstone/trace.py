@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,7 +66,10 @@ class Trace:
         self.stats["seconds"] = (end_ns - self._begin_ns) * 1e-9
         if self.path is not None:
             self._events.append(self._event(self.kind, "operation", self._begin_ns, end_ns, 0))
-            _append(self.path, self._events)
+            try:
+                _append(self.path, self._events)
+            except OSError as error:  # no reason for this rank to fail what has been done on all
+                warnings.warn(f"trace not written: {error}", RuntimeWarning, stacklevel=2)
             self._events = []
 
     def _event(self, name: str, thread: str, begin_ns: int, end_ns: int, nbytes: int) -> dict[str, Any]:

@@ -43,11 +43,12 @@ class Forge:
             shutil.rmtree(path)
         path.mkdir(parents=True)
         index = self.index if self.index is not None else self._index()
-        put(path, self.writer["index"], index)
-        data = self.writer["data"]
+        put(path, self.writer.get("index"), index)
+        data = self.writer.get("data")
         if type(data) is list and data and type(data[0]) is dict:
             put(path, data[0], self.data, self.table.tobytes())
-        write_manifest(path, self.manifest_text or json.dumps(self.manifest).encode())
+        text = self.manifest_text
+        write_manifest(path, json.dumps(self.manifest).encode() if text is None else text)
 
     def _index(self) -> bytes:
         text = self.header_text if self.header_text is not None else json.dumps(self.header).encode()

@@ -306,7 +306,8 @@ def test_tensors_that_cannot_be(source: Path, path: Path, name: str) -> None:
     forge.write(path)
     outcomes = try_everything(path)
     assert outcomes["load"] is not None
-    assert outcomes["open"] is not None or name in ("other dtype", "much around zero")
+    # These three are sound in themselves, only not what the loader of `small` wants.
+    assert outcomes["open"] is not None or name in ("other dtype", "much around zero", "one more")
 
 
 def test_a_key_that_is_missing_from_a_tensor(source: Path, path: Path) -> None:
@@ -366,7 +367,6 @@ def object_values() -> dict[str, Any]:
         "dtype of dots": {"$dtype": "nn.Module"},
         "device": {"$device": "rm -rf"},
         "size of text": {"$size": ["a"]},
-        "size overflow": {"$size": [1 << 70]},
         "date": {"$date": "2020-13-01"},
         "datetime": {"$datetime": "x" * 100_000},
         "timedelta overflow": {"$timedelta": [10**30, 0, 0]},
@@ -445,11 +445,10 @@ def test_huge_sparse_files_are_refused_before_they_are_read(source: Path, tmp_pa
         os.truncate(path / name, 0)
 
 
-def test_a_million_tensors_take_memory_in_proportion(source: Path, path: Path) -> None:
-    """30,000 here, in a file of two megabytes: the limit of 64 MiB is for what is refused, and this is not."""
+def test_many_tensors_without_bytes_take_memory_in_proportion(source: Path, path: Path) -> None:
     forge = Forge(source)
     row = {"name": "", "dtype": "uint8", "shape": [0], "chunks": [0, 0]}
-    forge.header["tensors"] += [{**row, "name": f"t{i}"} for i in range(30_000)]
+    forge.header["tensors"] += [{**row, "name": f"t{i}"} for i in range(5_000)]
     forge.write(path)
     assert try_everything(path)["load"] is not None  # unexpected keys, all named in one error
 
@@ -475,7 +474,7 @@ def test_random_mutations(source: Path, path: Path, document: str) -> None:
     """One to three values anywhere replaced by any JSON, removed, or given twice over; of the table, any bytes."""
 
     @hypothesis.settings(
-        max_examples=150,
+        max_examples=400,
         deadline=None,
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
@@ -543,6 +542,4 @@ def test_random_bytes_in_place_of_each_file(source: Path, path: Path) -> None:
         which = chosen.choice(["index", "manifest_text", "header_text"])
         setattr(forge, which, b"SNAPSIDX" + junk if which == "index" and chosen.random() < 0.5 else junk)
         forge.write(path)
-        if which == "manifest_text" and not junk:
-            (path / MANIFEST).write_bytes(b"")
         assert_refused(path)
