@@ -14,11 +14,11 @@ inline constexpr std::uint64_t kChunkBytesDefault = 1ull << 20;
 inline constexpr std::uint64_t kChunkBytesMax = 64ull << 20;       // readers refuse more: bounds every allocation
 inline constexpr std::uint64_t kIndexHeaderBytesMax = 1ull << 30;  // JSON header of an index file
 inline constexpr std::uint64_t kManifestBytesMax = 256ull << 20;
-inline constexpr std::uint64_t kSegmentBytes = 64ull << 20;  // the slot ring grows by segments of this size
+inline constexpr std::uint64_t kSegmentBytes = 64ull << 20;          // the slot ring grows by segments of this size
 inline constexpr std::uint64_t kLoadStagingBytesMax = 256ull << 20;  // slots of one load, however large its chunks
-inline constexpr unsigned kQueueDepth = 64;                  // I/O requests in flight per lane
-inline constexpr unsigned kDirectThreadsPerLane = 4;         // blocking I/O threads behind one lane
-inline constexpr int kTensorDimsMax = 64;                    // torch's own limit
+inline constexpr unsigned kQueueDepth = 64;                          // I/O requests in flight per lane
+inline constexpr unsigned kDirectThreadsPerLane = 4;                 // blocking I/O threads behind one lane
+inline constexpr int kTensorDimsMax = 64;                            // torch's own limit
 
 constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t alignment) {
   return (value + alignment - 1) / alignment * alignment;

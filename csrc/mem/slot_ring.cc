@@ -50,14 +50,19 @@ SlotRing::SlotRing(std::uint64_t slot_bytes)
     : slot_bytes_(checked_slot_bytes(slot_bytes)),
       process_id_(os::process_id()),
       freed_(std::make_unique<std::condition_variable>()),
-      memory_(std::make_unique<std::deque<os::MappedMemory>>()) {}
+      memory_(std::make_unique<Memory>()) {}
+
+constinit std::atomic<SlotRing::Memory*> SlotRing::kept_{nullptr};
 
 SlotRing::~SlotRing() {
   const bool inherited = process_id_ != os::process_id();
   assert(inherited || free_.size() == slot_count_);
   // The kernel may still write into a forfeited slot. In a forked child the memory is not mapped, and something else
   // may lie at its addresses; and destroying a condition on which a thread waited at the fork waits for that thread.
-  if (inherited || forfeited_) memory_.release();
+  if (inherited || forfeited_) {
+    memory_->kept_before = kept_.exchange(memory_.get());
+    memory_.release();
+  }
   if (inherited) freed_.release();
 }
 
@@ -75,13 +80,14 @@ std::uint64_t SlotRing::nbytes() const { return slot_count() * slot_bytes_; }
 
 bool SlotRing::huge() const {
   std::lock_guard lock(mutex_);
-  return std::all_of(memory_->begin(), memory_->end(), [](const os::MappedMemory& memory) { return memory.huge(); });
+  const auto& segments = memory_->segments;
+  return std::all_of(segments.begin(), segments.end(), [](const os::MappedMemory& memory) { return memory.huge(); });
 }
 
 std::vector<Segment> SlotRing::segments() const {
   std::lock_guard lock(mutex_);
   std::vector<Segment> result;
-  for (const os::MappedMemory& memory : *memory_) result.push_back({memory.data(), memory.nbytes()});
+  for (const os::MappedMemory& memory : memory_->segments) result.push_back({memory.data(), memory.nbytes()});
   return result;
 }
 
@@ -95,9 +101,9 @@ void SlotRing::reserve(std::uint64_t slots) {
     os::MappedMemory memory(count * slot_bytes_);  // touches every page: outside the lock
     std::lock_guard lock(mutex_);
     free_.reserve(slot_count_ + count);  // so that release() never allocates
-    memory_->push_back(std::move(memory));
-    const int segment = static_cast<int>(memory_->size()) - 1;
-    std::uint8_t* data = memory_->back().data();
+    memory_->segments.push_back(std::move(memory));
+    const int segment = static_cast<int>(memory_->segments.size()) - 1;
+    std::uint8_t* data = memory_->segments.back().data();
     for (std::uint64_t i = count; i-- > 0;) free_.push_back({data + i * slot_bytes_, segment});
     slot_count_ += count;
     freed_->notify_all();

@@ -11,6 +11,7 @@
 //            it got; everything else is noexcept.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -88,7 +89,12 @@ class SlotRing {
   mutable std::mutex mutex_;
   std::mutex grow_mutex_;
   std::unique_ptr<std::condition_variable> freed_;
-  std::unique_ptr<std::deque<os::MappedMemory>> memory_;
+  struct Memory {
+    std::deque<os::MappedMemory> segments;
+    Memory* kept_before = nullptr;
+  };
+  static std::atomic<Memory*> kept_;  // of rings that are gone, never unmapped
+  std::unique_ptr<Memory> memory_;
   std::vector<Free> free_;  // a stack: the slot freed last is the warmest in cache
   std::uint64_t slot_count_ = 0;
   bool forfeited_ = false;

@@ -33,6 +33,10 @@ LoadJob::LoadJob(LoadPlan plan, std::vector<os::File> files, std::shared_ptr<mem
     throw std::invalid_argument("the plan names more data files than the " + std::to_string(files_.size()) + " given");
 }
 
+void LoadJob::close_files() noexcept {
+  for (os::File& file : files_) file.fd = os::UniqueFd();
+}
+
 std::vector<Problem> LoadJob::problems() const {
   std::lock_guard lock(mutex_);
   return problems_;

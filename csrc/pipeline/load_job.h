@@ -53,9 +53,13 @@ class LoadJob : public Job {
 
  protected:
   void work(Lane& lane, LaneBooks& books) override;
+  void finish() override { close_files(); }
+  void abandon() noexcept override { close_files(); }
 
  private:
   class LaneRun;
+
+  void close_files() noexcept;  // at once: Python may keep a failed job alive in a traceback
 
   std::uint64_t take_in(std::uint64_t index, const std::uint8_t* slot, Lane& lane, LaneBooks& books);
   std::span<const std::uint8_t> decode(const ReadChunk& chunk, const std::uint8_t* slot, Lane& lane, LaneBooks& books);
@@ -67,7 +71,7 @@ class LoadJob : public Job {
   void note(const ReadChunk& chunk, const CorruptError& error);
 
   const LoadPlan plan_;
-  const std::vector<os::File> files_;
+  std::vector<os::File> files_;
   const std::shared_ptr<mem::SlotRing> ring_;
   const LoadOptions options_;
   std::atomic<std::uint64_t> next_chunk_{0};

@@ -17,6 +17,8 @@
 //            absent target: renameat2(RENAME_NOREPLACE). overwrite: renameat2(RENAME_EXCHANGE), so the old checkpoint
 //            takes the staging name and either name order is a complete checkpoint. The old one is flocked before, so
 //            that nobody reaps it while the exchange is not durable.
+//            A rank that has not heard of this step by the deadline withdraws: it renames the staging directory to
+//            `.trash-<save_id>`, and the lead's rename fails. Whoever renames first decides for all ranks.
 //   8. lead: fsync the parent directory: the commit is durable; only now is success reported.
 //   9. lead, overwrite: rename the old checkpoint to `.trash-<save_id>`, remove it.        leaves: staging or trash,
 //   reaped later
@@ -155,7 +157,18 @@ void Staging::withdraw() {
 }
 
 void Staging::discard() noexcept {
-  if (!published_) remove_quietly(parent_, staging_name(save_id_));
+  if (published_) return;
+  const std::string staging = staging_name(save_id_);
+  remove_quietly(parent_, staging);
+  // A writer that has not heard yet may have made a file meanwhile. Without its OWNER, what is left of the directory
+  // would be nobody's for minutes; under the other name the next reap() removes it.
+  const std::string trash = trash_name(save_id_);
+  try {
+    os::rename_at(parent_, staging, trash);
+  } catch (const OsError&) {
+    return;  // gone, as it should be
+  }
+  remove_quietly(parent_, trash);
 }
 
 }  // namespace snapstone::store

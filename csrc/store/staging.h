@@ -41,8 +41,8 @@ class Staging {
   // it exists and `overwrite` is false, or if what exists is not a checkpoint.
   void commit(std::span<const std::uint8_t> manifest, std::span<const std::uint8_t> manifest_digest,
               const std::string& final_name, bool overwrite);
-  // Any writer that gives up on a silent lead: after it a commit() fails that has not renamed yet. Whoever renames first
-  // decides, so look for the checkpoint before (withdrawing a finished exchange trashes the old one) and after.
+  // Any writer that gives up on a silent lead: after it a commit() fails that has not renamed yet. Whoever renames
+  // first decides, so look for the checkpoint before (withdrawing a finished exchange trashes the old one) and after.
   void withdraw();
   void discard() noexcept;
 

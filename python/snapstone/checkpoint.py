@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from contextlib import suppress
-from numbers import Real
+from numbers import Integral, Real
 from types import TracebackType
 from typing import Any, Self
 

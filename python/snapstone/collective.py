@@ -22,6 +22,7 @@ Success needs the vote of every rank, and a rank with an error never votes, so i
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import math
@@ -33,7 +34,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from contextlib import suppress
-from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, Final, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -52,7 +53,7 @@ POLL_MIN_S: Final = 0.001
 POLL_MAX_S: Final = 0.05
 POLL_S_PER_RANK: Final = 0.0001  # all ranks together ask a store at most 10,000 times per second
 LINGER_S: Final = 2.0  # rank 0 may serve the store from this process: how long close() keeps it for slower readers
-FETCH_COUNT: Final = 64  # keys per multi_get
+LEAVE_S: Final = 2.0  # at exit, for store calls that are under way
 RETIRED_COUNT_MAX: Final = 32  # closed channels whose keys wait for slower ranks
 REASON_CHARS_MAX: Final = 2000
 NAMED_RANKS_MAX: Final = 16
@@ -78,26 +79,16 @@ class Deadline:
         return Deadline(self.remaining() + seconds)
 
 
-class _Store(Protocol):
-    """What is used of `torch.distributed.Store`, whose own stub types values as str."""
-
-    def set(self, key: str, value: bytes) -> None: ...
-    def get(self, key: str) -> bytes: ...
-    def multi_get(self, keys: list[str]) -> list[bytes]: ...
-    def check(self, keys: list[str]) -> bool: ...
-    def add(self, key: str, value: int) -> int: ...
-    def compare_set(self, key: str, expected_value: bytes, desired_value: bytes) -> bytes: ...
-    def delete_key(self, key: str) -> bool: ...
-
-
 class _StoreWorker:
     """One daemon thread with a connection of its own. A call that hangs in it can be left behind."""
 
-    def __init__(self, connect: Callable[[], _Store]) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[_Store], Any], Future[Any]] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, args=(self._jobs, connect), name="snapstone-store", daemon=True).start()
+    def __init__(self, connect: Callable[[], wire.Store]) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[wire.Store], Any], Future[Any]] | None] = queue.SimpleQueue()
+        thread = threading.Thread(target=self._serve, args=(self._jobs, connect), name="snapstone-store", daemon=True)
+        _store_threads[thread] = self._jobs
+        thread.start()
 
-    def submit(self, operation: Callable[[_Store], T]) -> Future[T]:
+    def submit(self, operation: Callable[[wire.Store], T]) -> Future[T]:
         future: Future[T] = Future()
         self._jobs.put((operation, future))
         return future
@@ -106,8 +97,8 @@ class _StoreWorker:
         self._jobs.put(None)  # the thread ends after the jobs that it has
 
     @staticmethod
-    def _serve(jobs: queue.SimpleQueue[Any], connect: Callable[[], _Store]) -> None:
-        store: _Store | None = None
+    def _serve(jobs: queue.SimpleQueue[Any], connect: Callable[[], wire.Store]) -> None:
+        store: wire.Store | None = None
         while (job := jobs.get()) is not None:
             operation, future = job
             if future.set_running_or_notify_cancel():
@@ -119,6 +110,21 @@ class _StoreWorker:
                 except BaseException as error:
                     future.set_exception(error)
             del job, operation, future  # they may hold the last reference to a group
+
+
+_store_threads: WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Any]] = WeakKeyDictionary()
+
+
+@atexit.register
+def _end_store_threads() -> None:
+    """A daemon thread that comes back from torch while the interpreter ends is unwound through a C++ destructor, which
+    aborts the process.
+    """
+    for jobs in list(_store_threads.values()):
+        jobs.put(None)
+    deadline = Deadline(LEAVE_S)
+    for thread in list(_store_threads):
+        thread.join(deadline.remaining())
 
 
 _groups: WeakKeyDictionary[dist.ProcessGroup, Group] = WeakKeyDictionary()
@@ -170,7 +176,7 @@ class Group:
             self._sequence += 1
             return Channel(self, kind, f"{self._sequence}.{kind}")
 
-    def call(self, operation: Callable[[_Store], T], limit: Deadline) -> T:
+    def call(self, operation: Callable[[wire.Store], T], limit: Deadline) -> T:
         """Run `operation` on the store's thread; RankFailedError when the store breaks, or is silent until `limit`."""
         future = (worker := self._live_worker()).submit(operation)
         while not future.done():
@@ -192,7 +198,7 @@ class Group:
         The last rank to finish deletes the counter `done`, and each rank its own keys once the counter is gone.
         """
 
-        def sweep(store: _Store) -> None:
+        def sweep(store: wire.Store) -> None:
             if store.add(done, 1) == self.world_size:
                 store.delete_key(done)
             self._retired.append((done, posted))
@@ -214,14 +220,14 @@ class Group:
                 self._worker = _StoreWorker(self._connect)
             return self._worker
 
-    def _connect(self) -> _Store:
+    def _connect(self) -> wire.Store:
         # The trainer's own connection has one lock: polling through a clone never makes the trainer wait.
         store: Any = self._store
         if self._lost:  # a dead store says so at once on the old connection; a new one is retried for minutes
             store.check([self._prefix])
         with suppress(AttributeError, RuntimeError):  # older torch and stores written in Python cannot clone
             store = store.clone()
-        return cast(_Store, PrefixStore(self._prefix, store))
+        return cast(wire.Store, PrefixStore(self._prefix, store))
 
     def _abandon(self, worker: _StoreWorker) -> None:
         worker.stop()
@@ -278,6 +284,12 @@ class Channel:
         same, *_ = self._decide(label, None, digest, deadline, lambda votes: [b"1" if len(set(votes)) == 1 else b""])
         return bool(same)
 
+    def raise_if_failed(self, label: str, deadline: Deadline) -> None:
+        """Raise the RankFailedError that the vote `label` has ended in already, if it has."""
+        decided = self._call(lambda store: self._decided(store, label), deadline)
+        if decided and (verdict := wire.unframe(wire.unpack(decided))[0]):
+            raise self._failure(verdict)
+
     def gather(self, label: str, payload: bytes, deadline: Deadline) -> list[bytes] | None:
         """Rank 0 gets every rank's payload, the others None at once. Only rank 0 learns who is missing: vote after."""
         self._take(label)
@@ -288,9 +300,9 @@ class Channel:
             return [payload]
         names = self._vote_names(label)[1:]
         self._poll(lambda store: store.check(names) or None, deadline)
-        if missing := self._call(lambda store: _absent(store, names, 1), deadline):
+        if missing := self._call(lambda store: wire.absent(store, names, 1), deadline):
             raise self._failure(self._silent(label, missing, deadline))
-        return [payload, *map(wire.unpack, self._call(lambda store: _fetch(store, names), deadline))]
+        return [payload, *map(wire.unpack, self._call(lambda store: wire.fetch(store, names), deadline))]
 
     def broadcast(self, label: str, payload: bytes | None, deadline: Deadline) -> bytes:
         """Every rank gets rank 0's payload; what the others pass is ignored."""
@@ -303,7 +315,7 @@ class Channel:
                 self._call(self._post(name, payload), deadline)
             return payload
         late = deadline.extended(GRACE_S)
-        if packed := self._poll(lambda store: _fetch(store, [key])[0] if store.check([key]) else None, late):
+        if packed := self._poll(lambda store: wire.fetch(store, [key])[0] if store.check([key]) else None, late):
             return wire.unpack(packed)
         raise self._failure(self._silent(label, [0], deadline))
 
@@ -354,10 +366,10 @@ class Channel:
         names = self._vote_names(label)
         decision = self._key(f"{label}/decision")
 
-        def tally(store: _Store) -> tuple[bytes | None, list[int], list[bytes]]:
+        def tally(store: wire.Store) -> tuple[bytes | None, list[int], list[bytes]]:
             decided = self._decided(store, label)
-            missing = [] if decided else _absent(store, names)
-            return decided, missing, [] if decided or missing else _fetch(store, names[1:])
+            missing = [] if decided else wire.absent(store, names)
+            return decided, missing, [] if decided or missing else wire.fetch(store, names[1:])
 
         self._call(self._post(f"{label}/vote/0", b""), deadline)  # present, for a peer that asks who is missing
         self._poll(lambda store: store.check([decision]) or store.check(names) or None, deadline)
@@ -373,7 +385,7 @@ class Channel:
         if decided := self._poll(lambda store: self._decided(store, label), deadline.extended(GRACE_S)):
             return wire.unpack(decided)
         names = self._vote_names(label)
-        missing = self._call(lambda store: _absent(store, names), deadline) or [0]  # all voted, so rank 0 is stuck
+        missing = self._call(lambda store: wire.absent(store, names), deadline) or [0]  # all voted, so rank 0 is stuck
         return self._settle(label, self._silent(label, missing, deadline), deadline)
 
     def _report(self, label: str, error: BaseException, deadline: Deadline) -> RankFailedError | None:
@@ -399,7 +411,7 @@ class Channel:
         decision = self._key(f"{label}/decision")
         post = self._post(f"{label}/outcome/{self.group.rank}", outcome)
 
-        def claim(store: _Store) -> bytes | None:
+        def claim(store: wire.Store) -> bytes | None:
             if decided := self._decided(store, label):
                 return decided  # perhaps this rank's own outcome, which must not be overwritten
             post(store)
@@ -410,18 +422,18 @@ class Channel:
 
         return wire.unpack(decided) if (decided := self._call(claim, deadline)) else outcome
 
-    def _decided(self, store: _Store, label: str) -> bytes | None:
+    def _decided(self, store: wire.Store, label: str) -> bytes | None:
         decision = self._key(f"{label}/decision")
         if not store.check([decision]):
             return None
         outcome = f"{label}/outcome/{store.get(decision).decode()}"
-        return _fetch(store, [self._key(outcome)])[0]
+        return wire.fetch(store, [self._key(outcome)])[0]
 
-    def _post(self, name: str, payload: bytes) -> Callable[[_Store], None]:
+    def _post(self, name: str, payload: bytes) -> Callable[[wire.Store], None]:
         key = self._key(name)
         first, *rest = wire.pack(payload)
 
-        def post(store: _Store) -> None:
+        def post(store: wire.Store) -> None:
             for index, part in enumerate(rest, 1):
                 self._posted.append(f"{key}#{index}")
                 store.set(f"{key}#{index}", part)
@@ -430,7 +442,7 @@ class Channel:
 
         return post
 
-    def _poll(self, ready: Callable[[_Store], T | None], deadline: Deadline) -> T | None:
+    def _poll(self, ready: Callable[[wire.Store], T | None], deadline: Deadline) -> T | None:
         """Ask until the answer is not None, or None at the deadline."""
         pause = POLL_MIN_S
         while True:
@@ -441,7 +453,7 @@ class Channel:
             time.sleep(min(pause, deadline.remaining()))
             pause = min(pause * 1.5, self.group.poll_max_s)
 
-    def _call(self, operation: Callable[[_Store], T], deadline: Deadline) -> T:
+    def _call(self, operation: Callable[[wire.Store], T], deadline: Deadline) -> T:
         try:
             return self.group.call(operation, deadline.extended(GRACE_S))
         except RankFailedError:
@@ -469,27 +481,6 @@ class Channel:
         self._failed = True
         failure = json.loads(verdict)
         return RankFailedError(failure["message"], failed_ranks=tuple(failure["failed_ranks"]))
-
-
-def _absent(store: _Store, names: Sequence[str], start: int = 0) -> list[int]:
-    """Indices of the names that the store lacks, by bisection: few questions when few are missing."""
-    if not names or store.check(list(names)):
-        return []
-    if len(names) == 1:
-        return [start]
-    half = len(names) // 2
-    return _absent(store, names[:half], start) + _absent(store, names[half:], start + half)
-
-
-def _fetch(store: _Store, names: Sequence[str]) -> list[bytes]:
-    """The packed values of names that are known to exist, parts joined."""
-    values: list[bytes] = []
-    for begin in range(0, len(names), FETCH_COUNT):
-        batch = names[begin : begin + FETCH_COUNT]
-        for name, first in zip(batch, store.multi_get(list(batch)), strict=True):
-            parts = (store.get(f"{name}#{index}") for index in range(1, wire.part_count(first)))
-            values.append(b"".join([first, *parts]))
-    return values
 
 
 def _verdict(message: str, ranks: Sequence[int]) -> bytes:

@@ -180,8 +180,6 @@ def parse(data: bytes, *, path: str, dtype_bytes: Mapping[str, int]) -> Index:
         raise
     except _Reject as reason:
         raise CorruptCheckpointError(f"index: {reason}", path=path) from None
-    except RecursionError:
-        raise CorruptCheckpointError("index: nested too deep", path=path) from None
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpointError(f"index header: {type(error).__name__}: {error}", path=path) from None
 

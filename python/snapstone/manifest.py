@@ -126,8 +126,6 @@ def read(path: str) -> Manifest:
     try:
         document = load_json(data)
         return _parse(document, manifest_path)
-    except RecursionError:
-        raise CorruptCheckpointError("manifest: nested too deep", path=manifest_path) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(f"manifest: {type(error).__name__}: {error}", path=manifest_path) from None
 

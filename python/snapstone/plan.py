@@ -77,16 +77,54 @@ def structure_digest(items: Iterable[Sequence[object]], *more: object) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def assign_writers(ranks: Sequence[Sequence[TensorItem]]) -> list[list[int]]:
+_Shard = tuple[str, Ints, Ints]  # name, offsets, sizes
+_Places = list[tuple[int, int]]  # (rank, position in its list) of those that hold a shard
+
+
+def assign_writers(
+    ranks: Sequence[Sequence[TensorItem]], ties: Sequence[Sequence[int]] | None = None
+) -> list[list[int]]:
     """For each rank the positions of the items it writes: every distinct shard once, bytes spread evenly.
 
     Shards that one rank holds alone are fixed; those that several hold go, largest first, to the holder with the fewest
-    bytes so far. Equal input gives equal output.
+    bytes so far. `ties` holds for each rank and item the position of the first item with the same memory: items tied on
+    every rank that holds them are written by one rank, which stores their bytes once. Equal input gives equal output.
 
     Raises:
         IncompatibleCheckpointError: ranks disagree on a tensor's dtype or global shape.
     """
-    holders: dict[tuple[str, Ints, Ints], list[tuple[int, int]]] = {}
+    holders = _holders(ranks)
+    leaders = {shard: _leader(ranks, ties, shard, places) for shard, places in holders.items()} if ties else {}
+    chosen: list[list[int]] = [[] for _ in ranks]
+    load = [0] * len(ranks)
+    writers: dict[_Shard, int] = {}
+
+    def give(shard: _Shard, places: _Places, nbytes: int) -> None:
+        rank, position = min(places, key=lambda place: (load[place[0]], place))
+        chosen[rank].append(position)
+        load[rank] += nbytes
+        writers[shard] = rank
+
+    shared: list[tuple[int, _Shard, _Places]] = []
+    tied: list[tuple[_Shard, _Places]] = []
+    for shard, places in holders.items():
+        nbytes = ranks[places[0][0]][places[0][1]].nbytes
+        if leaders.get(shard, shard) != shard:
+            tied.append((shard, places))
+        elif len({rank for rank, _ in places}) == 1:
+            give(shard, places, nbytes)
+        else:
+            shared.append((nbytes, shard, places))
+    for nbytes, shard, places in sorted(shared, key=lambda entry: -entry[0]):
+        give(shard, places, nbytes)
+    for shard, places in tied:
+        with_leader = [place for place in places if place[0] == writers.get(leaders[shard])]
+        give(shard, with_leader or places, 0 if with_leader else ranks[places[0][0]][places[0][1]].nbytes)
+    return [sorted(positions) for positions in chosen]
+
+
+def _holders(ranks: Sequence[Sequence[TensorItem]]) -> dict[_Shard, _Places]:
+    holders: dict[_Shard, _Places] = {}
     described: dict[str, tuple[int, TensorItem]] = {}
     for rank, items in enumerate(ranks):
         for position, item in enumerate(items):
@@ -99,23 +137,18 @@ def assign_writers(ranks: Sequence[Sequence[TensorItem]]) -> list[list[int]]:
                     rank=rank,
                 )
             holders.setdefault((item.name, item.offsets, item.sizes), []).append((rank, position))
+    return holders
 
-    chosen: list[list[int]] = [[] for _ in ranks]
-    load = [0] * len(ranks)
-    shared: list[tuple[int, list[tuple[int, int]]]] = []
-    for places in holders.values():
-        rank, position = places[0]
-        nbytes = ranks[rank][position].nbytes
-        if len({holder for holder, _ in places}) == 1:
-            chosen[rank].append(position)
-            load[rank] += nbytes
-        else:
-            shared.append((nbytes, places))
-    for nbytes, places in sorted(shared, key=lambda entry: -entry[0]):
-        rank, position = min(places, key=lambda place: (load[place[0]], place[0]))
-        chosen[rank].append(position)
-        load[rank] += nbytes
-    return [sorted(positions) for positions in chosen]
+
+def _leader(
+    ranks: Sequence[Sequence[TensorItem]], ties: Sequence[Sequence[int]], shard: _Shard, places: _Places
+) -> _Shard:
+    """The shard that this one is tied to, the same on every rank that holds it; else the shard itself."""
+    if all(ties[rank][position] == position for rank, position in places):
+        return shard
+    found = {ranks[rank][ties[rank][position]] for rank, position in places}
+    first = next(iter(found))
+    return (first.name, first.offsets, first.sizes) if len(found) == 1 else shard
 
 
 def check_tiling(items: Iterable[TensorItem]) -> None:

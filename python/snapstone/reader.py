@@ -151,7 +151,11 @@ class Reader:
         actual = _native.digest_hex(data)
         if len(data) != writer.index.nbytes:
             raise CorruptCheckpointError(
-                "index file has the wrong size", path=path, rank=writer.rank, expected=writer.index.nbytes, actual=len(data)
+                "index file has the wrong size",
+                path=path,
+                rank=writer.rank,
+                expected=writer.index.nbytes,
+                actual=len(data),
             )
         if actual != writer.index.xxh128:
             raise CorruptCheckpointError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,16 @@ class Target:
             os.makedirs(directory, exist_ok=True)
             _native.sync_directory(os.path.dirname(directory))
 
-    def join_staging(self, save_id: str, deadline: Deadline) -> Any:
-        """Opens rank 0's staging directory, waiting until a network file system shows it."""
+    def join_staging(self, save_id: str, deadline: Deadline, check: Callable[[], None]) -> Any:
+        """Opens rank 0's staging directory, waiting until a network file system shows it. `check` raises when there is
+        nothing to wait for any more.
+        """
         patience = Deadline(min(_JOIN_PATIENCE_SECONDS, deadline.remaining()))
         while True:
             try:
                 return _native.Staging.join(self.parent, save_id)
             except FileNotFoundError:
+                check()
                 if patience.expired:
                     raise
                 time.sleep(0.05)

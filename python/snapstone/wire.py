@@ -1,4 +1,4 @@
-"""How the values that ranks tell each other become values of a key-value store: packed, split, framed.
+"""How the values that ranks tell each other become values of a c10d key-value store: packed, split, framed.
 
 A value is one or several parts, each under a key of its own. The first begins with a head that tells how many there
 are, so one look at the first key is enough to fetch the rest.
@@ -10,14 +10,48 @@ import struct
 import zlib
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Final
+from typing import Final, Protocol
 
-__all__ = ["frame", "pack", "part_count", "unframe", "unpack"]
+__all__ = ["Store", "absent", "fetch", "frame", "pack", "unframe", "unpack"]
 
 COMPRESS_ABOVE_BYTES: Final = 4 << 10
 PART_BYTES: Final = 4 << 20  # a TCPStore refuses more than 8 MiB
+FETCH_COUNT: Final = 64  # keys per multi_get
 
 _HEAD: Final = struct.Struct("<BIQ")  # 1 when compressed, number of parts, raw bytes
+
+
+class Store(Protocol):
+    """What is used of `torch.distributed.Store`, whose own stub types values as str."""
+
+    def set(self, key: str, value: bytes) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+    def check(self, keys: list[str]) -> bool: ...
+    def add(self, key: str, value: int) -> int: ...
+    def compare_set(self, key: str, expected_value: bytes, desired_value: bytes) -> bytes: ...
+    def delete_key(self, key: str) -> bool: ...
+
+
+def absent(store: Store, names: Sequence[str], start: int = 0) -> list[int]:
+    """Indices of the names that the store lacks, by bisection: few questions when few are missing."""
+    if not names or store.check(list(names)):
+        return []
+    if len(names) == 1:
+        return [start]
+    half = len(names) // 2
+    return absent(store, names[:half], start) + absent(store, names[half:], start + half)
+
+
+def fetch(store: Store, names: Sequence[str]) -> list[bytes]:
+    """The packed values of names that are known to exist, parts joined."""
+    values: list[bytes] = []
+    for begin in range(0, len(names), FETCH_COUNT):
+        batch = names[begin : begin + FETCH_COUNT]
+        for name, first in zip(batch, store.multi_get(list(batch)), strict=True):
+            _, part_count, _ = _HEAD.unpack_from(first)
+            values.append(b"".join([first, *(store.get(f"{name}#{index}") for index in range(1, part_count))]))
+    return values
 
 
 def pack(payload: bytes) -> list[bytes]:
@@ -26,12 +60,6 @@ def pack(payload: bytes) -> list[bytes]:
     parts = [body[begin : begin + PART_BYTES] for begin in range(0, len(body), PART_BYTES)] or [b""]
     parts[0] = _HEAD.pack(body is not payload, len(parts), len(payload)) + parts[0]
     return parts
-
-
-def part_count(first: bytes) -> int:
-    """Of the value whose first part this is."""
-    count: int = _HEAD.unpack_from(first)[1]
-    return count
 
 
 def unpack(packed: bytes) -> bytes:

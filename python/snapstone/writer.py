@@ -115,7 +115,9 @@ class Writer:
 
     def _prepare(self, keep_staged: bool) -> None:
         if self._staging is None:
-            self._staging = self.target.join_staging(self.save_id, self.deadline)
+            self._staging = self.target.join_staging(
+                self.save_id, self.deadline, lambda: self.channel.raise_if_failed("written", self.deadline)
+            )
             self.rung, _ = _native.choose_rung(self.target.parent)
         with self.trace.span("plan"), garbage.paused():
             self._make_job(keep_staged)
@@ -153,13 +155,14 @@ class Writer:
         gathered: list[bytes] | None = None
         answer = b""
         try:
-            gathered = self.channel.gather("items", _json(items), self.deadline)
+            gathered = self.channel.gather("items", _json([items, self._ties]), self.deadline)
         except RankFailedError as failure:
             error = failure  # only rank 0 knows who is missing: the vote tells
         if gathered is not None:
             try:
-                ranks = [[_item(row) for row in json.loads(rows)] for rows in gathered]
-                chosen = plan.assign_writers(ranks)
+                documents = [json.loads(one) for one in gathered]
+                ranks = [[_item(row) for row in rows] for rows, _ in documents]
+                chosen = plan.assign_writers(ranks, [ties for _, ties in documents])
                 written = [ranks[rank][position] for rank, positions in enumerate(chosen) for position in positions]
                 plan.check_tiling(written)
                 answer = _json({"chosen": chosen, "nbytes": sum(item.nbytes for item in written)})

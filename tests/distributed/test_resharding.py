@@ -1,16 +1,13 @@
 """Any saved sharding loads into any other. Saved on four ranks; loaded on four, two and one, sharded and plain.
 
-Invariants: every tensor comes back bit for bit whatever the placements of both sides; replicated bytes are written once.
+Invariants: every tensor comes back bit for bit whatever the placements of both sides; replicated bytes are
+written once.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
 import random
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +15,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks, values
-from roundtrip.bits import assert_same, bits_of, other_bits, random_bits
 from torch import nn
 from torch.distributed._shard import sharded_tensor
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import snapstone as ss
-from snapstone import writer
+from roundtrip.bits import assert_same, bits_of, other_bits, random_bits
 
 KIB = 1 << 10
 
@@ -70,7 +66,7 @@ def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
 
 
 def rows_of_strided(count: int, coordinate: list[int], replicated: bool) -> list[int]:
-    """By the definition of FSDP over tensor parallel: first cut by the inner mesh dimension, then each piece by the outer one."""
+    """FSDP over tensor parallel, by definition: cut by the inner mesh dimension, then each piece by the outer one."""
     outer, inner = coordinate
     pieces = torch.arange(count).chunk(2)
     mine = pieces if replicated else (pieces[inner],)
@@ -165,7 +161,9 @@ def load_on(rank: int, path: str, world_size: int) -> float:
             fits = isinstance(placement, Replicate) or full.dim() > placement.dim
             wanted[name] = distributed(full, mesh, [placement if fits else Replicate()])
         load_and_compare(path, wanted)
-    stats = load_and_compare(path, {"several chunks": distributed(full_of("several chunks"), mesh_of((world_size,)), [Shard(0)])})
+    stats = load_and_compare(
+        path, {"several chunks": distributed(full_of("several chunks"), mesh_of((world_size,)), [Shard(0)])}
+    )
     return float(stats["bytes_read"] / stats["bytes_needed"])
 
 
@@ -186,7 +184,9 @@ def load_turned(rank: int, path: str, seed: int) -> None:
             if source.random() < 0.5:
                 wanted[name] = distributed(full, one, [source.choice(choices)])
             elif full.dim() and source.random() < 0.3:
-                wanted[name] = distributed(full, two, [_StridedShard(0, split_factor=2), source.choice([Shard(0), Replicate()])])
+                wanted[name] = distributed(
+                    full, two, [_StridedShard(0, split_factor=2), source.choice([Shard(0), Replicate()])]
+                )
             else:
                 wanted[name] = distributed(full, two, [source.choice(choices), source.choice(choices)])
         load_and_compare(path, wanted)
@@ -203,113 +203,15 @@ def test_saved_plain_loaded_sharded(tmp_path: Path) -> None:
 
 def save_on(rank: int, path: str) -> None:
     mesh = mesh_of((2,))
-    wanted = {name: distributed(full_of(name), mesh, [Shard(0) if full_of(name).dim() else Replicate()]) for name in CASES}
+    wanted = {
+        name: distributed(full_of(name), mesh, [Shard(0) if full_of(name).dim() else Replicate()]) for name in CASES
+    }
     ss.save(wanted, checkpoint_id=path)
 
 
 def test_saved_on_two_loaded_on_four(tmp_path: Path) -> None:
     values(run_ranks(2, save_on, str(tmp_path / "c")))
     values(run_ranks(4, load_turned, str(tmp_path / "c"), 13))
-
-
-# ---- who writes what
-
-
-def save_replicated(rank: int, path: str) -> list[int]:
-    mesh = mesh_of((4,))
-    state: dict[str, Any] = {f"r{i}": random_bits(U8, 200 * KIB + i, seed=i) for i in range(18)}
-    state |= {f"d{i}": distribute_tensor(random_bits(U8, 100 * KIB, seed=i), mesh, [Replicate()], src_data_rank=None) for i in range(6)}
-    state["large"] = random_bits(U8, 600 * KIB, seed=99)
-    ss.save(state, checkpoint_id=path)
-    return [tensor.nbytes for tensor in state.values()]
-
-
-def test_replicated_tensors_are_written_once_and_spread_over_the_ranks(tmp_path: Path) -> None:
-    sizes = values(run_ranks(4, save_replicated, str(tmp_path / "c")))[0]
-    files = [(tmp_path / "c" / f"rank-{rank:05d}.data").stat().st_size for rank in range(4)]
-    total = sum(sizes)
-    assert total <= sum(files) <= total + len(sizes) * 4 * KIB + 4 * 4 * KIB
-    assert max(files) - min(files) <= 220 * KIB
-    assert max(files) >= 600 * KIB
-
-
-TIED_BYTES = 512 * KIB
-
-
-def save_tied(rank: int, path: str) -> int:
-    weight = random_bits(F32, TIED_BYTES // 4, seed=1)
-    mesh = mesh_of((2,))
-    sharded = distribute_tensor(random_bits(F32, TIED_BYTES // 4, seed=2), mesh, [Shard(0)], src_data_rank=None)
-    state = {"embed": weight, "body": torch.zeros(100), "head": weight, "s1": sharded, "s2": sharded}
-    saved = ss.save(state, checkpoint_id=path)
-    target: dict[str, Any] = {"embed": torch.zeros_like(weight), "body": torch.zeros(100), "s1": spoilt(sharded)}
-    target |= {"head": target["embed"], "s2": target["s1"]}
-    ss.load(target, checkpoint_id=path)
-    assert_same(target["head"], weight)
-    assert_same(target["s2"].to_local(), sharded.to_local())
-    return saved.own_nbytes
-
-
-def test_weights_tied_on_every_rank_are_stored_once(tmp_path: Path) -> None:
-    for own_nbytes in values(run_ranks(2, save_tied, str(tmp_path / "c"))):
-        assert own_nbytes <= 2 * TIED_BYTES + 32 * KIB
-
-
-# ---- state that differs from rank to rank
-
-
-def save_by_rank(rank: int, path: str) -> None:
-    torch.manual_seed(rank)
-    state = {
-        f"stage{rank}": {"w": torch.full((5,), float(rank)), "name": f"stage {rank}"},
-        "shared": torch.arange(3.0),
-        "rng": torch.get_rng_state().tolist(),
-        "cursor": {"rank": rank, "same": 7},
-    }
-    ss.save(state, checkpoint_id=path)
-    target = {
-        f"stage{rank}": {"w": torch.zeros(5), "name": ""},
-        "shared": torch.zeros(3),
-        "rng": [],
-        "cursor": {"rank": -1, "same": -1},
-    }
-    ss.load(target, checkpoint_id=path)  # strict: what other ranks want is not unexpected
-    assert target[f"stage{rank}"]["name"] == f"stage {rank}"
-    assert target[f"stage{rank}"]["w"].tolist() == [float(rank)] * 5
-    assert target["cursor"] == {"rank": rank, "same": 7}
-    assert target["rng"] == state["rng"]
-
-
-def test_pipeline_stages_and_values_of_each_rank_come_back_to_that_rank(tmp_path: Path) -> None:
-    values(run_ranks(3, save_by_rank, str(tmp_path / "c")))
-    opened = ss.Checkpoint.open(tmp_path / "c")
-    assert sorted(opened.keys()) == ["shared", "stage0.w", "stage1.w", "stage2.w"]
-    for rank in range(3):
-        assert opened.objects(rank)["cursor.rank"] == rank
-        assert opened.objects(rank)["cursor.same"] == 7
-    assert opened.objects(9)["cursor.rank"] == 0  # a rank that did not exist then gets what rank 0 had
-
-
-def load_too_little(rank: int, path: str) -> tuple[str, str]:
-    target: dict[str, Any] = {f"stage{rank}": {"w": torch.zeros(5), "name": ""}}
-    if rank == 1:
-        target["shape"] = torch.zeros(4)
-    with pytest.raises(ss.CheckpointError) as caught:
-        ss.load(target, checkpoint_id=path)
-    return type(caught.value).__name__, str(caught.value)
-
-
-def test_what_no_rank_wants_is_unexpected_and_fails_all(tmp_path: Path) -> None:
-    ss.save(
-        {"stage0": {"w": torch.ones(5), "name": ""}, "stage1": {"w": torch.ones(5), "name": ""}, "extra": torch.ones(1)},
-        checkpoint_id=tmp_path / "c",
-    )
-    told = values(run_ranks(2, load_too_little, str(tmp_path / "c")))
-    for name, message in told:
-        assert name in ("IncompatibleCheckpointError", "RankFailedError")
-        assert "stage" not in message.replace("stage.", "")
-    assert any("unexpected in the checkpoint: extra" in message for _, message in told)
-    assert any("missing from the checkpoint: shape" in message for _, message in told)
 
 
 # ---- trainers
@@ -351,7 +253,8 @@ def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, bytes
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optim.{index}.{name}": tensor for name, tensor in slots.items()}
     return {
-        name: bits_of(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor) for name, tensor in tensors.items()
+        name: bits_of(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+        for name, tensor in tensors.items()
     }
 
 
@@ -400,7 +303,6 @@ def test_fsdp_over_tensor_parallel_goes_to_fsdp_and_to_a_plain_model(tmp_path: P
 
 def save_old_sharded_tensor(rank: int, path: str) -> None:
     full = torch.arange(24.0).reshape(8, 3)
-    rows = [0, 3, 5, 8] if rank == 0 else []
 
     def made(values_of: torch.Tensor) -> Any:
         first, count = ((0, 5), (5, 3))[rank]
@@ -408,7 +310,6 @@ def save_old_sharded_tensor(rank: int, path: str) -> None:
         shard = sharded_tensor.Shard(local, ShardMetadata([first, 0], [count, 3], f"rank:{rank}/cpu"))
         return sharded_tensor.init_from_local_shards([shard], 8, 3)
 
-    del rows
     ss.save({"t": made(full)}, checkpoint_id=path)
     target = {"t": made(torch.zeros(8, 3))}
     ss.load(target, checkpoint_id=path)
@@ -442,111 +343,6 @@ def save_on_a_part(rank: int, path: str) -> int:
 def test_a_mesh_of_some_ranks_only(tmp_path: Path) -> None:
     values(run_ranks(4, save_on_a_part, str(tmp_path / "c")))
     assert_same(ss.Checkpoint.open(tmp_path / "c").get_tensor("t"), random_bits(F32, 10, 3, seed=5))
-
-
-def save_what_cannot_be(rank: int, path: str, kind: str) -> str:
-    mesh = mesh_of((2,))
-    state: dict[str, Any] = {"fine": torch.ones(2)}
-    if kind == "partial":
-        state["bad"] = DTensor.from_local(torch.ones(3), mesh, [Partial()], run_check=False)
-    elif kind == "hole":
-        shard = sharded_tensor.Shard(torch.ones(2), ShardMetadata([2 * rank], [2], f"rank:{rank}/cpu"))
-        whole_tensor = sharded_tensor.init_from_local_shards([shard], 4)
-        state["bad"] = whole_tensor
-        if rank == 1:
-            whole_tensor._local_shards = []
-    elif kind == "shapes":
-        state["bad"] = torch.ones(3 + rank)
-    with pytest.raises((TypeError, ss.CheckpointError)) as caught:
-        ss.save(state, checkpoint_id=path, timeout=20)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(("kind", "word"), [("partial", "redistribute"), ("hole", "hole"), ("shapes", "disagree")])
-def test_a_state_that_is_not_whole_fails_on_every_rank(tmp_path: Path, kind: str, word: str) -> None:
-    told = values(run_ranks(2, save_what_cannot_be, str(tmp_path / "c"), kind))
-    assert all(word in message and "bad" in message for message in told), told
-    assert list(tmp_path.iterdir()) == []
-
-
-# ---- several saves at once
-
-
-def save_two_at_once(rank: int, path: str) -> list[bool]:
-    """Rank 0 is slow to remember a structure; rank 1 knows it by the time the second save looks."""
-    if rank == 0:
-        make = writer.make_structure
-
-        def slowly(*arguments: Any) -> Any:
-            time.sleep(0.6)
-            return make(*arguments)
-
-        writer.make_structure = slowly
-    parameter = nn.Parameter(torch.full((1000,), 3.0))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    handles = []
-    for number in range(2):
-        handles.append(ss.async_save({"w": parameter}, checkpoint_id=f"{path}-{number}", fence=optimizer, timeout=20))
-        time.sleep(0.3)
-    for handle in handles:
-        handle.result(40)
-    return [bool((ss.Checkpoint.open(f"{path}-{number}").get_tensor("w") == 3).all()) for number in range(2)]
-
-
-def test_ranks_that_remember_different_structures_still_agree(tmp_path: Path) -> None:
-    for told in values(run_ranks(2, save_two_at_once, str(tmp_path / "c"))):
-        assert told == [True, True]
-
-
-def save_many_at_once(rank: int, path: str) -> None:
-    """Six structures, more than are remembered, in flight together, time after time."""
-    parameters = [nn.Parameter(torch.full((100 + i,), float(i))) for i in range(6)]
-    optimizer = torch.optim.SGD(parameters, lr=1.0)
-    source = random.Random(rank)
-    for turn in range(3):
-        handles = []
-        for number, parameter in enumerate(parameters):
-            handles.append(
-                ss.async_save({"w": parameter}, checkpoint_id=f"{path}/{turn}-{number}", fence=optimizer, timeout=30)
-            )
-            time.sleep(source.random() * 0.01)
-        for handle in handles:
-            handle.result(60)
-
-
-def test_many_saves_in_flight_on_two_ranks(tmp_path: Path) -> None:
-    values(run_ranks(2, save_many_at_once, str(tmp_path)))
-    for turn, number in itertools.product(range(3), range(6)):
-        assert (ss.Checkpoint.open(tmp_path / f"{turn}-{number}").get_tensor("w") == number).all()
-
-
-def cancel_on_one(rank: int, path: str, canceller: int) -> tuple[bool | None, str]:
-    """Rank 0 holds the save back after rank 1 has written and voted; then one rank cancels."""
-    gate = threading.Event()
-    handle = ss.async_save(
-        {f"t{rank}": torch.ones(10)}, checkpoint_id=path, timeout=20, progress=(lambda *_: gate.wait(1.0) and None) if rank == 0 else False
-    )
-    answer = None
-    if rank == canceller:
-        time.sleep(0.5)
-        answer = handle.cancel()
-    try:
-        handle.result(40)
-    except ss.CheckpointError as error:
-        return answer, type(error).__name__
-    return answer, "committed"
-
-
-@pytest.mark.parametrize("canceller", [0, 1])
-def test_cancel_on_one_rank_means_what_it_answers(tmp_path: Path, canceller: int) -> None:
-    told = values(run_ranks(2, cancel_on_one, str(tmp_path / "c"), canceller))
-    answer = told[canceller][0]
-    if answer:
-        assert {outcome for _, outcome in told} <= {"CheckpointError", "RankFailedError"}
-    else:
-        assert [outcome for _, outcome in told] == ["committed", "committed"]
-    assert os.listdir(tmp_path) == ([] if answer else ["c"])
-    assert answer == (canceller == 0)  # rank 1 has voted: it is rank 0's to say
 
 
 def test_the_cases_are_what_they_claim() -> None:

@@ -14,7 +14,6 @@ import snapstone as ss
 from snapstone import _native
 
 MEMORY = Path("/dev/shm")
-RUNGS = ("uring-fixed", "uring", "threads-direct", "buffered")
 
 
 @pytest.fixture

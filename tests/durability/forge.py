@@ -62,7 +62,14 @@ def put(path: Path, entry: Any, data: bytes, digested: bytes | None = None) -> N
         return
     entry.update(nbytes=len(data), xxh128=digest(data if digested is None else digested))
     name = entry.get("name")
-    if type(name) is str and name and "/" not in name and "\0" not in name and name not in (".", "..") and len(name) < 250:
+    if (
+        type(name) is str
+        and name
+        and "/" not in name
+        and "\0" not in name
+        and name not in (".", "..")
+        and len(name) < 250
+    ):
         (path / name).write_bytes(data)
 
 

@@ -50,7 +50,7 @@ def limited(read: Callable[[Path], Any], path: Path) -> Outcome:
 
 def look_at_everything(path: Path) -> None:
     with ss.Checkpoint.open(path) as checkpoint:
-        for name in checkpoint.keys():
+        for name in [*checkpoint.keys()]:
             checkpoint.get_slice(name)
         checkpoint.load_tensors()
         checkpoint.objects()

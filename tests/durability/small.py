@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import snapstone as ss
 from snapstone import _native
 
 Bits = dict[str, Any]
+RUNGS = ("uring-fixed", "uring", "threads-direct", "buffered")  # all ways of doing I/O
 
 
 def state(seed: int = 0) -> dict[str, Any]:
@@ -59,8 +61,13 @@ def leftovers(run: Path) -> list[str]:
     return sorted(name for name in os.listdir(run) if name.startswith("."))
 
 
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def open_files(under: Path) -> list[str]:
+    """What this process has open in a directory. Rings and probes that the engine keeps are elsewhere."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the descriptor of the listing itself
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return [link for link in links if link.startswith(str(under))]
 
 
 def assert_slots_free() -> None:

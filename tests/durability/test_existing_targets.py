@@ -1,4 +1,4 @@
-"""What stands where a checkpoint is to go: it is replaced only when asked for, only by a whole checkpoint, or not at all.
+"""What stands where a checkpoint is to go is replaced only when asked for, and only by a whole checkpoint.
 
 Invariants:
   1. Whatever is at the target stays as it is, byte for byte and inode for inode, unless it is a checkpoint and
@@ -148,7 +148,7 @@ NAMES = [".", "..", ".hidden", ".staging-" + "0" * 32, "a b", "ü", "x" * 129, "
 def test_names_that_a_checkpoint_cannot_have(directory: Path, name: str) -> None:
     (directory / "run").mkdir()
     before = tree(directory)
-    with pytest.raises((ValueError, FileExistsError), match="checkpoint_id|target exists"):
+    with pytest.raises((ValueError, FileExistsError), match=r"checkpoint_id|target exists"):
         ss.save(small.state(1), checkpoint_id=f"{directory}/run/{name}")
     assert tree(directory) == before
 

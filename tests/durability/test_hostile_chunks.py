@@ -236,11 +236,12 @@ def test_many_giant_chunks_do_not_take_memory_for_each(directory: Path, tmp_path
 
 
 def test_slots_come_back_after_refusals(source: Path, path: Path) -> None:
+    slots = _native.ring_facts()["slots"]
     for _ in range(20):
         forge = Forge(source)
         forge.table["digest"][0] = np.void(bytes(16))
         forge.write(path)
         assert isinstance(try_everything(path)["load"], ss.CorruptCheckpointError)
     small.assert_slots_free()
-    assert _native.ring_facts()["slots"] <= 128
+    assert _native.ring_facts()["slots"] == slots
     small.assert_holds(source, 1)

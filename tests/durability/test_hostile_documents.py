@@ -149,7 +149,22 @@ def test_one_file_under_two_names_and_two_files_under_one_are_refused(source: Pa
     assert_refused(path, ss.CorruptCheckpointError, "same name")
 
 
-VERSIONS = ["", "1", "1.", ".0", "1.0.0", "1.x", "-1.0", "0.9", "1.-1", "1e3.0", "٣.0", " 1.0", "1.0\n", "9" * 5000 + ".0"]
+VERSIONS = [
+    "",
+    "1",
+    "1.",
+    ".0",
+    "1.0.0",
+    "1.x",
+    "-1.0",
+    "0.9",
+    "1.-1",
+    "1e3.0",
+    "٣.0",
+    " 1.0",
+    "1.0\n",
+    "9" * 5000 + ".0",
+]
 
 
 @pytest.mark.parametrize("version", [*VERSIONS, 1, 1.0, None, [1, 0], {"major": 1}], ids=lambda v: ascii(v)[:20])
@@ -246,170 +261,19 @@ def test_index_files_that_are_too_short_or_not_one(source: Path, path: Path) -> 
     forge = Forge(source)
     forge.write(path)
     whole = (path / "rank-00000.index").read_bytes()
-    for index in (b"", whole[:8], whole[:15], whole[:16], whole[:-1], whole + b"\0", b"SNAPSIDY" + whole[8:], whole[::-1]):
+    for index in (
+        b"",
+        whole[:8],
+        whole[:15],
+        whole[:16],
+        whole[:-1],
+        whole + b"\0",
+        b"SNAPSIDY" + whole[8:],
+        whole[::-1],
+    ):
         forge.index = index
         forge.write(path)
         assert_refused(path, ss.CorruptCheckpointError)
-
-
-def tensor_changes() -> dict[str, dict[str, Any]]:
-    """What is said about the tensor "small", which has 60 bytes in the shape [3, 5]."""
-    box = {"shape": [3, 5], "offsets": [0, 0], "sizes": [3, 5]}
-    return {
-        "overflow 2^62 x 4": {"shape": [1 << 62, 4]},
-        "overflow 2^32 x 2^32": {"shape": [1 << 32, 1 << 32]},
-        "overflow of bytes": {"shape": [INT64_MAX]},
-        "overflow around zero": {"shape": [0, 1 << 62, 1 << 62], "chunks": [0, 0]},
-        "much around zero": {"shape": [0, INT64_MAX], "chunks": [0, 0]},
-        "terabytes": {"shape": [1 << 40]},
-        "one more": {"shape": [3, 6]},
-        "negative": {"shape": [-3, -5]},
-        "float": {"shape": [3.0, 5.0]},
-        "text": {"shape": "35"},
-        "65 dimensions": {"shape": [1] * 65},
-        "a million dimensions": {"shape": [1] * 1_000_000},
-        "offset outside": {**box, "offsets": [1, 0]},
-        "offset far outside": {**box, "offsets": [INT64_MAX, 0]},
-        "negative offset": {**box, "offsets": [-1, 0], "sizes": [3, 5]},
-        "hole": {**box, "sizes": [2, 5]},
-        "larger than the shape": {**box, "sizes": [4, 5]},
-        "other lengths": {**box, "sizes": [3, 5, 1]},
-        "sizes alone": {"sizes": [3, 5]},
-        "chunk after the table": {"chunks": [10_000, 1]},
-        "chunk at the end of the table": {"chunks": [3, 1]},
-        "chunk overflow": {"chunks": [INT64_MAX, INT64_MAX]},
-        "negative chunk": {"chunks": [-1, 1]},
-        "no chunk": {"chunks": [0, 0]},
-        "one number": {"chunks": [0]},
-        "three numbers": {"chunks": [0, 1, 0]},
-        "float chunks": {"chunks": [0.0, 1.0]},
-        "at the end of the chunk": {"at": 1 << 20},
-        "at far outside": {"at": INT64_MAX},
-        "negative at": {"at": -64},
-        "unknown dtype": {"dtype": "float31"},
-        "upper case dtype": {"dtype": "FLOAT32"},
-        "attribute of torch": {"dtype": "load"},
-        "quantized dtype": {"dtype": "qint8"},
-        "other dtype": {"dtype": "complex128"},
-        "path of nothing": {"path": []},
-        "path of objects": {"path": [{}]},
-        "path of keys": {"path": [{"$key": {"$dict": []}}]},
-        "deep path": {"path": ["a"] * 100_000},
-    }
-
-
-@pytest.mark.parametrize("name", list(tensor_changes()))
-def test_tensors_that_cannot_be(source: Path, path: Path, name: str) -> None:
-    forge = Forge(source)
-    row = next(row for row in forge.header["tensors"] if row["name"] == "small")
-    row.update(tensor_changes()[name])
-    forge.write(path)
-    outcomes = try_everything(path)
-    assert outcomes["load"] is not None
-    # These three are sound in themselves, only not what the loader of `small` wants.
-    assert outcomes["open"] is not None or name in ("other dtype", "much around zero", "one more")
-
-
-def test_a_key_that_is_missing_from_a_tensor(source: Path, path: Path) -> None:
-    for key in ("name", "dtype", "shape", "chunks"):
-        forge = Forge(source)
-        del forge.header["tensors"][0][key]
-        forge.write(path)
-        assert_refused(path, ss.CorruptCheckpointError)
-
-
-def test_shards_that_overlap_leave_a_hole_or_disagree(source: Path, path: Path) -> None:
-    def shards(*boxes: tuple[int, int], **more: Any) -> Forge:
-        forge = Forge(source)
-        rows = forge.header["tensors"]
-        row = rows.pop(next(i for i, row in enumerate(rows) if row["name"] == "small"))
-        for first, count in boxes:
-            rows.append({**row, "shape": [3, 5], "offsets": [first, 0], "sizes": [count, 5]})
-        rows[-1].update(more)
-        return forge
-
-    cases = {
-        "hole": shards((0, 1), (2, 1)),
-        "overlap": shards((0, 2), (1, 2)),
-        "overlap that adds up": shards((0, 2), (0, 1)),
-        "other dtype": shards((0, 1), (1, 2), dtype="int32"),
-        "other shape": shards((0, 1), (1, 2), shape=[3, 6]),
-        "other dimensions": shards((0, 1), (1, 2), shape=[15], offsets=[5], sizes=[10]),
-    }
-    for forge in cases.values():
-        forge.write(path)
-        for name in ("load", "open"):
-            assert try_everything(path)[name] is not None
-    shards((0, 1), (1, 2)).write(path)
-    assert try_everything(path)["open"] is None
-
-
-def object_values() -> dict[str, Any]:
-    return {
-        "unknown tag": {"$eval": "1"},
-        "tag among keys": {"$tuple": [], "x": 1},
-        "tuple of no list": {"$tuple": {"a": 1}},
-        "bad base64": {"$bytes": "%%%"},
-        "base64 of a number": {"$bytes": 5},
-        "int of text": {"$int": "0x"},
-        "int of a million digits": {"$int": "0x" + "f" * 1_000_000 + "g"},
-        "float of a word": {"$float": "1.0"},
-        "finite bits": {"$float": "3ff0000000000000"},
-        "complex of one": {"$complex": [1.0]},
-        "complex of text": {"$complex": ["1", "2"]},
-        "range of zero": {"$range": [0, 1, 0]},
-        "dict with list key": {"$dict": [[[1], 2]]},
-        "dict with the same key": {"$dict": [[1, 2], [1, 3]]},
-        "dict of triples": {"$dict": [[1, 2, 3]]},
-        "set of lists": {"$set": [[1]]},
-        "set of the same": {"$set": [1, 1]},
-        "dtype of torch": {"$dtype": "load"},
-        "dtype of dots": {"$dtype": "nn.Module"},
-        "device": {"$device": "rm -rf"},
-        "size of text": {"$size": ["a"]},
-        "date": {"$date": "2020-13-01"},
-        "datetime": {"$datetime": "x" * 100_000},
-        "timedelta overflow": {"$timedelta": [10**30, 0, 0]},
-        "path of a number": {"$path": 1},
-        "pickle": {"$pickle": "gASVIQAAAAAAAACMBXBvc2l4lIwGc3lzdGVtlJOUjAZleGl0IDGUhZRSlC4="},
-        "numpy object": {"$numpy": {"dtype": "O", "data": "AAAAAAAAAAA="}},
-        "numpy record": {"$numpy": {"dtype": "i4,O", "data": ""}},
-        "numpy without data": {"$numpy": {"dtype": "float32"}},
-        "numpy of one byte": {"$numpy": {"dtype": "float32", "data": "AA=="}},
-        "ndarray overflow": {"$ndarray": {"dtype": "uint8", "shape": [1 << 62, 1 << 62], "data": ""}},
-        "ndarray negative": {"$ndarray": {"dtype": "uint8", "shape": [-1], "data": ""}},
-        "ndarray of text": {"$ndarray": {"dtype": "<U9999999", "shape": [1], "data": ""}},
-        "ndarray of none": {"$ndarray": {"dtype": "<U0", "shape": [1 << 40], "data": ""}},
-        "tensor of nothing": {"$tensor": {"dtype": "float32", "shape": [1 << 40], "data": ""}},
-        "tensor of dots": {"$tensor": {"dtype": "float32", "shape": [1], "data": "AAAAAA==", "code": 1}},
-        "bool of two": {"$tensor": {"dtype": "bool", "shape": [1], "data": "Ag=="}},
-        "deep tuple": json.loads('{"$tuple":[' * 240 + "1" + "]}" * 240),
-        "str of bytes": {"$str": "////"},
-    }
-
-
-@pytest.mark.parametrize("name", list(object_values()))
-def test_values_that_no_writer_writes(source: Path, path: Path, name: str) -> None:
-    forge = Forge(source)
-    forge.header["objects"]["extra"]["value"] = object_values()[name]
-    forge.write(path)
-    outcomes = try_everything(path)
-    kind = ss.IncompatibleCheckpointError if name == "pickle" else ss.CorruptCheckpointError
-    assert isinstance(outcomes["load"], kind), outcomes
-    assert isinstance(outcomes["open"], kind), outcomes
-    forge = Forge(source)
-    forge.manifest["metadata"]["t"] = object_values()[name]
-    forge.write(path)
-    assert isinstance(try_everything(path)["open"], kind)
-
-
-def test_names_that_confuse_are_only_names(source: Path, path: Path) -> None:
-    for name in ("", "\0", "a\nb", "\u202e", "__proto__", "x" * 1_000_000, "\ud800", "../../x", "a.b.c." * 1000):
-        forge = Forge(source)
-        forge.header["tensors"][0]["name"] = name
-        forge.header["objects"][name + "value"] = {"value": 1}
-        forge.write(path)
-        try_everything(path)
 
 
 def test_sizes_beyond_what_files_have(source: Path, path: Path) -> None:
@@ -462,9 +326,17 @@ def test_world_sizes_that_do_not_match_the_writers(source: Path, path: Path, wor
 
 
 JSON = strategies.recursive(
-    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(max_size=8),
-    lambda inner: strategies.lists(inner, max_size=4)
-    | strategies.dictionaries(strategies.text(max_size=4) | strategies.sampled_from(["$tuple", "$dict"]), inner, max_size=3),
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers()
+    | strategies.floats()
+    | strategies.text(max_size=8),
+    lambda inner: (
+        strategies.lists(inner, max_size=4)
+        | strategies.dictionaries(
+            strategies.text(max_size=4) | strategies.sampled_from(["$tuple", "$dict"]), inner, max_size=3
+        )
+    ),
     max_leaves=8,
 )
 

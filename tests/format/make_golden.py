@@ -27,8 +27,9 @@ METADATA = {"metrics": {"loss": 0.25, "nan": float("nan")}, "note": ("golden", 1
 STEP = 1000
 # The bytes of a zstd frame depend on the version of the library, those of a raw chunk on nothing.
 CODECS: dict[str, str | None] = {"plain": None, "zstd": "zstd", "sharded": "zstd:19", "recent": None}
-DTYPES = """bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex32 complex64
-    complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz""".split()
+DTYPES = ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16"]
+DTYPES += ["float32", "float64", "complex32", "complex64", "complex128"]
+DTYPES += ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"]
 RECENT_DTYPES = ["float8_e8m0fnu", "float4_e2m1fn_x2"]  # torch 2.6 lacks them
 
 

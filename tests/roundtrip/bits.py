@@ -1,4 +1,4 @@
-"""Tensors of any bits in any dtype, and their comparison: bit for bit, so that a NaN equals itself and -0.0 is not 0.0."""
+"""Tensors of any bits in any dtype, compared bit for bit: a NaN equals itself, and -0.0 is not 0.0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""async_save stores the values at the snapshot instant, whatever happens to the state afterwards, and tells every error once."""
+"""async_save stores the values at the snapshot instant, and tells every error once."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ import snapstone as ss
 from roundtrip.bits import bits_of, nested_equal, random_bits
 
 MIB = 1 << 20
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +94,9 @@ def test_the_handle_tells_what_was_done(tmp_path: Path) -> None:
 
 def test_a_timeout_of_result_leaves_the_save_running(tmp_path: Path) -> None:
     slow = threading.Event()
-    handle = ss.async_save({"t": torch.ones(4)}, checkpoint_id=tmp_path / "c", progress=lambda *_: slow.wait(20) and None)
+    handle = ss.async_save(
+        {"t": torch.ones(4)}, checkpoint_id=tmp_path / "c", progress=lambda *_: slow.wait(20) and None
+    )
     with pytest.raises(TimeoutError):
         handle.result(0.2)
     assert not handle.done()
@@ -152,7 +157,11 @@ def test_a_training_loop_stores_every_step_as_it_was_at_the_call(tmp_path: Path,
             return {"model": model, "optim": optimizer, "sched": scheduler, **extra}
         if form == "state dicts":
             return {"model": model.state_dict(), "optim": optimizer.state_dict(), **extra}
-        return {"model": dict(model.named_parameters()) | dict(model.named_buffers()), "optim": optimizer.state_dict(), **extra}
+        return {
+            "model": dict(model.named_parameters()) | dict(model.named_buffers()),
+            "optim": optimizer.state_dict(),
+            **extra,
+        }
 
     for step in range(5):
         rows = torch.randn(32, 64, generator=torch.Generator().manual_seed(step))
@@ -357,7 +366,9 @@ def test_cancel_at_any_moment_means_what_it_answers(tmp_path: Path) -> None:
 def failing(tmp_path: Path) -> ss.SaveHandle:
     """A save that fails in the background: its target appears while it writes."""
     go = threading.Event()
-    handle = ss.async_save({"t": torch.ones(3)}, checkpoint_id=tmp_path / "taken", progress=lambda *_: go.wait(20) and None)
+    handle = ss.async_save(
+        {"t": torch.ones(3)}, checkpoint_id=tmp_path / "taken", progress=lambda *_: go.wait(20) and None
+    )
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine").write_text("precious")
     go.set()
@@ -406,7 +417,9 @@ def test_wait_waits_for_all_even_when_one_fails(tmp_path: Path) -> None:
     handles = []
     for number in range(4):
         path = tmp_path / str(number)
-        handles.append(ss.async_save({"t": torch.ones(3)}, checkpoint_id=path, progress=lambda *_: slow.wait(20) and None))
+        handles.append(
+            ss.async_save({"t": torch.ones(3)}, checkpoint_id=path, progress=lambda *_: slow.wait(20) and None)
+        )
     handles.append(failing(tmp_path))
     threading.Timer(0.3, slow.set).start()
     with pytest.raises(FileExistsError):
@@ -435,7 +448,11 @@ def test_a_state_that_cannot_be_saved_fails_the_call_itself(tmp_path: Path) -> N
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 

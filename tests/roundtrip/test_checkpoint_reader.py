@@ -108,7 +108,9 @@ def random_index(source: random.Random, shape: tuple[int, ...]) -> Any:
 def test_a_slice_is_what_torch_gives(tmp_path: Path, seed: int) -> None:
     source = random.Random(seed)
     shapes = [(), (7,), (0, 4), (5, 6), (3, 1, 4), (2, 3, 4, 5), (1 << 17, 5)]
-    state = {str(shape): random_bits(source.choice([torch.float32, torch.uint8]), *shape, seed=seed) for shape in shapes}
+    state = {
+        str(shape): random_bits(source.choice([torch.float32, torch.uint8]), *shape, seed=seed) for shape in shapes
+    }
     checkpoint = saved(tmp_path / "c", state, codec=source.choice([None, "zstd"]))
     for _ in range(120):
         name, tensor = source.choice(sorted(state.items()))
@@ -185,7 +187,15 @@ def test_numpy_integers_index_like_integers(tmp_path: Path) -> None:
 
 def test_diff_tells_what_changed(tmp_path: Path) -> None:
     big = random_bits(torch.uint8, 3 * MIB, seed=1)
-    before = {"same": torch.ones(5), "big": big, "small": torch.zeros(4), "gone": torch.ones(1), "shape": torch.ones(2), "n": 1, "k": [1]}
+    before = {
+        "same": torch.ones(5),
+        "big": big,
+        "small": torch.zeros(4),
+        "gone": torch.ones(1),
+        "shape": torch.ones(2),
+        "n": 1,
+        "k": [1],
+    }
     changed = big.clone()
     changed[MIB + 5] ^= 1
     after = {"same": torch.ones(5), "big": changed, "small": torch.tensor([0.0, 0.5, 0.0, -2.0]), "new": torch.ones(1)}
@@ -206,7 +216,10 @@ def test_diff_tells_what_changed(tmp_path: Path) -> None:
 
 
 def test_the_same_state_saved_twice_does_not_differ(tmp_path: Path) -> None:
-    state = {str(dtype): random_bits(dtype, 50, seed=1) for dtype in DTYPES} | {"n": [1], "big": random_bits(torch.uint8, MIB)}
+    state = {str(dtype): random_bits(dtype, 50, seed=1) for dtype in DTYPES} | {
+        "n": [1],
+        "big": random_bits(torch.uint8, MIB),
+    }
     first = saved(tmp_path / "a", state)
     second = saved(tmp_path / "b", dict(reversed(state.items())), codec="zstd")
     assert not first.diff(second)
@@ -227,7 +240,9 @@ def test_diff_with_values_of_every_dtype(tmp_path: Path, dtype: torch.dtype) -> 
     raw = torch.zeros(8 * dtype.itemsize, dtype=torch.uint8)
     one, other = raw.view(dtype), raw.clone()
     other[-1] = 1
-    change = saved(tmp_path / "a", {"t": one}).diff(saved(tmp_path / "b", {"t": other.view(dtype)}), values=True).changed[0]
+    change = (
+        saved(tmp_path / "a", {"t": one}).diff(saved(tmp_path / "b", {"t": other.view(dtype)}), values=True).changed[0]
+    )
     assert change.name == "t"
     # Without arithmetic for a dtype (float4) there is no difference of values to tell.
     assert change.max_abs_difference is None or change.max_abs_difference > 0

@@ -21,9 +21,13 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, codec: str) -> None:
     for dtype in DTYPES:
         for shape in [(), (0,), (3, 5), (40_000,)]:
             state[f"{dtype} {shape} random"] = random_bits(dtype, *shape, seed=1)
-            state[f"{dtype} {shape} zero"] = torch.zeros(shape, dtype=torch.uint8).to(torch.bool).view(torch.bool) if (
-                dtype is torch.bool
-            ) else torch.zeros(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8).view(dtype).reshape(shape)
+            state[f"{dtype} {shape} zero"] = (
+                torch.zeros(shape, dtype=torch.uint8).to(torch.bool).view(torch.bool)
+                if (dtype is torch.bool)
+                else torch.zeros(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8)
+                .view(dtype)
+                .reshape(shape)
+            )
     state["strided"] = random_bits(torch.float32, 300, 200).t()
     ss.save(state, checkpoint_id=tmp_path / "c", codec=codec)
     target = {name: other_bits(tensor) for name, tensor in state.items()}

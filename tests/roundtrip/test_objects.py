@@ -1,4 +1,4 @@
-"""Python values and random number generators come back in type and bits; nothing is pickled unless both sides say so."""
+"""Python values and random number generators come back in type and bits; pickle needs both sides to say so."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VALUES: dict[str, Any] = {
     "bools": [True, False],
     "ints": [0, -1, 2**63, -(2**64), 10**5000],
     "floats": [0.1, -0.0, 5e-324, math.inf, -math.inf, math.nan, 1.7976931348623157e308],
-    "text": "a\u0000b\U0001f600\n\\\"$",
+    "text": 'a\u0000b\U0001f600\n\\"$',
     "surrogate": "\ud800",
     "bytes": bytes(range(256)),
     "bytearray": bytearray(b"xyz"),
@@ -53,7 +53,7 @@ def test_every_value_comes_back_in_type_and_bits(tmp_path: Path) -> None:
     target = {"values": dict.fromkeys(VALUES, 0)}
     with pytest.raises(ss.IncompatibleCheckpointError):
         ss.load(target, checkpoint_id=tmp_path / "c")  # dicts split: their keys are names
-    shape = {"values": {name: {key: 0 for key in value} if type(value) is dict else 0 for name, value in VALUES.items()}}
+    shape = {"values": {name: dict.fromkeys(value, 0) if type(value) is dict else 0 for name, value in VALUES.items()}}
     ss.load(shape, checkpoint_id=tmp_path / "c")
     for name, value in VALUES.items():
         assert nested_equal(shape["values"][name], value), name
@@ -87,7 +87,9 @@ class Config:
         return hash(self.width)
 
 
-@pytest.mark.parametrize(("value", "remedy"), [(Colour.RED, ".value"), (Config(3), "plain values"), (lambda: 0, "allow_pickle")])
+@pytest.mark.parametrize(
+    ("value", "remedy"), [(Colour.RED, ".value"), (Config(3), "plain values"), (lambda: 0, "allow_pickle")]
+)
 def test_a_value_without_typed_json_is_refused_by_name(tmp_path: Path, value: Any, remedy: str) -> None:
     with pytest.raises(TypeError, match=r"^run\.config: cannot store") as caught:
         ss.save({"run": {"config": value}}, checkpoint_id=tmp_path / "c")
@@ -185,7 +187,9 @@ def test_metadata_and_metrics_are_read_without_tensors(tmp_path: Path) -> None:
     assert ss.Checkpoint.open(tmp_path / "c").metadata["tensor"].tolist() == [5.0]
 
 
-@pytest.mark.parametrize(("step", "state", "expected"), [(None, {"step": 7}, 7), (3, {"step": 7}, 3), (None, {"step": True}, None)])
+@pytest.mark.parametrize(
+    ("step", "state", "expected"), [(None, {"step": 7}, 7), (3, {"step": 7}, 3), (None, {"step": True}, None)]
+)
 def test_the_step_is_the_one_given_or_the_states_own(
     tmp_path: Path, step: int | None, state: dict[str, Any], expected: int | None
 ) -> None:

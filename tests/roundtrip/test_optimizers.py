@@ -1,4 +1,4 @@
-"""Optimizers, schedulers and GradScaler resume exactly: training after a load gives the bits of training that never stopped."""
+"""Optimizers, schedulers and GradScaler resume exactly: a run that loads goes on as one that never stopped."""
 
 from __future__ import annotations
 

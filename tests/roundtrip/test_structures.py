@@ -1,4 +1,4 @@
-"""Nested states, modules, Stateful objects and tied weights come back as they were; a state that does not fit is refused whole."""
+"""Nested states, modules and tied weights come back as they were; a state that does not fit is refused whole."""
 
 from __future__ import annotations
 
@@ -248,9 +248,21 @@ def test_tied_tensors_changed_between_saves_are_stored_as_they_are_then(tmp_path
 
 
 def test_every_key_that_does_not_fit_is_named_in_one_error(tmp_path: Path) -> None:
-    saved = {"same": torch.ones(2), "gone.a": torch.ones(2), "gone.b": 5, "shape": torch.ones(2, 3), "rank": torch.ones(2)}
+    saved = {
+        "same": torch.ones(2),
+        "gone.a": torch.ones(2),
+        "gone.b": 5,
+        "shape": torch.ones(2, 3),
+        "rank": torch.ones(2),
+    }
     save(saved, tmp_path)
-    target = {"same": torch.zeros(2), "new.a": torch.zeros(1), "new.b": 6, "shape": torch.zeros(3, 2), "rank": torch.zeros(2, 1)}
+    target = {
+        "same": torch.zeros(2),
+        "new.a": torch.zeros(1),
+        "new.b": 6,
+        "shape": torch.zeros(3, 2),
+        "rank": torch.zeros(2, 1),
+    }
     with pytest.raises(ss.IncompatibleCheckpointError) as caught:
         load(target, tmp_path)
     message = str(caught.value)
@@ -298,7 +310,9 @@ def test_dtypes_are_converted_only_when_asked(tmp_path: Path) -> None:
         rows = torch.zeros(6, 2, dtype=torch.float64)
         return {"half": rows[:, 1], "int": torch.zeros(3), "same": torch.zeros(6)}
 
-    with pytest.raises(ss.IncompatibleCheckpointError, match=r"saved as float16, wanted as float64; pass cast=True.*half"):
+    with pytest.raises(
+        ss.IncompatibleCheckpointError, match=r"saved as float16, wanted as float64; pass cast=True.*half"
+    ):
         load(target(), tmp_path)
     filled = target()
     load(filled, tmp_path, cast=True)

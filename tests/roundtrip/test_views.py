@@ -1,4 +1,4 @@
-"""Any strides in, any strides out. Stored is what the tensor is, in row-major order, not the storage that it looks into."""
+"""Any strides in, any strides out. Stored is the tensor in row-major order, not the storage that it looks into."""
 
 from __future__ import annotations
 

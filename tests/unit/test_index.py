@@ -1,4 +1,4 @@
-"""Index files. Invariants: what is encoded is parsed back; any other bytes are a CorruptCheckpointError, never another exception."""
+"""Index files. Invariants: what is encoded is parsed back; any other bytes end in a typed error."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ def stored(
     shape: tuple[int, ...] = (4, 2),
     offsets: tuple[int, ...] | None = None,
     sizes: tuple[int, ...] | None = None,
-    place: Place = Place(0, 1, 0),
+    place: Place | None = None,
     path: Any = None,
 ) -> StoredTensor:
     sizes = shape if sizes is None else sizes
     nbytes = int(np.prod(sizes, dtype=object)) * DTYPE_BYTES[dtype]
-    return StoredTensor(TensorItem(name, dtype, shape, offsets or (0,) * len(shape), sizes, nbytes), path, place)
+    return StoredTensor(
+        TensorItem(name, dtype, shape, offsets or (0,) * len(shape), sizes, nbytes), path, place or Place(0, 1, 0)
+    )
 
 
 def table(count: int) -> bytes:
@@ -59,12 +61,16 @@ def parsed(data: bytes) -> Index:
     return parse(data, path="somewhere/rank-00002.index", dtype_bytes=DTYPE_BYTES)
 
 
-def with_header(data: bytes, change: dict[str, Any] | None = None, *, raw: bytes | None = None, tail: bytes = b"") -> bytes:
+def with_header(
+    data: bytes, change: dict[str, Any] | None = None, *, raw: bytes | None = None, tail: bytes = b""
+) -> bytes:
     """The file with another JSON header, correctly framed."""
     magic, count = struct.unpack_from("<8sQ", data)
     begin = -(-(16 + count) // 64) * 64
     header = raw if raw is not None else json.dumps(json.loads(data[16 : 16 + count]) | (change or {})).encode()
-    return b"".join((magic, struct.pack("<Q", len(header)), header, bytes(-(16 + len(header)) % 64), data[begin:], tail))
+    return b"".join(
+        (magic, struct.pack("<Q", len(header)), header, bytes(-(16 + len(header)) % 64), data[begin:], tail)
+    )
 
 
 def row(data: bytes, **change: Any) -> dict[str, Any]:
@@ -155,7 +161,9 @@ def test_a_header_with_one_wrong_field(change: dict[str, Any]) -> None:
         parsed(with_header(encoded(stored()), change))
 
 
-@pytest.mark.parametrize("key", ["save_id", "rank", "world_size", "files", "chunk_bytes", "chunk_count", "tensors", "objects"])
+@pytest.mark.parametrize(
+    "key", ["save_id", "rank", "world_size", "files", "chunk_bytes", "chunk_count", "tensors", "objects"]
+)
 def test_a_header_without_one_field(key: str) -> None:
     data = encoded(stored())
     _, count = struct.unpack_from("<8sQ", data)

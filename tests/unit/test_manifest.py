@@ -1,4 +1,4 @@
-"""The manifest: what is written is read; anything else is one of four typed errors, told apart by what the caller can do about it."""
+"""The manifest: what is written is read; all else is one of four typed errors, told apart by what a caller can do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,17 @@ from snapstone.errors import (
     IncompatibleCheckpointError,
     IncompleteCheckpointError,
 )
-from snapstone.manifest import DIGEST_NAME, MANIFEST_NAME, FileEntry, Manifest, Writer, digest_line, is_checkpoint, read, writer_of
+from snapstone.manifest import (
+    DIGEST_NAME,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    Writer,
+    digest_line,
+    is_checkpoint,
+    read,
+    writer_of,
+)
 
 HEX = "0123456789abcdef" * 2
 
@@ -156,7 +166,22 @@ def test_a_missing_field_is_corruption(tmp_path: Path, key: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../escape", "/absolute", "a/b", "..", ".", "", ".hidden", "with space", "nul\0", "new\nline", "ü", "x" * 300, 7, None],
+    [
+        "../escape",
+        "/absolute",
+        "a/b",
+        "..",
+        ".",
+        "",
+        ".hidden",
+        "with space",
+        "nul\0",
+        "new\nline",
+        "ü",
+        "x" * 300,
+        7,
+        None,
+    ],
 )
 def test_a_file_name_that_leaves_the_directory_is_refused(tmp_path: Path, name: Any) -> None:
     for place in ("index", "data"):
@@ -174,7 +199,9 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
         read(str(put(tmp_path / "c", json.dumps(document).encode())))
 
 
-@pytest.mark.parametrize("data", [b"", b"null", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"format":1,"format":2}', b"NaN"])
+@pytest.mark.parametrize(
+    "data", [b"", b"null", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"format":1,"format":2}', b"NaN"]
+)
 def test_content_that_is_no_manifest(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(CorruptCheckpointError):
         read(str(put(tmp_path / "c", data)))

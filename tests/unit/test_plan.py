@@ -1,4 +1,4 @@
-"""Planning. Invariants: shards of a plan tile their tensor, each is written once by a rank that holds it, bytes are spread evenly."""
+"""Planning. Invariants: shards tile their tensor, each is written once by a rank that holds it, bytes are spread."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def test_first_overlap_finds_one_exactly_when_two_boxes_share_a_point(found: lis
 def test_shard_range_cuts_as_torch_chunk_does(size: int, parts: int) -> None:
     ranges = [shard_range(size, parts, index) for index in range(parts)]
     pieces = torch.arange(size).chunk(parts) if size else ()
-    assert [list(range(first, first + count)) for first, count in ranges if count] == [piece.tolist() for piece in pieces]
+    assert [list(range(first, first + count)) for first, count in ranges if count] == [
+        piece.tolist() for piece in pieces
+    ]
     assert all(first <= size and count >= 0 for first, count in ranges)
 
 
@@ -119,7 +121,9 @@ def test_a_tiling_is_accepted_in_any_order_with_repeats(tiling: tuple[tuple[int,
 
 @given(tilings().filter(lambda tiling: len(tiling[0]) > 0), st.data())
 @fixed
-def test_a_hole_an_overlap_and_a_stray_part_are_refused(tiling: tuple[tuple[int, ...], list[Box]], data: st.DataObject) -> None:
+def test_a_hole_an_overlap_and_a_stray_part_are_refused(
+    tiling: tuple[tuple[int, ...], list[Box]], data: st.DataObject
+) -> None:
     shape, parts = tiling
     full = [part for part in parts if part.volume]
     victim = data.draw(st.sampled_from(full))
@@ -130,7 +134,7 @@ def test_a_hole_an_overlap_and_a_stray_part_are_refused(tiling: tuple[tuple[int,
     dimension = data.draw(st.integers(0, len(shape) - 1))
     grown = list(victim.sizes)
     grown[dimension] += 1
-    with pytest.raises(IncompatibleCheckpointError, match="overlap|lies outside"):
+    with pytest.raises(IncompatibleCheckpointError, match=r"overlap|lies outside"):
         check_tiling([*items, item("t", shape, Box(victim.offsets, tuple(grown)))])
 
 
@@ -195,6 +199,27 @@ def test_a_rank_that_holds_much_alone_writes_less_of_what_is_shared() -> None:
     shared = [item(f"shared{number}", (10,)) for number in range(10)]
     chosen = assign_writers([[alone, *shared], shared])
     assert chosen == [[0], list(range(10))]
+
+
+def test_what_is_tied_on_every_rank_goes_to_one_writer_and_counts_once() -> None:
+    embed, body, head = item("embed", (100,)), item("body", (90,)), item("head", (100,))
+    both = [embed, body, head]
+    assert assign_writers([both, both], [[0, 1, 0], [0, 1, 0]]) == [[0, 2], [1]]
+    assert assign_writers([both, both]) == [[0, 1], [2]]
+    # Where a rank ties otherwise, or holds only one of the two, they are spread like any others.
+    assert assign_writers([both, both], [[0, 1, 0], [0, 1, 2]]) == assign_writers([both, both])
+    assert assign_writers([both, [head]], [[0, 1, 0], [0]]) == [[0, 1], [0]]
+
+
+@given(worlds(), st.randoms(use_true_random=False))
+@fixed
+def test_any_ties_leave_every_shard_written_once(ranks: list[list[TensorItem]], source: Any) -> None:
+    ties = [[source.randrange(position + 1) for position in range(len(items))] for items in ranks]
+    ties = [[tie if own[tie] == tie else position for position, tie in enumerate(own)] for own in ties]
+    chosen = assign_writers(ranks, ties)
+    written = [ranks[rank][position] for rank, positions in enumerate(chosen) for position in positions]
+    assert len({(one.name, one.offsets, one.sizes) for one in written}) == len(written)
+    assert {tuple(one) for one in written} == {tuple(one) for items in ranks for one in items}
 
 
 @pytest.mark.parametrize("other", [item("t", (5,)), item("t", (4,), dtype="int8"), item("t", (4, 1))])

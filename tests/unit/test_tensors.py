@@ -37,7 +37,6 @@ from snapstone.tensors import (
     tie_positions,
 )
 
-
 # ---- plain tensors
 
 
@@ -177,14 +176,17 @@ def test_partial_values_are_refused_with_the_remedy() -> None:
 def test_a_rank_outside_the_mesh_has_no_shard() -> None:
     with rank_of(4, 3):
         mesh = dist.device_mesh.DeviceMesh("cpu", [0, 1])
-        tensor = DTensor.from_local(torch.empty(0), mesh, [Shard(0)], run_check=False, shape=torch.Size([4]), stride=(1,))
+        tensor = DTensor.from_local(
+            torch.empty(0), mesh, [Shard(0)], run_check=False, shape=torch.Size([4]), stride=(1,)
+        )
         assert describe("t", tensor) == []
 
 
 def random_placements(source: random.Random, dimensions: int, mesh_shape: tuple[int, ...]) -> list[Any]:
-    """Shard and Replicate anywhere; a strided shard only where later mesh dimensions shard the same dimension, as FSDP over TP makes it."""
+    """Shard and Replicate anywhere; strided shards where later mesh dimensions cut the same one, as under FSDP."""
     placements: list[Any] = [
-        source.choice([Replicate(), Shard(source.randrange(dimensions)), Shard(source.randrange(dimensions))]) for _ in mesh_shape
+        source.choice([Replicate(), Shard(source.randrange(dimensions)), Shard(source.randrange(dimensions))])
+        for _ in mesh_shape
     ]
     for at, placement in enumerate(placements):
         later = [

@@ -160,7 +160,7 @@ TEST_P(LoadJobOnRung, cancelling_at_any_moment_ends_the_job) {
   const Tensors tensors = some_tensors(60 * kTestChunkBytes);
   const Saved saved = save(tensors, "a", {.rung = GetParam(), .compress = true});
   int cancelled = 0;
-  for (int round = 0; round < 40; ++round) {
+  for (int round = 0; round < 24; ++round) {
     std::vector<Bytes> loaded;
     const auto job = load_all_job(saved, loaded, tensors, {.rung = GetParam()});
     start(job);

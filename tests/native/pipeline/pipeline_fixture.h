@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <memory>
@@ -41,7 +42,10 @@ inline constexpr std::chrono::seconds kPatience{60};
 // Half of it compresses.
 inline Bytes random_bytes(std::mt19937_64& random, std::uint64_t nbytes) {
   Bytes bytes(nbytes);
-  for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = i % 2 == 0 ? 7 : static_cast<std::uint8_t>(random());
+  for (std::size_t i = 0; i < bytes.size(); i += sizeof(std::uint64_t)) {
+    const std::uint64_t word = random() & 0xFF00FF00FF00FF00;
+    std::memcpy(&bytes[i], &word, std::min(sizeof word, bytes.size() - i));
+  }
   return bytes;
 }
 

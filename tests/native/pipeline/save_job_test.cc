@@ -53,7 +53,7 @@ TEST_P(SaveJobOnRung, all_rungs_give_identical_files) {
 }
 
 TEST_P(SaveJobOnRung, few_slots_are_enough_for_a_large_state) {
-  const Tensors tensors = some_tensors(150 * kTestChunkBytes + 5);
+  const Tensors tensors = some_tensors(80 * kTestChunkBytes + 5);
   for (const std::uint64_t slots : {1, 2, 3}) {
     ring_ = std::make_shared<mem::SlotRing>(kTestChunkBytes);
     ring_->reserve(slots);
@@ -103,7 +103,7 @@ TEST_P(SaveJobOnRung, a_full_disk_is_enospc_with_path_and_place) {
 TEST_P(SaveJobOnRung, cancelling_at_any_moment_ends_the_job) {
   const Tensors tensors = some_tensors(60 * kTestChunkBytes);
   int cancelled = 0;
-  for (int round = 0; round < 40; ++round) {
+  for (int round = 0; round < 24; ++round) {
     const auto job = save_job(tensors, std::to_string(round), {.rung = GetParam(), .compress = round % 2 == 1});
     start(job);
     std::this_thread::sleep_for(std::chrono::microseconds(random_() % 6000));
