@@ -175,7 +175,9 @@ def check_tiling(items: Iterable[TensorItem]) -> None:
 
 
 def first_overlap(boxes: list[Box]) -> tuple[Box, Box] | None:
-    """Two boxes that share an element, if any. Sweeps along the first dimension, so that only boxes that meet there are compared."""
+    """Two boxes that share an element, if any. Sweeps along the first dimension, so that only boxes that meet there
+    are compared.
+    """
     if len(boxes) < 2:
         return None
     active: list[tuple[int, int]] = []  # (end along dimension 0, position)

@@ -37,7 +37,7 @@ class DirectoryTest : public ::testing::Test {
 
 TEST_F(DirectoryTest, make_and_open_are_private_and_exclusive) {
   make_directory_at(root(), "stage");
-  struct stat facts {};
+  struct stat facts{};
   ASSERT_EQ(::stat((directory_ / "stage").c_str(), &facts), 0);
   EXPECT_EQ(facts.st_mode & 0777, 0700u);
   EXPECT_EQ(errno_of([&] { make_directory_at(root(), "stage"); }), EEXIST);
@@ -146,7 +146,7 @@ TEST_F(DirectoryTest, listing_is_sorted_and_describes_links_themselves) {
   EXPECT_EQ(entries[1].owner_uid, ::geteuid());
   EXPECT_EQ(entries[2].name, "c");
   EXPECT_TRUE(entries[2].is_directory);
-  struct stat facts {};
+  struct stat facts{};
   ASSERT_EQ(::stat((directory_ / "b").c_str(), &facts), 0);
   EXPECT_EQ(entries[1].inode, facts.st_ino);
   EXPECT_EQ(entries[1].device, facts.st_dev);

@@ -25,7 +25,7 @@ using testing::TemporaryDirectory;
 TEST(FileSystemFacts, describe_the_file_system_under_the_directory) {
   const TemporaryDirectory directory;
   const FileSystemFacts facts = file_system_facts(directory.directory());
-  struct stat identity {};
+  struct stat identity{};
   ASSERT_EQ(::stat(directory.path().c_str(), &identity), 0);
   EXPECT_EQ(facts.device, identity.st_dev);
   EXPECT_FALSE(facts.name.empty());

@@ -61,7 +61,7 @@ class FileTest : public ::testing::Test {
 
 TEST_F(FileTest, create_makes_a_private_file_and_never_opens_an_existing_one) {
   const File file = create("data");
-  struct stat facts {};
+  struct stat facts{};
   ASSERT_EQ(::stat((directory_ / "data").c_str(), &facts), 0);
   EXPECT_EQ(facts.st_mode & 0777, 0600u);
   EXPECT_NE(::fcntl(file.fd.get(), F_GETFD) & FD_CLOEXEC, 0);

@@ -20,7 +20,9 @@ bool is_open(int fd) { return ::fcntl(fd, F_GETFD) >= 0; }
 
 TEST(UniqueFd, closes_when_it_goes_out_of_scope) {
   const int fd = open_null();
-  { const UniqueFd owner(fd); }
+  {
+    const UniqueFd owner(fd);
+  }
   EXPECT_FALSE(is_open(fd));
 }
 
