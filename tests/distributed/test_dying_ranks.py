@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from ranks import Ranks, Result, Store, announce, run_ranks, values
-from states import (
+from rank_states import (
     AT_ONCE_S,
     LATE_S,
     Trap,
@@ -30,6 +29,7 @@ from states import (
     save,
     state,
 )
+from ranks import Ranks, Result, Store, announce, run_ranks, values
 
 import snapstone as ss
 from snapstone import _native

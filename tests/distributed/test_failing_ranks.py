@@ -19,8 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks, values
-from states import (
+from rank_states import (
     AT_ONCE_S,
     LATE_S,
     LONG_S,
@@ -36,6 +35,7 @@ from states import (
     save,
     state,
 )
+from ranks import run_ranks, values
 
 import snapstone as ss
 from snapstone import _native
