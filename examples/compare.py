@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from engines import ENGINES, Engine, State, directory_bytes, drop_page_cache
+from backends import ENGINES, Engine, State, directory_bytes, drop_page_cache
 from gpt import VOCABULARY, Gpt
 from scale import SCALES
 from torch.distributed.checkpoint.state_dict import get_state_dict

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engines import ENGINES, Engine, directory_bytes, newest_valid
+from backends import ENGINES, Engine, directory_bytes, newest_valid
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from engines import ENGINES
+from backends import ENGINES
 from gpt import Gpt
 from scale import SCALES
 from trainer import SEED, weights_digest

@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from corpus import Batches, read_corpus
-from engines import ENGINES, InFlight
+from backends import ENGINES, InFlight
 from scale import SCALES
 from torch.distributed.device_mesh import init_device_mesh
 from trainer import Trainer, local_digest, sharded_gpt, weights_digest

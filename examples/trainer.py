@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from corpus import Batches
-from engines import State
+from backends import State
 from gpt import Gpt, GptConfig
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh

@@ -1,27 +1,21 @@
-// The commit protocol, on every rank and on the leading rank (rank 0). What a crash leaves is said after each step.
+// The commit protocol, on every rank and on the leading rank (rank 0). A crash in steps 1 to 6 leaves a staging
+// directory that reap() removes later; what the other steps leave is said with them.
 //
-//   1. lead: mkdir `.staging-<save_id>` (0700), flock it shared, write OWNER.              leaves: staging, reaped
-//   later
-//   2. all:  create data and index files O_EXCL|O_NOFOLLOW, write, fsync each once, close. leaves: staging, reaped
-//   later
-//   3. all:  fsync the staging directory: the entries of step 2 are durable.               leaves: staging, reaped
-//   later
-//   4. all:  vote; any error or silence ends the save here and the lead discards.          leaves: staging, reaped
-//   later
-//   5. lead: write MANIFEST.json and MANIFEST.xxh128, fsync each; unlink OWNER.            leaves: staging, reaped
-//   later
-//   6. lead: fsync the staging directory.                                                  leaves: staging, reaped
-//   later
-//   7. lead: rename to the final name. THE COMMIT POINT.                                   leaves: old state or the
-//   committed one
+//   1. lead: mkdir `.staging-<save_id>` (0700), flock it shared, write OWNER.
+//   2. all:  create data and index files O_EXCL|O_NOFOLLOW, write, fsync each once, close.
+//   3. all:  fsync the staging directory: the entries of step 2 are durable.
+//   4. all:  vote; any error or silence ends the save here and the lead discards.
+//   5. lead: write MANIFEST.json and MANIFEST.xxh128, fsync each; unlink OWNER.
+//   6. lead: fsync the staging directory.
+//   7. lead: rename to the final name. THE COMMIT POINT. A crash leaves the old state or the committed one.
 //            absent target: renameat2(RENAME_NOREPLACE). overwrite: renameat2(RENAME_EXCHANGE), so the old checkpoint
 //            takes the staging name and either name order is a complete checkpoint. The old one is flocked before, so
 //            that nobody reaps it while the exchange is not durable.
 //            A rank that has not heard of this step by the deadline withdraws: it renames the staging directory to
 //            `.trash-<save_id>`, and the lead's rename fails. Whoever renames first decides for all ranks.
 //   8. lead: fsync the parent directory: the commit is durable; only now is success reported.
-//   9. lead, overwrite: rename the old checkpoint to `.trash-<save_id>`, remove it.        leaves: staging or trash,
-//   reaped later
+//   9. lead, overwrite: rename the old checkpoint to `.trash-<save_id>`, remove it. A crash leaves either, and reap()
+//            removes it later.
 #include "store/staging.h"
 
 #include <cerrno>

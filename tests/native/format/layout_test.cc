@@ -177,6 +177,14 @@ TEST(LayoutTest, a_full_chunk_is_followed_by_another) {
   EXPECT_EQ(layout.chunks[2].piece_count, 1u);
 }
 
+TEST(LayoutTest, a_chunk_is_filled_to_the_last_byte_and_no_further) {
+  constexpr std::uint64_t kHalf = kPackThresholdBytes - kPackAlignBytes;
+  const Layout layout = layout_of({kHalf, kHalf, 2 * kPackAlignBytes, 1});
+  ASSERT_EQ(layout.chunks.size(), 2u);
+  EXPECT_EQ(layout.chunks[0].raw_bytes, kChunkBytes);
+  EXPECT_EQ(layout.places[3].first_chunk, 1u);
+}
+
 TEST(LayoutTest, large_tensors_are_cut_at_the_chunk_size) {
   const Layout layout = layout_of({2 * kChunkBytes + 1, kChunkBytes});
   ASSERT_EQ(layout.chunks.size(), 4u);

@@ -180,13 +180,15 @@ TEST_P(LoadJobOnRung, cancelling_at_any_moment_ends_the_job) {
 TEST_P(LoadJobOnRung, a_scrub_finds_everything_that_is_wrong) {
   const Tensors tensors = some_tensors(40 * kTestChunkBytes + 99);
   const Saved saved = save(tensors, "a", {.rung = GetParam()});
-  std::set<std::uint64_t> bad;
-  while (bad.size() < 10) bad.insert(random_() % saved.table.size());
-  for (const std::uint64_t chunk : bad) flip("a", saved.table[chunk].offset + random_() % saved.table[chunk].raw_bytes);
   const auto padded = std::find_if(saved.table.begin(), saved.table.end(),
                                    [](const format::ChunkRecord& record) { return record.stored_bytes % kPageBytes; });
+  ASSERT_NE(padded, saved.table.end());
   flip("a", padded->offset + padded->stored_bytes);
-  bad.insert(static_cast<std::uint64_t>(padded - saved.table.begin()));
+  std::set<std::uint64_t> bad = {static_cast<std::uint64_t>(padded - saved.table.begin())};
+  while (bad.size() < 10) {
+    const std::uint64_t chunk = random_() % saved.table.size();
+    if (bad.insert(chunk).second) flip("a", saved.table[chunk].offset + random_() % saved.table[chunk].raw_bytes);
+  }
   const auto job = scrub_job(saved, GetParam());
   run(job);
   std::set<std::uint64_t> found;
