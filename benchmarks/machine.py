@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import mmap
 import os
 import platform
 import re
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["cpu_slug", "facts", "file_system", "memory_available_bytes", "version_of"]
+__all__ = ["cpu_slug", "facts", "file_system", "memory_available_bytes", "touch_free_memory", "version_of"]
 
 
 def _proc_field(path: str, field: str, default: str) -> str:
@@ -36,6 +37,18 @@ def _memory_bytes(field: str) -> int:
 
 def memory_available_bytes() -> int:
     return _memory_bytes("MemAvailable")
+
+
+def touch_free_memory() -> None:
+    """Writes to every free page once. A virtual machine may get a page from its host only when it is first used, which
+    takes several times as long as using it again; whichever engine happened to be first would pay for it.
+    """
+    keep_free_bytes, piece_bytes = 1 << 30, 1 << 28
+    count = (memory_available_bytes() - keep_free_bytes) // piece_bytes
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    pieces = [mmap.mmap(-1, piece_bytes, flags=flags) for _ in range(count)]
+    for piece in pieces:
+        piece.close()
 
 
 def file_system(directory: Path) -> str:

@@ -16,8 +16,8 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from corpus import Batches, read_corpus
 from backends import ENGINES, InFlight
+from corpus import Batches, read_corpus
 from scale import SCALES
 from torch.distributed.device_mesh import init_device_mesh
 from trainer import Trainer, local_digest, sharded_gpt, weights_digest

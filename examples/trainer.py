@@ -15,8 +15,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from corpus import Batches
 from backends import State
+from corpus import Batches
 from gpt import Gpt, GptConfig
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh

@@ -111,6 +111,9 @@ class LoadJob::LaneRun {
         job_.note(chunk, error);
       }
       job_.progress(gained);
+      // The device gets its next request now, not after the whole batch.
+      spare_ = std::move(slot);
+      read_next();
     });
   }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
+from operator import attrgetter
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,9 @@ __all__ = ["Fence", "OptimizerFence"]
 
 Fence = Literal["now"] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
+
+_Item = tuple[Any, Any, torch.Tensor]  # container, key or position, value
+_SETTLED_TYPES = set(tensors.TENSOR_TYPES)
 
 # What each optimizer's next step waits for.
 _held: WeakKeyDictionary[torch.optim.Optimizer, list[Future[None]]] = WeakKeyDictionary()
@@ -68,8 +72,8 @@ class OptimizerFence:
             guards: list[Any] = [group["params"] for one in self._optimizers for group in one.param_groups]
             guards += [one.state for one in self._optimizers]
             copied, rest = _native.snapshot(state_dict, guards, tensors.TENSOR_TYPES)
-            if all(type(value) in tensors.TENSOR_TYPES for _, _, value in rest):
-                for container, key, value in rest:
+            if {type(value) for _, _, value in rest} <= _SETTLED_TYPES:
+                for container, key, value in self._not_parameters(rest):
                     container[key] = value.detach().clone()
                 return copied  # type: ignore[no-any-return]
         flattened = state.flatten(state_dict)
@@ -79,12 +83,31 @@ class OptimizerFence:
                 flattened.tensors[name] = tensor.detach().clone()
         return flattened
 
-    def _owned(self) -> Iterator[torch.Tensor]:
+    def _not_parameters(self, rest: list[_Item]) -> list[_Item]:
+        """Without the detached parameters that every state_dict() consists of: they are the parameters' memory."""
+        if not rest:
+            return rest
+        owned = dict(_places([*self._parameters()]))
+        places = _places([value for _, _, value in rest])
+        return [item for item, (at, nbytes) in zip(rest, places, strict=True) if owned.get(at) != nbytes]
+
+    def _parameters(self) -> Iterator[torch.Tensor]:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 yield from group["params"]
+
+    def _owned(self) -> Iterator[torch.Tensor]:
+        yield from self._parameters()
+        for optimizer in self._optimizers:
             for slots in optimizer.state.values():
                 yield from _tensors_in(slots)
+
+
+def _places(these: list[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    """(address, size in bytes) of each, of a DTensor's local tensor."""
+    if not {type(one) for one in these} <= {torch.Tensor, torch.nn.Parameter}:
+        these = [getattr(one, "_local_tensor", one) for one in these]
+    return zip(map(torch.Tensor.data_ptr, these), map(attrgetter("nbytes"), these), strict=True)
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -177,6 +177,8 @@ class _Load:
     def _flatten_target(self, reader: Reader) -> state.Flattened:
         flattened = state.flatten(self.state_dict)
         optimizers = [item for item in flattened.stateful if isinstance(item.target, torch.optim.Optimizer)]
+        if not optimizers:
+            return flattened
         saved = {name: (reader.describe(name).dtype, reader.describe(name).shape) for name in reader.shards}
         fresh = False
         for item in optimizers:
@@ -201,10 +203,10 @@ class _Load:
         if self.options.strict and self.group.world_size == 1:  # of several ranks, see compare_votes
             problems += [f"unexpected in the checkpoint: {name}" for name in unexpected]
         for name, tensor in wanted_tensors.items():
-            if name in reader.shards and reader.describe(name).shape != tuple(tensor.shape):
-                problems.append(
-                    f"{name}: saved with shape {list(reader.describe(name).shape)}, wanted {list(tensor.shape)}"
-                )
+            if name in reader.shards:
+                saved, wanted = reader.describe(name).shape, tensor.shape
+                if saved != wanted:
+                    problems.append(f"{name}: saved with shape {list(saved)}, wanted {list(wanted)}")
         self._refuse(problems)
 
     def _refuse(self, problems: list[str]) -> None:
