@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import mmap
 import os
 import platform
 import re
@@ -39,16 +38,14 @@ def memory_available_bytes() -> int:
     return _memory_bytes("MemAvailable")
 
 
-def touch_free_memory() -> None:
-    """Writes to every free page once. A virtual machine may get a page from its host only when it is first used, which
-    takes several times as long as using it again; whichever engine happened to be first would pay for it.
+def touch_free_memory(nbytes: int) -> None:
+    """Writes to so much free memory, which the next allocations then get.
+
+    Hypervisors take free pages back after seconds and give them out again at several times the cost of a page that the
+    machine has; without this the engine that runs after a pause pays for it.
     """
-    keep_free_bytes, piece_bytes = 1 << 30, 1 << 28
-    count = (memory_available_bytes() - keep_free_bytes) // piece_bytes
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    pieces = [mmap.mmap(-1, piece_bytes, flags=flags) for _ in range(count)]
-    for piece in pieces:
-        piece.close()
+    spare_bytes = max(memory_available_bytes() - (1 << 30), 0)
+    torch.empty(min(nbytes, spare_bytes), dtype=torch.uint8).fill_(1)
 
 
 def file_system(directory: Path) -> str:

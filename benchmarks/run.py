@@ -130,8 +130,6 @@ def run(options: argparse.Namespace, console: Console, scratch: Path) -> dict[st
         f"{facts['cores']} x {facts['cpu']}, {facts['memory_gib']} GiB, Linux {facts['kernel']}, "
         f"torch {facts['torch']}, snapstone {document['snapstone']}"
     )
-    if not options.quick:
-        machine.touch_free_memory()
     for scenario in scenarios(states=options.states, engines=options.only, rounds=options.rounds, quick=options.quick):
         if scenario.place == "tmpfs" and not (TMPFS.is_dir() and os.access(TMPFS, os.W_OK)):
             console.print(f"{scenario.title}: left out: no tmpfs to write to")

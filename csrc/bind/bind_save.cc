@@ -57,9 +57,11 @@ pipeline::SaveSources make_sources(const Layout& layout, const U64Array& pointer
 std::shared_ptr<SaveJob> make_save_job(std::shared_ptr<Layout> layout, const U64Array& pointers,
                                        const StridedArguments& strided, const store::Staging& staging,
                                        const std::string& name, const std::string& rung, int zstd_level,
-                                       std::vector<std::uint8_t> item_bytes, std::uint64_t slots, bool trace) {
+                                       std::vector<std::uint8_t> item_bytes, std::uint64_t slots, bool eager,
+                                       bool trace) {
   pipeline::SaveSources sources = make_sources(*layout, pointers, strided);
-  pipeline::SaveOptions options{io::rung_from_name(rung), zstd_level != 0, zstd_level, std::move(item_bytes), trace};
+  pipeline::SaveOptions options{io::rung_from_name(rung), zstd_level != 0, zstd_level,
+                                std::move(item_bytes),    trace,           eager || zstd_level != 0};
   if (options.compress && options.item_bytes.size() != layout->places.size()) {
     throw std::invalid_argument("one item size per tensor is needed when compressing");
   }
@@ -86,7 +88,7 @@ void bind_save(py::module_& module) {
       module, "SaveJob", "One data file being written; see csrc/pipeline/save_job.h.");
   job.def(py::init(&make_save_job), py::arg("layout"), py::arg("pointers"), py::arg("strided"), py::arg("staging"),
           py::arg("name"), py::arg("rung"), py::arg("zstd_level"), py::arg("item_bytes"), py::arg("slots"),
-          py::arg("trace"))
+          py::arg("eager"), py::arg("trace"))
       .def(
           "start", [](const std::shared_ptr<SaveJob>& self) { pipeline::Engine::instance().start(self); },
           py::call_guard<py::gil_scoped_release>())

@@ -39,6 +39,9 @@ struct SaveOptions {
   // One per tensor when compressing: floating types get byte planes, others 1.
   std::vector<std::uint8_t> item_bytes = {};
   bool trace = false;
+  // Somebody waits for staged(): every lane stages as fast as it can. Otherwise the first lane does the work, and the
+  // others join while the device has too little to do, since each core they take is the trainer's.
+  bool eager = true;
 };
 
 class SaveJob : public Job {
@@ -78,7 +81,8 @@ class SaveJob : public Job {
   std::vector<format::ChunkRecord> table_;
   std::atomic<std::uint64_t> next_chunk_{0};
   std::atomic<std::uint64_t> chunks_staged_{0};
-  std::uint64_t next_place_ = 0;  // guarded by mutex_: the chunk whose turn it is
+  std::atomic<unsigned> writing_{0};  // requests of all lanes in the kernel
+  std::uint64_t next_place_ = 0;      // guarded by mutex_: the chunk whose turn it is
   std::uint64_t file_bytes_ = 0;
 };
 

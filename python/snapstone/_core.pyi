@@ -103,6 +103,7 @@ class SaveJob:
         zstd_level: typing.SupportsInt | typing.SupportsIndex,
         item_bytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
         slots: typing.SupportsInt | typing.SupportsIndex,
+        eager: bool,
         trace: bool,
     ) -> None: ...
     def cancel(self) -> None: ...

@@ -228,6 +228,7 @@ class Writer:
             self.options.zstd_level,
             structure.item_bytes if self.options.zstd_level else [],
             slots,
+            keep_staged,
             self.trace.detailed,
         )
 
