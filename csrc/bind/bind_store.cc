@@ -58,7 +58,8 @@ void bind_staging(py::module_& module) {
           },
           py::arg("manifest"), py::arg("manifest_digest"), py::arg("final_name"), py::arg("overwrite"))
       .def("withdraw", &Staging::withdraw, Released())
-      .def("discard", &Staging::discard, Released());
+      .def("discard", &Staging::discard, Released())
+      .def("close", &Staging::close, Released());
 }
 
 }  // namespace

@@ -231,6 +231,14 @@ std::optional<Entry> stat_at(const Directory& parent, const std::string& name) {
   throw OsError(errno, "stat", path);
 }
 
+Entry stat_directory(const Directory& directory) {
+  struct stat facts{};
+  if (call("fstat", directory.path, [&] { return ::fstat(directory.fd.get(), &facts); }) != 0) {
+    throw OsError(errno, "fstat", directory.path);
+  }
+  return to_entry(".", facts);
+}
+
 void remove_tree_at(const Directory& parent, const std::string& name) {
   unless_absent([&] { remove_tree(parent, name, 1); });
 }

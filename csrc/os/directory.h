@@ -40,6 +40,7 @@ struct Entry {
 };
 std::vector<Entry> list_directory(const Directory& directory);                   // without "." and ".."; sorted by name
 std::optional<Entry> stat_at(const Directory& parent, const std::string& name);  // lstat; nullopt if absent
+Entry stat_directory(const Directory& directory);                                // fstat; the name is "."
 
 // Removes a directory tree by descriptors (openat O_NOFOLLOW, unlinkat): never leaves the tree, never follows a link.
 void remove_tree_at(const Directory& parent, const std::string& name);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <optional>
 
 #include "base/error.h"
 #include "os/directory.h"
@@ -42,18 +43,27 @@ Owners owners_of(const os::Directory& staging) {
 // Other hosts may write here too: what we do not know by name counts as shared.
 bool may_be_shared(const os::FileSystemFacts& facts) { return facts.network || facts.name.starts_with("0x"); }
 
-bool provably_dead(const os::Directory& parent, const os::Entry& entry, bool shared) {
-  const os::Directory staging = os::open_directory_at(parent, entry.name);
-  if (!os::try_lock_exclusive(staging)) return false;
+bool owners_are_dead(const os::Directory& staging, const os::Entry& facts, bool shared) {
   switch (owners_of(staging)) {
     case Owners::kThisBoot:
       return true;
     case Owners::kOthers:
       return !shared;  // a local file system has no other host: those owners ended with an earlier boot
     case Owners::kUnknown:
-      return !shared && realtime_ns() - entry.modified_ns > kOwnerlessAgeNs;
+      return !shared && realtime_ns() - facts.modified_ns > kOwnerlessAgeNs;
   }
   return false;
+}
+
+// The staging directory, locked, if nobody alive writes into it. What its name meant when it was listed does not count:
+// an overwrite may have given the name to another directory since.
+std::optional<os::Directory> lock_if_dead(const os::Directory& parent, const std::string& name, bool shared) {
+  os::Directory staging = os::open_directory_at(parent, name);
+  if (!os::try_lock_exclusive(staging)) return std::nullopt;
+  const os::Entry locked = os::stat_directory(staging);
+  const std::optional<os::Entry> named = os::stat_at(parent, name);
+  if (!named || locked.inode != named->inode || !owners_are_dead(staging, locked, shared)) return std::nullopt;
+  return staging;
 }
 
 }  // namespace
@@ -67,9 +77,10 @@ std::vector<std::string> reap(const std::string& parent_path) {
     if (!entry.is_directory || entry.owner_uid != os::effective_uid() || !(staging || is_trash_name(entry.name)))
       continue;
     try {
-      if (staging && !provably_dead(parent, entry, shared)) continue;
+      std::optional<os::Directory> held;
+      if (staging && !(held = lock_if_dead(parent, entry.name, shared))) continue;
       // An overwrite whose last sync failed leaves the old checkpoint here: the swap of names must be durable first.
-      if (removed.empty()) os::sync_directory(parent);
+      os::sync_directory(parent);
       os::remove_tree_at(parent, entry.name);
       removed.push_back(entry.name);
     } catch (const OsError&) {

@@ -142,6 +142,11 @@ void Staging::publish(const std::string& final_name, bool overwrite) {
   remove_quietly(parent_, trash);
 }
 
+void Staging::close() noexcept {
+  directory_.fd = os::UniqueFd();
+  parent_.fd = os::UniqueFd();
+}
+
 void Staging::withdraw() {
   try {
     os::rename_at(parent_, staging_name(save_id_), trash_name(save_id_));

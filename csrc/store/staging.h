@@ -45,6 +45,8 @@ class Staging {
   // first decides, so look for the checkpoint before (withdrawing a finished exchange trashes the old one) and after.
   void withdraw();
   void discard() noexcept;
+  // Gives the lock and the descriptors up; nothing else may follow. path() stays.
+  void close() noexcept;
 
  private:
   Staging(os::Directory parent, os::Directory directory, std::string save_id);

@@ -17,6 +17,7 @@ FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
 
 MIB = 1 << 20
+CHUNK_SIZES = range(64 << 10, (64 << 20) + 1, 4096)
 HOST_MEMORY_BUDGET_DEFAULT = 1 << 30
 TIMEOUT_SECONDS_DEFAULT = 1800.0
 # A save that nobody waits for needs no more slots than the device takes at once.
@@ -37,10 +38,23 @@ def _integer(name: str, default: int) -> int:
 def seconds_of(timeout: timedelta | float | None) -> float:
     """`timeout` in seconds; None is SNAPSTONE_TIMEOUT or 1800 s."""
     if timeout is None:
-        return float(os.environ.get("SNAPSTONE_TIMEOUT", TIMEOUT_SECONDS_DEFAULT))
+        return _timeout_of_environment()
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
     if not seconds > 0:
         raise ValueError(f"timeout={timeout!r}: must be positive")
+    return seconds
+
+
+def _timeout_of_environment() -> float:
+    text = os.environ.get("SNAPSTONE_TIMEOUT")
+    if text is None:
+        return TIMEOUT_SECONDS_DEFAULT
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"SNAPSTONE_TIMEOUT={text!r}: must be a positive number of seconds")
     return seconds
 
 
@@ -95,6 +109,11 @@ class SaveOptions:
             else int(host_memory_budget)
         )
         chunk_bytes = _integer("SNAPSTONE_CHUNK_BYTES", MIB)
+        if chunk_bytes not in CHUNK_SIZES:
+            raise ValueError(
+                f"SNAPSTONE_CHUNK_BYTES={chunk_bytes}: must be a multiple of {CHUNK_SIZES.step} "
+                f"between {CHUNK_SIZES.start} and {CHUNK_SIZES.stop - 1}"
+            )
         if budget < 8 * chunk_bytes:
             raise ValueError(
                 f"host_memory_budget={budget}: too small to overlap copies and writes; "

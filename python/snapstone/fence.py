@@ -7,6 +7,7 @@ state (batch-norm statistics, RNG states, counters) is copied at the call.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
@@ -25,9 +26,18 @@ Fence = Literal["now"] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 _Item = tuple[Any, Any, torch.Tensor]  # container, key or position, value
 _SETTLED_TYPES = set(tensors.TENSOR_TYPES)
+_data_ptr, _is_contiguous, _nbytes = torch.Tensor.data_ptr, torch.Tensor.is_contiguous, attrgetter("nbytes")
 
 # What each optimizer's next step waits for.
 _held: WeakKeyDictionary[torch.optim.Optimizer, list[Future[None]]] = WeakKeyDictionary()
+
+
+def _forget_in_child() -> None:
+    """The threads that stage did not come along into a forked process."""
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _hold(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -77,9 +87,13 @@ class OptimizerFence:
                     container[key] = value.detach().clone()
                 return copied  # type: ignore[no-any-return]
         flattened = state.flatten(state_dict)
-        guarded = {tensors.storage_key(tensor) for tensor in self._owned()}
-        for name, tensor in flattened.tensors.items():
-            if tensors.storage_key(tensor) not in guarded:
+        owned = [*self._owned()]
+        same = {id(tensor) for tensor in owned}
+        known = _places(owned)
+        found = _places([*flattened.tensors.values()])
+        places = {place for place in known if place is not None}
+        for (name, tensor), place in zip([*flattened.tensors.items()], found, strict=True):
+            if id(tensor) not in same and place not in places:
                 flattened.tensors[name] = tensor.detach().clone()
         return flattened
 
@@ -87,9 +101,9 @@ class OptimizerFence:
         """Without the detached parameters that every state_dict() consists of: they are the parameters' memory."""
         if not rest:
             return rest
-        owned = dict(_places([*self._parameters()]))
+        owned = {place for place in _places([*self._parameters()]) if place is not None}
         places = _places([value for _, _, value in rest])
-        return [item for item, (at, nbytes) in zip(rest, places, strict=True) if owned.get(at) != nbytes]
+        return [item for item, place in zip(rest, places, strict=True) if place not in owned]
 
     def _parameters(self) -> Iterator[torch.Tensor]:
         for optimizer in self._optimizers:
@@ -103,11 +117,17 @@ class OptimizerFence:
                 yield from _tensors_in(slots)
 
 
-def _places(these: list[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """(address, size in bytes) of each, of a DTensor's local tensor."""
+def _places(these: list[torch.Tensor]) -> list[tuple[int, int] | None]:
+    """(address, size in bytes) of each, of a DTensor's local tensor; None for what is not in one piece, and so may
+    interleave with something else at the same address.
+    """
     if not {type(one) for one in these} <= {torch.Tensor, torch.nn.Parameter}:
         these = [getattr(one, "_local_tensor", one) for one in these]
-    return zip(map(torch.Tensor.data_ptr, these), map(attrgetter("nbytes"), these), strict=True)
+    try:
+        found = zip(map(_data_ptr, these), map(_nbytes, these), map(_is_contiguous, these), strict=True)
+        return [(at, nbytes) if whole else None for at, nbytes, whole in found]
+    except (RuntimeError, TypeError, AttributeError):  # one without plain memory, which planning refuses by name
+        return [_places([one])[0] for one in these] if len(these) > 1 else [None]
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:

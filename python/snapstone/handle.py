@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -13,6 +14,17 @@ __all__ = ["SaveHandle", "raise_unreported", "wait"]
 _lock = threading.Lock()
 _in_flight: set[SaveHandle] = set()
 _unreported: list[SaveHandle] = []
+
+
+def _forget_in_child() -> None:
+    """The threads that save did not come along into a forked process."""
+    global _lock
+    _lock = threading.Lock()
+    _in_flight.clear()
+    _unreported.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class _Upload(Future[Any]):

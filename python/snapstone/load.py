@@ -84,7 +84,7 @@ def load(
         raise
     finally:
         channel.close()
-    trace.close()
+        trace.close()
     return operation.checkpoint()
 
 

@@ -21,6 +21,7 @@ from .errors import (
 from .index import load_json
 
 __all__ = [
+    "DCP_MARKER_NAME",
     "DIGEST_NAME",
     "MANIFEST_NAME",
     "NOT_REGULAR_ERRNOS",
@@ -29,15 +30,19 @@ __all__ = [
     "Writer",
     "digest_line",
     "is_checkpoint",
+    "is_file_of_checkpoint",
     "read",
     "writer_of",
 ]
 
 MANIFEST_NAME = "MANIFEST.json"
 DIGEST_NAME = "MANIFEST.xxh128"
+# Saves through torch.distributed.checkpoint leave it for trainers that look for it to find finished checkpoints.
+DCP_MARKER_NAME = ".metadata"
 _DIGEST_BYTES_MAX = 4096
 # What opening and reading say of a link, FIFO, socket, device or directory in the place of a file.
 NOT_REGULAR_ERRNOS = (errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EISDIR)
+_RANK_FILE = re.compile(r"rank-\d{5,}\.(data|index)")
 _HEX128 = re.compile(r"[0-9a-f]{32}\Z")
 
 
@@ -88,7 +93,9 @@ class Manifest:
             "metadata": self.metadata,
             "environment": self.environment,
         }
-        return (json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+        data = (json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+        _parse(load_json(data), MANIFEST_NAME)  # what no reader takes must not be committed
+        return data
 
 
 def digest_line(manifest: bytes) -> bytes:
@@ -99,6 +106,11 @@ def digest_line(manifest: bytes) -> bytes:
 def is_checkpoint(path: str) -> bool:
     """Whether a committed checkpoint stands at `path`; says nothing about its bytes."""
     return os.path.isfile(os.path.join(path, MANIFEST_NAME)) and not os.path.basename(path).startswith(".")
+
+
+def is_file_of_checkpoint(name: str) -> bool:
+    """Whether this version writes files of such names into checkpoints."""
+    return name in (MANIFEST_NAME, DIGEST_NAME, DCP_MARKER_NAME) or _RANK_FILE.fullmatch(name) is not None
 
 
 def read(path: str) -> Manifest:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from . import _native, state, values
+from . import _native, state
 from .checkpoint import Checkpoint
 from .collective import Group
 from .config import SaveOptions
 from .fence import Fence, OptimizerFence
 from .handle import SaveHandle, raise_unreported
 from .progress import Progress
-from .target import Target
+from .target import STEPS, Target
 from .trace import Trace
 from .writer import VOTES, Writer
 
@@ -134,19 +134,21 @@ def async_save(
         writer.close(error)
         raise
     handle = SaveHandle(writer.target.step, writer.trace.stats, writer.cancel)
-    if optimizers is not None:
-        optimizers.attach(handle.staging_completion)
-    elif writer.staged:
-        handle.staged(None)
     go = threading.Event()
     background = _Background(writer, handle, optimizers is not None, taken, progress, go)
+    # Not a daemon: the interpreter waits for it at exit, so a save that was begun ends by its deadline.
     try:
-        # Not a daemon: the interpreter waits for it at exit, so a save that was begun ends by its deadline.
+        if optimizers is not None:
+            optimizers.attach(handle.staging_completion)
+        elif writer.staged:
+            handle.staged(None)
         threading.Thread(target=background.run, name="snapstone-save").start()
         writer.trace.stats["stall_seconds"] = time.monotonic() - begin
-    except RuntimeError as error:  # no thread can be started
+    except BaseException as error:  # no thread can be started, or Ctrl-C: the next step must not wait for nobody
+        background.abandoned = True
         background.end(None, error)
-        handle.result()  # raises it
+        handle.upload_completion.exception()  # the caller gets it here
+        raise
     finally:
         go.set()
     return handle
@@ -181,9 +183,12 @@ class _Background:
     taken: Mapping[str, Any] | None
     progress: ProgressWanted
     go: threading.Event  # keeps this thread off the interpreter lock until the caller is on its way
+    abandoned: bool = False  # the caller has ended the save
 
     def run(self) -> None:
         self.go.wait()
+        if self.abandoned:
+            return
         try:
             if self.taken is not None:
                 taken, self.taken = self.taken, None
@@ -259,9 +264,8 @@ def _target(
 ) -> Target:
     if step is None:
         found: Any = state_dict.get("step") if hasattr(state_dict, "get") else None
-        step = found if type(found) is int else None
-    encoded = {str(key): values.encode(value, name=f"metadata[{key!r}]") for key, value in (metadata or {}).items()}
-    return Target(os.path.abspath(os.fspath(checkpoint_id)), step, encoded)
+        step = found if type(found) is int and found in STEPS else None
+    return Target.of(checkpoint_id, step, metadata)
 
 
 def prepare(device: str | torch.device = "cpu", nbytes: int | None = None) -> None:
@@ -274,4 +278,6 @@ def prepare(device: str | torch.device = "cpu", nbytes: int | None = None) -> No
         raise ValueError(f"device={device!r}: only CPU staging memory can be prepared in this version")
     options = SaveOptions.of()
     wanted = options.host_memory_budget if nbytes is None else nbytes
+    if wanted < 0:
+        raise ValueError(f"nbytes={nbytes}: must not be negative")
     _native.reserve(options.chunk_bytes, -(-wanted // options.chunk_bytes))

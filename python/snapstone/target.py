@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import _native, manifest
+from . import _native, manifest, values
 from .collective import Deadline
 
-__all__ = ["Target"]
+__all__ = ["STEPS", "Target"]
+
+STEPS = range(-(1 << 63), 1 << 63)
 
 _JOIN_PATIENCE_SECONDS = 90.0  # network file systems cache missing directory entries for a minute
 
@@ -23,7 +26,24 @@ class Target:
 
     path: str
     step: int | None
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, Any]  # typed JSON
+
+    @classmethod
+    def of(cls, checkpoint_id: str | os.PathLike[str], step: int | None, metadata: Mapping[str, Any] | None) -> Target:
+        """Checks what a caller gave: TypeError, ValueError for what no manifest can hold."""
+        if isinstance(step, bool):
+            raise TypeError(f"step={step!r}: must be an integer")
+        number = None if step is None else operator.index(step)
+        if number is not None and number not in STEPS:
+            raise ValueError(f"step={number}: must fit into 64 bits")
+        encoded = {}
+        if not isinstance(metadata, Mapping | None):
+            raise TypeError(f"metadata must be a mapping, not a {type(metadata).__name__}")
+        for key, value in (metadata or {}).items():
+            if type(key) is not str:
+                raise TypeError(f"metadata has the key {key!r}: keys must be strings")
+            encoded[key] = values.encode(value, name=f"metadata[{key!r}]")
+        return cls(os.path.abspath(os.fspath(checkpoint_id)), number, encoded)
 
     @property
     def parent(self) -> str:
@@ -40,13 +60,22 @@ class Target:
                 f"checkpoint_id={self.path!r}: the last component must be 1 to 128 of "
                 "A-Z a-z 0-9 . _ - and not start with '.'"
             )
+        if manifest.is_checkpoint(self.parent):
+            raise ValueError(f"checkpoint_id={self.path!r}: {self.parent} is a checkpoint, which holds nothing else")
         # A link to a checkpoint is not one: replacing the link is not what was asked for.
-        replaceable = overwrite and manifest.is_checkpoint(self.path) and not os.path.islink(self.path)
-        if os.path.lexists(self.path) and not replaceable:
+        if os.path.lexists(self.path) and not (overwrite and self._is_replaceable()):
             remedy = (
-                "it is not a checkpoint, so it is not replaced" if overwrite else "pass overwrite=True to replace it"
+                "it is not a checkpoint, or holds other things too, so it is not replaced"
+                if overwrite
+                else "pass overwrite=True to replace it"
             )
             raise FileExistsError(errno.EEXIST, f"target exists; {remedy}", self.path)
+
+    def _is_replaceable(self) -> bool:
+        """A checkpoint, damaged or not, and nothing else: what is replaced is deleted."""
+        if not manifest.is_checkpoint(self.path) or os.path.islink(self.path):
+            return False
+        return all(map(manifest.is_file_of_checkpoint, os.listdir(self.path)))
 
     def make_parents(self) -> None:
         """Makes what is missing above the checkpoint, each entry durable, so that it cannot lose its parents."""

@@ -31,7 +31,6 @@ __all__ = [
     "memory_of",
     "needs_copy",
     "on_host",
-    "storage_key",
     "tie_positions",
 ]
 
@@ -260,9 +259,3 @@ def check_target(name: str, tensor: torch.Tensor) -> None:
 def dtype_names() -> list[str]:
     """Every dtype of the installed torch that can be stored."""
     return sorted(STORED_DTYPES)
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """Equal for tensors that share a storage, DTensors by their local one."""
-    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local.untyped_storage().data_ptr()

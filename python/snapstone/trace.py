@@ -61,11 +61,15 @@ class Trace:
             self._events.append(self._event(stage, f"lane {lane}", begin_ns, end_ns, nbytes))
 
     def close(self) -> None:
-        """Ends the operation: total seconds, and the events appended to the trace file."""
+        """Ends the operation: total seconds, and the events appended to the trace file. Again is nothing."""
+        if "seconds" in self.stats:
+            return
         end_ns = time.monotonic_ns()
         self.stats["seconds"] = (end_ns - self._begin_ns) * 1e-9
         if self.path is not None:
-            self._events.append(self._event(self.kind, "operation", self._begin_ns, end_ns, 0))
+            operation = self._event(self.kind, "operation", self._begin_ns, end_ns, 0)
+            operation["args"] = {"rung": self.stats.get("rung")}
+            self._events.append(operation)
             try:
                 _append(self.path, self._events)
             except OSError as error:  # no reason for this rank to fail what has been done on all

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from . import _native, index
+from . import _native, index, manifest
 from .errors import CheckpointError, CheckpointNotFoundError
 from .progress import Progress
 from .reader import Reader
@@ -67,7 +67,7 @@ def _line(error: CheckpointError) -> str:
 def _strays(reader: Reader) -> list[str]:
     """A checkpoint is immutable: a file that its manifest does not name was put there by somebody else."""
     known = {entry.name for writer in reader.manifest.writers for entry in (writer.index, *writer.data)}
-    known |= {"MANIFEST.json", "MANIFEST.xxh128"}
+    known |= {manifest.MANIFEST_NAME, manifest.DIGEST_NAME, manifest.DCP_MARKER_NAME}
     return [
         f"{os.path.join(reader.path, name)}: not part of the checkpoint"
         for name in sorted(set(os.listdir(reader.path)) - known)

@@ -15,16 +15,14 @@ from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
-
-from . import _native, garbage, index, manifest, plan, state, tensors, values
+from . import _native, garbage, manifest, plan, state, tensors, values
 from .collective import Channel, Deadline, Group
-from .config import PIPELINE_SLOTS, SaveOptions
+from .config import SaveOptions
 from .errors import CheckpointError, RankFailedError
-from .manifest import FileEntry, Manifest
+from .manifest import Manifest
 from .plan import TensorItem
 from .progress import Progress
-from .stall import learn_rates, predict_stall
+from .share import Share
 from .structure import Structure, StructureCache, StructureKeys, describe_all, make_structure
 from .target import Target
 from .tensors import LocalShard
@@ -33,10 +31,6 @@ from .trace import Trace
 __all__ = ["VOTES", "Writer"]
 
 VOTES = ("plan", "assign", "open", "written")  # of one save, in this order; "assign" only for a new structure
-
-_POLL_SECONDS = 0.1
-_DRAIN_SECONDS = 1.0  # after a failure, for requests that the kernel still has
-
 
 _cache = StructureCache()
 _keys = StructureKeys()
@@ -54,7 +48,7 @@ class Writer:
         self.channel = channel
         self.trace = trace
         self.deadline = Deadline(options.timeout_seconds)
-        self._job: Any = None
+        self._share: Share | None = None
         self._staging: Any = None
         self._structure: Structure | None = None
         self._known: dict[str, Structure] = {}
@@ -119,8 +113,17 @@ class Writer:
                 self.save_id, self.deadline, lambda: self.channel.raise_if_failed("written", self.deadline)
             )
             self.rung, _ = _native.choose_rung(self.target.parent)
-        with self.trace.span("plan"), garbage.paused():
-            self._make_job(keep_staged)
+        assert self._structure is not None
+        self._share = Share(
+            self._structure,
+            self._shards,
+            self._staging,
+            self.group.rank,
+            self.rung,
+            self.options,
+            self.trace,
+            keep_staged=keep_staged,
+        )
 
     def _describe(self) -> bytes:
         self._shards = describe_all(self._flattened)
@@ -202,68 +205,34 @@ class Writer:
 
     # Bytes ------------------------------------------------------------------------------------------------------------
 
-    def _make_job(self, keep_staged: bool) -> None:
-        structure = self._structure
-        assert structure is not None
-        self._shards = [tensors.on_host(self._shards[position]) for position in structure.positions]
-        pointers = np.fromiter((shard.tensor.data_ptr() for shard in self._shards), np.uint64, len(self._shards))
-        strided: Any = {}
-        for position, shard in enumerate(self._shards):
-            if not shard.tensor.is_contiguous():
-                memory = tensors.memory_of(shard.tensor)
-                strided[position] = (memory.item_bytes, memory.data_ptr, memory.sizes, memory.stride_bytes)
-        layout = structure.layout
-        slots = min(self.options.host_memory_budget // layout.chunk_bytes, layout.chunk_count)
-        if not keep_staged:
-            slots = min(slots, PIPELINE_SLOTS)
-        self.trace.stats["rung"] = self.rung
-        self.trace.stats["predicted_stall_seconds"] = predict_stall(layout.payload_bytes, slots * layout.chunk_bytes)
-        self._job = _native.SaveJob(
-            layout,
-            pointers,
-            strided,
-            self._staging,
-            data_name(self.group.rank),
-            self.rung,
-            self.options.zstd_level,
-            structure.item_bytes if self.options.zstd_level else [],
-            slots,
-            keep_staged,
-            self.trace.detailed,
-        )
-
     def start(self) -> None:
         if self._error is None:
-            self._job.start()
+            assert self._share is not None
+            self._share.start()
 
     def wait_staged(self) -> None:
         """Returns when the state may change. Errors surface in `finish`."""
-        while self._error is None and not self._job.wait_staged(_POLL_SECONDS):
-            if self.deadline.expired:
-                self._job.cancel()
-                if not self._job.wait_staged(_DRAIN_SECONDS):
-                    self._error = self._too_late()  # the kernel holds on to it
+        if self._error is None:
+            assert self._share is not None
+            if not self._share.wait_staged(self.deadline):
+                self._error = self._too_late()
 
     @property
     def staged(self) -> bool:
-        return bool(self._job is not None and self._job.staged)
+        return self._share is not None and self._share.staged
 
     @property
     def payload_bytes(self) -> int:
         """Of this rank's share."""
         return self._structure.layout.payload_bytes if self._structure else 0
 
-    def _wait_written(self, progress: Progress) -> None:
-        while not self._job.wait(_POLL_SECONDS):
-            progress.at(self._job.bytes_done)
-            if self.deadline.expired:
-                self._job.cancel()
-                raise self._too_late()
+    def _wait_written(self, share: Share, progress: Progress) -> None:
         try:
-            self._job.rethrow()
+            share.wait_written(self.deadline, progress)
         except CancelledError:
             raise self._cancelled() if self._state == "cancelled" else self._too_late() from None
-        progress.at(self._job.bytes_done)
+        except CheckpointError:
+            raise self._too_late() from None
 
     # Vote and commit --------------------------------------------------------------------------------------------------
 
@@ -276,10 +245,9 @@ class Writer:
         try:
             if error is not None:
                 raise error
-            self._wait_written(progress)
-            self.trace.add_job(self._job)
-            learn_rates(self.trace.stats)
-            entry = self._write_index()
+            assert self._share is not None
+            self._wait_written(self._share, progress)
+            entry = self._share.write_index(self.save_id, self.group.world_size, self._objects).to_json()
             with self.trace.span("sync"):
                 self._staging.sync()
             if self.group.rank != 0:
@@ -300,29 +268,6 @@ class Writer:
                 raise
         with self.trace.span("commit"):
             return self._commit([json.loads(vote) for vote in votes])
-
-    def _write_index(self) -> dict[str, Any]:
-        structure = self._structure
-        assert structure is not None
-        table = self._job.chunk_table()
-        data = index.encode(
-            save_id=self.save_id,
-            rank=self.group.rank,
-            world_size=self.group.world_size,
-            files=[data_name(self.group.rank)],
-            chunk_bytes=structure.layout.chunk_bytes,
-            tensors_json=structure.tensors_json,
-            objects=self._objects,
-            table=table,
-        )
-        name = f"rank-{self.group.rank:05d}.index"
-        with self.trace.span("sync", len(data)):
-            self._staging.write_file(name, data)
-        return manifest.Writer(
-            self.group.rank,
-            FileEntry(name, len(data), _native.digest_hex(data)),
-            (FileEntry(data_name(self.group.rank), self._job.file_bytes, _native.digest_hex(table)),),
-        ).to_json()
 
     def _commit(self, entries: list[Any]) -> Manifest:
         document = Manifest(
@@ -419,9 +364,9 @@ class Writer:
             if self._state == "committing":
                 return False
             self._state = "cancelled"
-        job = self._job
-        if job is not None:
-            job.cancel()
+        share = self._share
+        if share is not None:
+            share.cancel()
         return True
 
     def close(self, error: BaseException | None) -> None:
@@ -430,24 +375,21 @@ class Writer:
         """
         if error is not None:
             self.channel.abort(VOTES, error)
-        job, self._job = self._job, None
-        if job is not None and not job.finished:
-            job.cancel()
-            if not job.wait(_DRAIN_SECONDS):
-                _orphans.append((job, self._shards))  # the kernel still holds its buffers: neither may be freed
-        _orphans[:] = [orphan for orphan in _orphans if not orphan[0].finished]
+        share, self._share = self._share, None
+        if share is not None:
+            share.close()
         self._shards = []
         self._flattened = state.Flattened()
-        if error is not None and self.group.rank == 0 and self._staging is not None:
-            self._staging.discard()
+        if self._staging is not None:
+            if error is not None and self.group.rank == 0:
+                self._staging.discard()
+            self._staging.close()
         self._staging = None
         self.channel.close()
+        self.trace.close()
 
     def _vote(self, label: str, error: BaseException | None, payload: bytes) -> list[bytes]:
         return self.channel.vote(label, error, payload, self.deadline)
-
-
-_orphans: list[Any] = []
 
 
 def _json(value: Any) -> bytes:
@@ -457,10 +399,6 @@ def _json(value: Any) -> bytes:
 def _item(row: list[Any]) -> TensorItem:
     name, dtype, shape, offsets, sizes, nbytes = row
     return TensorItem(name, dtype, tuple(shape), tuple(offsets), tuple(sizes), nbytes)
-
-
-def data_name(rank: int) -> str:
-    return f"rank-{rank:05d}.data"
 
 
 def encode_objects(flattened: state.Flattened, allow_pickle: bool) -> dict[str, Any]:

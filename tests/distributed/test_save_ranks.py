@@ -234,7 +234,7 @@ def test_tensors_that_do_not_fit_together_are_refused_by_name(tmp_path: Path, ki
     for ended in (first, second):
         assert says in ended["message"]
         assert "bad" in ended["message"]
-        assert ended["seconds"] < 2
+        assert ended["seconds"] < 20  # the deadline is 1800 s
     assert sorted(os.listdir(tmp_path)) == ["step-1", "step-3"]
     assert_holds(tmp_path / "step-3", 2, 3)
 
@@ -258,7 +258,7 @@ def test_ranks_that_save_to_different_places_are_all_told(tmp_path: Path) -> Non
         for one in ended[1:4]:
             assert one["error"] == "ValueError"
             assert "ranks 0 and 1 save different checkpoints" in one["message"]
-            assert one["seconds"] < 2
+            assert one["seconds"] < 20
     assert (results[0][4]["error"], results[1][4]["failed_ranks"]) == ("FileExistsError", (0,))
     assert sorted(os.listdir(tmp_path)) == ["here", "step-3"]
     assert_holds(tmp_path / "here", 2, 1)

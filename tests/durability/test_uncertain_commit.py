@@ -88,3 +88,19 @@ def test_a_lock_that_cannot_be_had_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="flock"):
         save(tmp_path / "step-1", 1.0)
     assert not (tmp_path / "step-1").exists()
+
+
+def test_every_removal_of_leftovers_has_a_sync_of_its_own(tmp_path: Path) -> None:
+    """What one sync vouched for may have been swapped for something else by the time of the next removal."""
+    leftovers = []
+    for digit in "ab":
+        leftover = tmp_path / f".staging-{digit * 32}"
+        leftover.mkdir()
+        leftover.joinpath("OWNER").write_text(f"{_native.boot_id()}\n")
+        leftovers.append(leftover.name)
+    _native.fault_arm("fsync:2:errno=EIO")
+    try:
+        assert _native.reap(str(tmp_path)) == leftovers[:1]
+    finally:
+        _native.fault_disarm()
+    assert _native.reap(str(tmp_path)) == leftovers[1:]

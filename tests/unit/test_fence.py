@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from snapstone.fence import OptimizerFence
+from snapstone.state import Flattened
 
 
 def snapshot(optimizer: optim.Optimizer, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -31,11 +33,22 @@ def test_detached_parameters_are_left_to_the_fence() -> None:
     assert all(taken[name] is state[name] for name in state)
 
 
+def flattened(optimizer: optim.Optimizer, state: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    """As for a state with more than plain dicts in it, such as the OrderedDict of a module."""
+    fence = OptimizerFence.of(optimizer)
+    assert fence is not None
+    taken = fence.snapshot(OrderedDict(state))
+    assert isinstance(taken, Flattened)
+    return taken.tensors
+
+
 OTHER_MEMORY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "a copy": lambda flat: flat[:64].clone(),
     "more than the parameter, from the same address": lambda flat: flat,
     "a neighbour in the same storage": lambda flat: flat[64:],
     "nothing": lambda flat: flat[:0],
+    "interleaved with it": lambda flat: flat[1::2],
+    "as many bytes from the same address, in other places": lambda flat: flat[::2],
 }
 
 
@@ -46,9 +59,21 @@ def test_what_only_looks_like_a_parameter_is_copied(kind: str) -> None:
     volatile = OTHER_MEMORY[kind](flat)
     before = volatile.clone()
     taken = snapshot(optim.SGD([parameter]), {"volatile": volatile, "parameter": parameter})
+    also_taken = flattened(optim.SGD([parameter]), {"volatile": volatile, "parameter": parameter.detach()})
     volatile.fill_(-1)
     assert torch.equal(taken["volatile"], before)
+    assert torch.equal(also_taken["volatile"], before)
     assert taken["parameter"] is parameter
+    assert also_taken["parameter"].data_ptr() == parameter.data_ptr()
+
+
+def test_a_contiguous_tensor_over_a_strided_parameter_is_copied() -> None:
+    base = torch.zeros(64)
+    parameter = nn.Parameter(base[::2])
+    state = {"parameter": parameter, "head": base[:32]}
+    taken = snapshot(optim.SGD([parameter]), state), flattened(optim.SGD([parameter]), state)
+    base[1::2] = 7
+    assert [one["head"].sum().item() for one in taken] == [0, 0]
 
 
 @pytest.fixture

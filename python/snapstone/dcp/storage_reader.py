@@ -1,0 +1,166 @@
+"""StorageReader: what `dcp.load` reads through."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader as StorageReaderInterface
+from torch.futures import Future
+
+from .. import manifest, tensors
+from ..config import seconds_of
+from ..plan import TensorItem
+from ..reader import Reader
+from ..tensors import LocalShard
+from .metadata import metadata_of, stream_of
+from .stock import StockReader, is_stock
+from .storage_writer import rank_directory
+
+__all__ = ["StorageReader"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    request: ReadItem
+    tensor: torch.Tensor  # the planner's
+
+
+class StorageReader(StorageReaderInterface):
+    """Reads a checkpoint of snapstone's format in a `dcp.load`: verified, only the chunks that overlap what this rank
+    needs, no pickle. A checkpoint of the stock writer is read too, see `StockReader`.
+
+    Args:
+        path: the checkpoint; `checkpoint_id` of a load takes its place.
+        cast: convert where the saved dtype differs from the target's, as stock does silently. False refuses.
+        verify: check the digest of every chunk that is read.
+        allow_pickle: load values that were saved with `allow_pickle=True`, or as streams of `torch.save` that need
+            `weights_only=False`. They can run code.
+        timeout: seconds for the reads of one load (SNAPSTONE_TIMEOUT, 1800 s).
+
+    Raises:
+        CheckpointError and its subclasses, OSError: from the load, inside the CheckpointException that DCP raises on
+            every rank.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] = "",
+        *,
+        cast: bool = True,
+        verify: bool = True,
+        allow_pickle: bool = False,
+        timeout: timedelta | float | None = None,
+    ) -> None:
+        super().__init__()
+        self.path: str | os.PathLike[str] = path
+        self.load_id = uuid.uuid4().hex
+        self.rank: int | None = None
+        self.use_collectives = True
+        self.cast = cast
+        self.verify = verify
+        self.allow_pickle = allow_pickle
+        self.timeout_seconds = seconds_of(timeout)
+        self._reader: Reader | None = None
+        self._stock: StockReader | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_reader": None, "_stock": None}
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether it is a path of a mounted file system; what stands there is seen when it is read."""
+        return "://" not in str(checkpoint_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id:
+            self.path = checkpoint_id
+        self._reader = self._stock = None
+        self.load_id = uuid.uuid4().hex
+
+    # The literal names `kwargs` are how DCP tells that a reader knows saves without collectives and wants its rank.
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path, rank = os.path.abspath(os.fspath(self.path)), kwargs.get("rank")
+        if rank is not None and os.path.isdir(os.path.join(path, rank_directory(rank))):
+            path = os.path.join(path, rank_directory(rank))
+        if is_stock(path, rank) and not manifest.is_checkpoint(path):
+            self._stock = StockReader(path, allow_pickle=self.allow_pickle)
+            self._stock.load_id = self.load_id
+            return self._stock.read_metadata(**kwargs)
+        # With a rank DCP asks once more after a failure: where that rank has no checkpoint of its own, fail as before.
+        reader = self._reader = Reader(path)
+        meta = StorageMeta(checkpoint_id=self.path, save_id=reader.manifest.save_id, load_id=self.load_id)
+        return metadata_of(reader, 0, meta)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self.rank = kwargs.get("rank")
+        self.use_collectives = kwargs.get("use_collectives", True)
+        if self._stock is not None:
+            self._stock.set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        elif self._reader is None:
+            self.read_metadata(**({} if self.use_collectives else {"rank": self.rank}))
+        self._metadata = metadata
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        if self._stock is not None:
+            return self._stock.read_data(plan, planner)
+        reader = self._reader
+        assert reader is not None
+        wanted = [
+            _Wanted(item, planner.resolve_tensor(item).detach())
+            for item in plan.items
+            if item.type is LoadItemType.TENSOR
+        ]
+        reader.fill(
+            [self._target(one) for one in wanted],
+            cast=self.cast,
+            verify=self.verify,
+            timeout_seconds=self.timeout_seconds,
+        )
+        for one in wanted:
+            planner.commit_tensor(one.request, one.tensor)
+        self._read_values(reader, plan, planner)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _read_values(self, reader: Reader, plan: LoadPlan, planner: LoadPlanner) -> None:
+        items = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
+        if not items:
+            return
+        objects = reader.objects(self.rank or 0)
+        for item in items:
+            _, encoded = objects[item.storage_index.fqn]
+            planner.load_bytes(item, stream_of(encoded, allow_pickle=self.allow_pickle))
+
+    def _target(self, wanted: _Wanted) -> LocalShard:
+        """A request counts from the start of a saved shard, which its storage index names."""
+        request, tensor = wanted.request, wanted.tensor
+        name = request.storage_index.fqn
+        if tuple(tensor.shape) != tuple(request.lengths):
+            raise ValueError(
+                f"req {request.storage_index} mismatch sizes {tuple(tensor.shape)} vs {tuple(request.lengths)}"
+            )
+        entry = cast(TensorStorageMetadata, self._metadata.state_dict_metadata[name])
+        start = request.storage_index.offset or (0,) * len(entry.size)
+        offsets = tuple(a + b for a, b in zip(start, request.storage_offsets, strict=True))
+        dtype = tensors.dtype_name(tensor.dtype, name)
+        return LocalShard(
+            TensorItem(name, dtype, tuple(entry.size), offsets, tuple(request.lengths), tensor.nbytes), tensor
+        )

@@ -1,0 +1,364 @@
+"""StorageWriter: what `dcp.save` and `dcp.async_save` write through."""
+
+from __future__ import annotations
+
+import io
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystem, SerializationFormat
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter as StorageWriterInterface
+from torch.futures import Future
+
+from .. import _native, garbage, manifest, state, tensors, values
+from ..collective import Deadline
+from ..config import SaveOptions
+from ..manifest import Manifest
+from ..plan import TensorItem
+from ..progress import Progress
+from ..share import Share
+from ..structure import StructureCache, StructureKeys, make_structure
+from ..target import Target
+from ..tensors import LocalShard
+from ..trace import Trace
+from .metadata import VERSION, value_of_stream
+from .rendezvous import Note
+
+__all__ = ["StorageWriter"]
+
+_MARKER = b"This checkpoint is in snapstone's format. Load it with snapstone.dcp.StorageReader.\n"
+
+_cache = StructureCache()
+_keys = StructureKeys()
+
+
+@dataclass(slots=True)
+class _Saving:
+    """One save from `prepare_global_plan` (on the coordinator) or `write_data` (elsewhere) to its end."""
+
+    target: Target
+    deadline: Deadline
+    note: Note
+    staging: Any
+    leads: bool
+
+    def discard(self) -> None:
+        if self.leads:
+            self.staging.discard()
+            self.note.remove(self.target)
+        self.staging.close()
+
+
+class StorageWriter(StorageWriterInterface):
+    """Writes a snapstone checkpoint from a `dcp.save`: one directory, atomic, durable and checked, in the format that
+    `snapstone.load` and `Checkpoint.open` read.
+
+    Args:
+        path: the directory that the checkpoint becomes; `checkpoint_id` of a save takes its place.
+        overwrite: replace an existing checkpoint, which stays intact until the new one is committed. Stock's default.
+        codec, allow_pickle, host_memory_budget, timeout: as in `snapstone.save`. `timeout` bounds the writer's own
+            waits; DCP's collectives have the process group's.
+        step, metadata: for the manifest.
+        single_file_per_rank, sync_files, thread_count, per_thread_copy_ahead, cache_staged_state_dict: accepted for
+            compatibility and without effect: files are always one per rank and synced, threads are the engine's.
+
+    Raises:
+        ValueError: `_extensions` or another serialization format, which change bytes that snapstone does not write.
+        RuntimeError("Checkpoint already exists ..."): from the save, with overwrite=False.
+        CheckpointError, OSError: from the save, inside the CheckpointException that DCP raises on every rank.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] = "",
+        single_file_per_rank: bool = True,
+        sync_files: bool = True,
+        thread_count: int = 1,
+        per_thread_copy_ahead: int = 10_000_000,
+        cache_staged_state_dict: bool = False,
+        overwrite: bool = True,
+        _extensions: Sequence[Any] | None = None,
+        serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
+        *,
+        codec: str | None = None,
+        allow_pickle: bool = False,
+        host_memory_budget: int | None = None,
+        timeout: timedelta | float | None = None,
+        step: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if _extensions or serialization_format is not SerializationFormat.TORCH_SAVE:
+            raise ValueError(
+                "snapstone has a format of its own: use codec= instead of _extensions, and no other format"
+            )
+        self.path: str | os.PathLike[str] = path
+        self.single_file_per_rank = single_file_per_rank
+        self.sync_files = sync_files
+        self.thread_count = thread_count
+        self.per_thread_copy_ahead = per_thread_copy_ahead
+        self.cache_staged_state_dict = cache_staged_state_dict
+        self.overwrite = overwrite
+        self.fs = FileSystem()
+        self.save_id = uuid.uuid4().hex
+        self.rank: int | None = None
+        self.use_collectives = True
+        self.is_coordinator = True
+        self.step = step
+        self.metadata = metadata
+        self.codec = codec
+        self.allow_pickle = allow_pickle
+        self.host_memory_budget = host_memory_budget
+        self.timeout = timeout
+        self._save_id_used = False
+        self._saving: _Saving | None = None
+        self._options()  # a wrong option fails here, not in the first save
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the process executor: a save in flight belongs to the process that began it."""
+        return self.__dict__ | {"_saving": None}
+
+    def __del__(self) -> None:
+        if getattr(self, "_saving", None) is not None:
+            self._abandon()
+
+    def _options(self) -> SaveOptions:
+        return SaveOptions.of(
+            overwrite=self.overwrite,
+            codec=self.codec,
+            allow_pickle=self.allow_pickle,
+            host_memory_budget=self.host_memory_budget,
+            timeout=self.timeout,
+        )
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether a checkpoint can be written there: a path of a mounted file system with a writable parent."""
+        if "://" in str(checkpoint_id):
+            return False
+        path = os.path.abspath(os.fspath(checkpoint_id))
+        while not os.path.lexists(path):
+            path = os.path.dirname(path)
+        return os.path.isdir(path) and os.access(path, os.W_OK)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=self.path, save_id=self.save_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self._abandon()
+        if checkpoint_id:
+            self.path = checkpoint_id
+        self._new_save_id()
+
+    def _new_save_id(self) -> None:
+        self.save_id = uuid.uuid4().hex
+        self._save_id_used = False
+
+    def _abandon(self) -> None:
+        """Lets go of a save that DCP ended without calling `finish`: another rank failed."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.discard()
+
+    # The literal name `kwargs` is how DCP tells that a writer wants to know its rank.
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._abandon()
+        self.is_coordinator = is_coordinator
+        self.rank = kwargs.get("rank")
+        self.use_collectives = kwargs.get("use_collectives", True)
+
+    def _target(self) -> Target:
+        path = os.path.abspath(os.fspath(self.path))
+        if not self.use_collectives:
+            path = os.path.join(path, rank_directory(self.rank or 0))
+        return Target.of(path, self.step, self.metadata)
+
+    @property
+    def _leads(self) -> bool:
+        return self.is_coordinator or not self.use_collectives
+
+    # Planning ---------------------------------------------------------------------------------------------------------
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        if manifest.is_checkpoint(self._target().path) and not self.overwrite:
+            raise RuntimeError(f"Checkpoint already exists and {self.overwrite=}.")
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Makes the staging directory. The plans pass unchanged: the layout of a file is its rank's own business."""
+        target = self._target()
+        target.check(overwrite=self.overwrite)
+        target.make_parents()
+        _native.reap(target.parent)
+        if self._save_id_used:
+            self._new_save_id()
+        self._save_id_used = True
+        # Ranks on other hosts may write here, whose boots are not known: to a reaper the owners are strangers then.
+        boots = [_native.boot_id()] if len(plans) == 1 else [_native.boot_id(), str(uuid.UUID(int=0))]
+        staging = _native.Staging.create(target.parent, self.save_id, boots)
+        note = Note(self.save_id, len(plans))
+        self._saving = _Saving(target, self._deadline(), note, staging, leads=True)
+        if len(plans) > 1:
+            note.leave(target)
+        return plans
+
+    def _deadline(self) -> Deadline:
+        return Deadline(self._options().timeout_seconds)
+
+    # Bytes ------------------------------------------------------------------------------------------------------------
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[Any]]:
+        saving = self._saving or self._join()
+        try:
+            result = self._write(saving, plan, planner)
+        except BaseException:
+            # The others still write into the staging directory, and must fail with this error and none of their own:
+            # it goes with the next use of this writer, or with the writer.
+            if saving.note.world_size == 1:
+                self._abandon()
+            raise
+        finally:
+            if not saving.leads:
+                saving.staging.close()
+        future: Future[list[Any]] = Future()
+        future.set_result([result])
+        return future
+
+    def _join(self) -> _Saving:
+        target, deadline = self._target(), self._deadline()
+        note, staging = Note.follow(target, deadline)
+        self.save_id, self._save_id_used = note.save_id, True
+        return _Saving(target, deadline, note, staging, leads=False)
+
+    def _write(self, saving: _Saving, plan: SavePlan, planner: SavePlanner) -> dict[str, Any]:
+        rank = (self.rank or 0) if self.use_collectives else 0
+        options = self._options()
+        trace = Trace("save", rank, saving.note.world_size)
+        with trace.span("plan"), garbage.paused():
+            taken = _Taken.of(plan, planner)
+            objects = {
+                name: {
+                    "path": state.encode_path(taken.paths[name]),
+                    "value": values.encode(value, name=name, allow_pickle=self.allow_pickle),
+                }
+                for name, value in taken.objects.items()
+            }
+            ties = tensors.tie_positions(taken.shards)
+            key = _keys.of(taken.shards, taken.paths, ties, options.chunk_bytes)
+            structure = _cache.known(rank).get(key)
+            if structure is None:
+                items = [shard.item for shard in taken.shards]
+                structure = make_structure(
+                    items, taken.paths, ties, list(range(len(items))), sum(i.nbytes for i in items), options.chunk_bytes
+                )
+            _cache.put(rank, key, structure)
+        rung, _ = _native.choose_rung(saving.target.parent)
+        share = Share(structure, taken.shards, saving.staging, rank, rung, options, trace, keep_staged=False)
+        try:
+            share.start()
+            share.wait_written(saving.deadline, Progress(False, "save", 0))
+            entry = share.write_index(saving.note.save_id, saving.note.world_size, objects)
+            saving.staging.sync()
+        finally:
+            share.close()
+            trace.close()
+        return {"writer": entry.to_json(), "nbytes": structure.payload_bytes}
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        saving = self._saving
+        assert saving is not None
+        entries = [entry for (entry,) in results]
+        document = Manifest(
+            save_id=saving.note.save_id,
+            step=saving.target.step,
+            world_size=len(entries),
+            nbytes=sum(entry["nbytes"] for entry in entries),
+            writers=tuple(manifest.writer_of(entry["writer"]) for entry in entries),
+            metadata=saving.target.metadata,
+            environment={},
+        )
+        try:
+            saving.staging.write_file(manifest.DCP_MARKER_NAME, _MARKER)
+            data = document.to_bytes()
+            saving.staging.commit(data, manifest.digest_line(data), saving.target.name, self.overwrite)
+            saving.note.remove(saving.target)
+        except BaseException:
+            self._abandon()
+            raise
+        saving.staging.close()
+        self._saving = None
+        metadata.version = VERSION
+        metadata.storage_data = {}
+        metadata.storage_meta = self.storage_meta()
+
+
+def rank_directory(rank: int) -> str:
+    """Where rank `rank` saves under the checkpoint's path when DCP runs without collectives."""
+    return f"rank-{rank:05d}"
+
+
+@dataclass(slots=True)
+class _Taken:
+    """What a plan's items resolve to."""
+
+    shards: list[LocalShard]
+    objects: dict[str, Any]
+    paths: dict[str, state.LeafPath]
+
+    @classmethod
+    def of(cls, plan: SavePlan, planner: SavePlanner) -> _Taken:
+        mappings: Mapping[str, tuple[Any, ...]] = getattr(planner, "mappings", None) or plan.planner_data or {}
+        taken = cls([], {}, {})
+        for item in plan.items:
+            name = item.index.fqn
+            taken.paths[name] = tuple(mappings.get(name, (name,)))
+            if item.type is WriteItemType.BYTE_IO:
+                taken.objects[name] = _value(item, planner)
+            else:
+                taken.shards.append(tensors.on_host(_shard(item, planner)))
+        return taken
+
+
+def _value(item: WriteItem, planner: SavePlanner) -> Any:
+    look_up = getattr(planner, "lookup_object", None)
+    if look_up is not None:
+        value = look_up(item.index)
+        if not isinstance(value, io.BytesIO):
+            return value
+    stream = planner.resolve_data(item)
+    assert isinstance(stream, io.BytesIO)
+    return value_of_stream(stream)
+
+
+def _shard(item: WriteItem, planner: SavePlanner) -> LocalShard:
+    tensor = planner.resolve_data(item)
+    assert isinstance(tensor, torch.Tensor)
+    assert item.tensor_data is not None
+    chunk = item.tensor_data.chunk
+    tensor = tensor.detach()
+    if tuple(tensor.shape) != tuple(chunk.sizes):
+        raise ValueError(f"{item.index.fqn}: planned with sizes {list(chunk.sizes)}, is {list(tensor.shape)}")
+    # Of the tensor, not of the plan: cached plans keep the dtype of an earlier save.
+    dtype = tensors.dtype_name(tensor.dtype, item.index.fqn)
+    return LocalShard(
+        TensorItem(
+            item.index.fqn,
+            dtype,
+            tuple(item.tensor_data.size),
+            tuple(chunk.offsets),
+            tuple(chunk.sizes),
+            tensor.numel() * tensor.dtype.itemsize,
+        ),
+        tensor,
+    )

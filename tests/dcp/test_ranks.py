@@ -1,0 +1,144 @@
+"""Several ranks through `dcp.save` and `dcp.load` with the engine's storage: one checkpoint, or an error everywhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import snapstone as ss
+from distributed.ranks import run_ranks, values
+from snapstone import _native
+from snapstone.dcp import StorageReader, StorageWriter, installed
+
+
+def full(number: int) -> torch.Tensor:
+    return torch.arange(7 * 6, dtype=torch.float32).reshape(7, 6) + number
+
+
+def state(number: int, placement: Any) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {
+        "model": {
+            "sharded": distribute_tensor(full(number), mesh, [placement]),
+            "replicated": distribute_tensor(full(number + 100), mesh, [Replicate()]),
+            "plain": full(number + 200),
+        },
+        "step": number,
+    }
+
+
+def assert_is(found: dict[str, Any], number: int) -> None:
+    model = found["model"]
+    assert torch.equal(model["sharded"].full_tensor(), full(number))
+    assert torch.equal(model["replicated"].to_local(), full(number + 100))
+    assert torch.equal(model["plain"], full(number + 200))
+    assert found["step"] == number
+
+
+def _save(rank: int, run: Path) -> str:
+    writer = StorageWriter(run / "c")
+    for number in range(3):  # without reset; the planner replays its cached plans
+        planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
+        dcp.save(state(number, Shard(0)), storage_writer=writer, planner=planner)
+    return writer.save_id
+
+
+def _load(rank: int, run: Path) -> bool:
+    for placement in (Shard(0), Shard(1)):
+        through_dcp = state(50, placement)
+        dcp.load(through_dcp, storage_reader=StorageReader(run / "c"))
+        assert_is(through_dcp, 2)
+        through_engine = state(50, placement)
+        ss.load(through_engine, checkpoint_id=run / "c")
+        assert_is(through_engine, 2)
+    return True
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (4, 2), (3, 1)])
+def test_saved_on_some_ranks_and_loaded_on_others(tmp_path: Path, before: int, after: int) -> None:
+    save_ids = set(values(run_ranks(before, _save, tmp_path)))
+    assert save_ids == {ss.Checkpoint.open(tmp_path / "c").save_id}
+    assert ss.verify(tmp_path / "c")
+    assert os.listdir(tmp_path) == ["c"]
+    assert values(run_ranks(after, _load, tmp_path)) == [True] * after
+
+
+def _fail(rank: int, run: Path, failing: int, rule: str) -> list[int]:
+    writer = StorageWriter(run / "c")
+    dcp.save(state(1, Shard(0)), storage_writer=writer)
+    if rank == failing:
+        _native.fault_arm(rule)
+    try:
+        dcp.save(state(2, Shard(0)), storage_writer=writer)
+    except CheckpointException as error:
+        failed = sorted(error.failures)
+    else:
+        failed = []
+    _native.fault_disarm()
+    kept = state(50, Shard(0))
+    dcp.load(kept, storage_reader=StorageReader(run / "c"))
+    assert_is(kept, 1)
+    dist.barrier()
+    dcp.save(state(3, Shard(0)), storage_writer=writer)
+    return failed
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("rule", ["fallocate:1:errno=ENOSPC", "fsync:1+:errno=EIO"])
+def test_a_rank_that_cannot_write_fails_the_save_everywhere(tmp_path: Path, failing: int, rule: str) -> None:
+    assert values(run_ranks(2, _fail, tmp_path, failing, rule)) == [[failing]] * 2
+    assert ss.Checkpoint.open(tmp_path / "c").state_dict()["step"] == 3
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def _subgroup(rank: int, run: Path) -> bool:
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = groups[rank // 2]
+    tensors = {f"rank-{rank}": torch.full((5,), float(rank)), "common": torch.ones(3)}
+    dcp.save(tensors, storage_writer=StorageWriter(run / f"group-{rank // 2}"), process_group=mine)
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    dcp.load(loaded, storage_reader=StorageReader(run / f"group-{rank // 2}"), process_group=mine)
+    return all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_subgroups_save_side_by_side(tmp_path: Path) -> None:
+    assert values(run_ranks(4, _subgroup, tmp_path)) == [True] * 4
+    assert sorted(os.listdir(tmp_path)) == ["group-0", "group-1"]
+
+
+def _alone(rank: int, run: Path) -> bool:
+    tensors = {"mine": torch.full((5,), float(rank))}
+    dcp.save(tensors, storage_writer=StorageWriter(run / "c"), use_collectives=False)
+    loaded = {"mine": torch.zeros(5)}
+    dcp.load(loaded, storage_reader=StorageReader(run / "c"))
+    return torch.equal(loaded["mine"], tensors["mine"])
+
+
+def test_without_collectives_every_rank_has_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    assert values(run_ranks(2, _alone, tmp_path)) == [True] * 2
+    assert sorted(os.listdir(tmp_path / "c")) == ["rank-00000", "rank-00001"]
+
+
+def _bare(rank: int, run: Path) -> bool:
+    with installed():
+        training = state(7, Shard(0))
+        future = dcp.async_save(training, checkpoint_id=run / "c")
+        training["model"]["plain"] += 1
+        future.result()
+        loaded = state(50, Shard(0))
+        dcp.load(loaded, checkpoint_id=run / "c")
+    assert_is(loaded, 7)
+    return True
+
+
+def test_bare_asynchronous_calls(tmp_path: Path) -> None:
+    assert values(run_ranks(2, _bare, tmp_path)) == [True] * 2

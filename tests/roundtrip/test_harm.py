@@ -1,0 +1,115 @@
+"""What a save must not do to others: to things in its way, to the trainer's memory, to forked children."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn, optim
+
+import snapstone as ss
+from snapstone import _native
+
+
+def test_a_directory_that_holds_more_than_a_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+    ss.save({"t": torch.ones(1)}, checkpoint_id=tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("only copy")
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "MANIFEST.json").write_text("{}")
+    (foreign / "only_copy.txt").write_text("x")
+    for path in (tmp_path / "run", foreign):
+        before = sorted(os.listdir(path))
+        with pytest.raises(FileExistsError, match="holds other things"):
+            ss.save({"t": torch.zeros(1)}, checkpoint_id=path, overwrite=True)
+        assert sorted(os.listdir(path)) == before
+
+
+def test_nothing_is_saved_into_a_checkpoint(tmp_path: Path) -> None:
+    ss.save({"t": torch.ones(1)}, checkpoint_id=tmp_path / "run")
+    with pytest.raises(ValueError, match="is a checkpoint, which holds nothing else"):
+        ss.save({"t": torch.ones(1)}, checkpoint_id=tmp_path / "run" / "step-1")
+    assert ss.verify(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_can_be_replaced(tmp_path: Path) -> None:
+    ss.save({"t": torch.ones(1)}, checkpoint_id=tmp_path / "c")
+    (tmp_path / "c" / "MANIFEST.json").write_text("{")
+    ss.save({"t": torch.zeros(1)}, checkpoint_id=tmp_path / "c", overwrite=True)
+    assert ss.Checkpoint.open(tmp_path / "c").get_tensor("t").item() == 0
+
+
+@pytest.fixture
+def slow_writes() -> Iterator[None]:
+    _native.fault_arm("uring_write:1+:delay=20;pwrite:1+:delay=20")
+    yield
+    _native.fault_disarm()
+
+
+@pytest.mark.usefixtures("slow_writes")
+def test_memory_that_the_trainer_swaps_out_is_kept_until_it_is_copied(tmp_path: Path) -> None:
+    parameters = [nn.Parameter(torch.full((1 << 20,), float(number))) for number in range(24)]
+    optimizer = optim.SGD(parameters, lr=1.0)
+    state = {"m": {str(number): parameter for number, parameter in enumerate(parameters)}}
+    handle = ss.async_save(state, checkpoint_id=tmp_path / "c", fence=optimizer, host_memory_budget=8 << 20)
+    while handle.stats.get("predicted_stall_seconds", "unset") == "unset" and not handle.done():
+        pass  # until the addresses have been taken
+    for parameter in parameters:
+        parameter.data = torch.empty(0)
+    handle.result(60)
+    opened = ss.Checkpoint.open(tmp_path / "c")
+    stored = [opened.get_tensor(f"m.{number}") for number in range(len(parameters))]
+    assert all((tensor == number).all() for number, tensor in enumerate(stored))
+
+
+def test_failed_saves_keep_no_descriptors_without_the_collector(tmp_path: Path) -> None:
+    ss.save({"t": torch.ones(1)}, checkpoint_id=tmp_path / "warm")
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            _native.fault_arm("fsync:1:errno=EIO")
+            with pytest.raises(OSError, match="fsync"):
+                ss.save({"t": torch.ones(1)}, checkpoint_id=tmp_path / "c")
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        _native.fault_disarm()
+        gc.enable()
+
+
+def test_a_step_after_an_interrupted_call_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = optim.SGD([parameter])
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ss.async_save({"w": parameter}, checkpoint_id=tmp_path / "c", fence=optimizer)
+    optimizer.step()
+    ss.wait(5)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("slow_writes")
+def test_a_forked_child_waits_for_nothing(tmp_path: Path) -> None:
+    parameter = nn.Parameter(torch.ones(8 << 20))
+    optimizer = optim.SGD([parameter])
+    handle = ss.async_save({"w": parameter}, checkpoint_id=tmp_path / "c", fence=optimizer, host_memory_budget=8 << 20)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        optimizer.step()
+        ss.wait(0)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    handle.result(60)
+    assert (ss.Checkpoint.open(tmp_path / "c").get_tensor("w") == 1).all()
