@@ -45,8 +45,7 @@ class StorageReader(StorageReaderInterface):
         timeout: seconds for the reads of one load (SNAPSTONE_TIMEOUT, 1800 s).
 
     Raises:
-        CheckpointError and its subclasses, OSError: from the load, inside the CheckpointException that DCP raises on
-            every rank.
+        CheckpointError, OSError: from the load, inside the CheckpointException that DCP raises on every rank.
     """
 
     def __init__(
