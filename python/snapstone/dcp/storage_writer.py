@@ -71,7 +71,7 @@ class StorageWriter(StorageWriterInterface):
 
     Raises:
         ValueError: `_extensions` or another serialization format, which change bytes that snapstone does not write.
-        RuntimeError("Checkpoint already exists ..."): from the save, with overwrite=False.
+        RuntimeError: from the save, "Checkpoint already exists", with overwrite=False.
         CheckpointError, OSError: from the save, inside the CheckpointException that DCP raises on every rank.
     """
 
