@@ -22,6 +22,7 @@ cmake --build "$directory"
 
 # ThreadSanitizer maps its shadow at fixed addresses, which some kernels' address randomisation collides with.
 runner=()
+export TSAN_OPTIONS="suppressions=$PWD/tests/native/thread_sanitizer.supp ${TSAN_OPTIONS:-}"
 if [[ $sanitize == thread ]] && setarch "$(uname -m)" -R true 2>/dev/null; then
   runner=(setarch "$(uname -m)" -R)
 fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from typing import Any, NoReturn
@@ -37,8 +38,12 @@ class _Commands(click.Group):
 def _fail(error: BaseException) -> NoReturn:
     if os.environ.get("SNAPSTONE_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error, file=sys.stderr)
-    print(f"snapstone: {printable(message_of(error))}", file=sys.stderr)
+    print(_line(error), end="", file=sys.stderr)
     raise SystemExit(code_of(error))
+
+
+def _line(error: BaseException) -> str:
+    return f"snapstone: {printable(message_of(error))}\n"
 
 
 @click.group(
@@ -65,8 +70,19 @@ for _command in (ls, info, verify, diff, doctor, completion):
     cli.add_command(_command)
 
 
+def _interrupt(signal_number: int, frame: object) -> NoReturn:
+    """An exception inside the first import of torch, which takes a second, would end in its C++ code as an abort."""
+    torch = sys.modules.get("torch")
+    if torch is not None and getattr(torch.__spec__, "_initializing", False):
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _line(KeyboardInterrupt()).encode())
+        os._exit(code_of(KeyboardInterrupt()))
+    raise KeyboardInterrupt
+
+
 def main() -> NoReturn:
     """The console entry point."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     # An undecodable or unencodable character must not end a listing; names are escaped, so this concerns paths.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -139,6 +139,27 @@ def test_ctrl_c_ends_a_verify_at_once(saved_run: Path) -> None:
     assert (process.returncode, errors) == (130, "snapstone: interrupted\n")
 
 
+def test_ctrl_c_while_torch_starts_is_an_interruption(saved_run: Path) -> None:
+    """Twelve moments over the first import of torch, from the mapping of its library on."""
+    for number in range(12):
+        process = subprocess.Popen(
+            [*COMMAND, "verify", str(saved_run)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        try:
+            while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+                time.sleep(0.002)
+            time.sleep(number * 0.04)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+        assert (process.returncode, errors) == (130, "snapstone: interrupted\n"), number
+
+
 def has_open(pid: int, path: Path) -> bool:
     try:
         return any(os.readlink(entry.path) == str(path) for entry in os.scandir(f"/proc/{pid}/fd"))
