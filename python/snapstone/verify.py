@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,14 +32,17 @@ class VerifyReport:
 
 
 def verify(
-    path: str | os.PathLike[str], *, level: Literal["quick", "full"] = "full", progress: bool = False
+    path: str | os.PathLike[str],
+    *,
+    level: Literal["quick", "full"] = "full",
+    progress: bool | Callable[[int, int], None] = False,
 ) -> VerifyReport:
     """Checks the checkpoint at `path` and reports everything that is wrong.
 
     Args:
         level: "quick" checks manifest, indexes, and the presence and size of every file; "full" also reads every
             byte of every data file and compares digests and padding.
-        progress: a bar on stderr when that is a terminal.
+        progress: True for a bar on a terminal, or a callback (bytes_done, bytes_total) of the data files.
 
     Raises:
         CheckpointNotFoundError: nothing is there. OSError: it cannot be read.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +285,52 @@ def test_a_stream_that_needs_pickle_is_not_handed_on(tmp_path: Path) -> None:
     with pytest.raises(CheckpointException):
         dcp.load({"value": None, "t": torch.zeros(1)}, storage_reader=StorageReader(tmp_path / "c"))
     assert not (tmp_path / "ran").exists()
+
+
+def begin(writer: StorageWriter, state: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The steps of DCP up to the staging directory: (planner, plan, metadata)."""
+    planner = dcp.DefaultSavePlanner()
+    planner.set_up_planner(state, is_coordinator=True)
+    writer.set_up_storage_writer(True, rank=0)
+    plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
+    (plan,) = writer.prepare_global_plan(plans)
+    return planner, plan, metadata
+
+
+def test_files_of_another_save_are_not_committed(tmp_path: Path) -> None:
+    writer = StorageWriter(tmp_path / "c")
+    planner, plan, metadata = begin(writer, {"t": torch.ones(3)})
+    first = writer.write_data(plan, planner).value()
+    planner, plan, metadata = begin(writer, {"t": torch.zeros(3)})
+    second = writer.write_data(plan, planner).value()
+    with pytest.raises(ss.CheckpointError, match="another save"):
+        writer.finish(metadata, [first])
+    assert not (tmp_path / "c").exists()
+    writer.finish(metadata, [second])
+    assert (ss.Checkpoint.open(tmp_path / "c").get_tensor("t") == 0).all()
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_forked_child_leaves_the_save_of_its_parent_alone(tmp_path: Path) -> None:
+    writer = StorageWriter(tmp_path / "c")
+    planner, plan, metadata = begin(writer, {"t": torch.ones(3)})
+    result = writer.write_data(plan, planner).value()
+    child = os.fork()
+    if child == 0:
+        writer.reset()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    writer.finish(metadata, [result])
+    assert ss.verify(tmp_path / "c")
+
+
+def test_one_reader_goes_from_a_stock_checkpoint_to_ours(tmp_path: Path) -> None:
+    dcp.save({"t": torch.ones(3)}, storage_writer=dcp.FileSystemWriter(tmp_path / "c"))
+    reader = StorageReader(tmp_path / "c")
+    loaded = {"t": torch.zeros(3)}
+    dcp.load(loaded, storage_reader=reader)
+    assert (loaded["t"] == 1).all()
+    shutil.rmtree(tmp_path / "c")
+    dcp.save({"t": torch.full((3,), 2.0)}, storage_writer=StorageWriter(tmp_path / "c"))
+    dcp.load(loaded, storage_reader=reader)
+    assert (loaded["t"] == 2).all()

@@ -30,6 +30,15 @@ def test_progress_of_a_save_and_a_load_grows_to_the_total(tmp_path: Path) -> Non
         assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
+def test_progress_of_a_verify_grows_to_the_total(tmp_path: Path) -> None:
+    ss.save(state(), checkpoint_id=tmp_path / "c")
+    stored = (tmp_path / "c" / "rank-00000.data").stat().st_size
+    reports: list[tuple[int, int]] = []
+    assert ss.verify(tmp_path / "c", progress=lambda done, total: reports.append((done, total)))
+    assert reports[-1] == (stored, stored)
+    assert reports == sorted(reports)
+
+
 def test_an_error_of_the_progress_callback_ends_the_save(tmp_path: Path) -> None:
     def refuse(done: int, total: int) -> None:
         raise KeyError("no more")

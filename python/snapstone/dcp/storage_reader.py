@@ -68,6 +68,7 @@ class StorageReader(StorageReaderInterface):
         self.timeout_seconds = seconds_of(timeout)
         self._reader: Reader | None = None
         self._stock: StockReader | None = None
+        self._metadata: Metadata | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_reader": None, "_stock": None}
@@ -97,6 +98,7 @@ class StorageReader(StorageReaderInterface):
             self._stock.load_id = self.load_id
             return self._stock.read_metadata(**kwargs)
         # With a rank DCP asks once more after a failure: where that rank has no checkpoint of its own, fail as before.
+        self._stock = None
         reader = self._reader = Reader(path)
         meta = StorageMeta(checkpoint_id=self.path, save_id=reader.manifest.save_id, load_id=self.load_id)
         return metadata_of(reader, 0, meta)
@@ -156,6 +158,7 @@ class StorageReader(StorageReaderInterface):
             raise ValueError(
                 f"req {request.storage_index} mismatch sizes {tuple(tensor.shape)} vs {tuple(request.lengths)}"
             )
+        assert self._metadata is not None
         entry = cast(TensorStorageMetadata, self._metadata.state_dict_metadata[name])
         start = request.storage_index.offset or (0,) * len(entry.size)
         offsets = tuple(a + b for a, b in zip(start, request.storage_offsets, strict=True))

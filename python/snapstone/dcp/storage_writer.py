@@ -6,7 +6,7 @@ import io
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.futures import Future
 from .. import _native, garbage, manifest, state, tensors, values
 from ..collective import Deadline
 from ..config import SaveOptions
+from ..errors import CheckpointError
 from ..manifest import Manifest
 from ..plan import TensorItem
 from ..progress import Progress
@@ -48,9 +49,10 @@ class _Saving:
     note: Note
     staging: Any
     leads: bool
+    process: int = field(default_factory=os.getpid)
 
     def discard(self) -> None:
-        if self.leads:
+        if self.leads and self.process == os.getpid():  # a forked child has a copy of the writer, but not the save
             self.staging.discard()
             self.note.remove(self.target)
         self.staging.close()
@@ -58,7 +60,7 @@ class _Saving:
 
 class StorageWriter(StorageWriterInterface):
     """Writes a snapstone checkpoint from a `dcp.save`: one directory, atomic, durable and checked, in the format that
-    `snapstone.load` and `Checkpoint.open` read.
+    `snapstone.load` and `Checkpoint.open` read. One save at a time goes through a writer: of two at once both fail.
 
     Args:
         path: the directory that the checkpoint becomes; `checkpoint_id` of a save takes its place.
@@ -184,10 +186,6 @@ class StorageWriter(StorageWriterInterface):
             path = os.path.join(path, rank_directory(self.rank or 0))
         return Target.of(path, self.step, self.metadata)
 
-    @property
-    def _leads(self) -> bool:
-        return self.is_coordinator or not self.use_collectives
-
     # Planning ---------------------------------------------------------------------------------------------------------
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -273,12 +271,16 @@ class StorageWriter(StorageWriterInterface):
         finally:
             share.close()
             trace.close()
-        return {"writer": entry.to_json(), "nbytes": structure.payload_bytes}
+        return {"save_id": saving.note.save_id, "writer": entry.to_json(), "nbytes": structure.payload_bytes}
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         saving = self._saving
         assert saving is not None
         entries = [entry for (entry,) in results]
+        for rank, entry in enumerate(entries):
+            if entry["save_id"] != saving.note.save_id:
+                # An old note on a network file system, or two saves at once through one writer.
+                raise CheckpointError("wrote into the directory of another save", path=saving.target.path, rank=rank)
         document = Manifest(
             save_id=saving.note.save_id,
             step=saving.target.step,
