@@ -318,6 +318,27 @@ std::int64_t BoxTarget::last_byte() const {
   return has_zero(target.sizes) ? 0 : string_offset(*this, true) + target.item_bytes;
 }
 
+std::int64_t BoxTarget::bytes_before(std::int64_t position) const {
+  check_box(*this);
+  if (has_zero(target.sizes) || has_zero(shard_sizes)) return 0;
+  std::int64_t shard_stride = target.item_bytes;
+  std::int64_t box_stride = target.item_bytes;
+  for (const std::int64_t size : shard_sizes) shard_stride = checked_product(shard_stride, size);
+  for (const std::int64_t size : target.sizes) box_stride *= size;
+  if (position >= shard_stride) return box_stride;
+  std::int64_t rest = std::max<std::int64_t>(position, 0);
+  std::int64_t before = 0;
+  for (std::size_t i = 0; i < shard_sizes.size(); ++i) {
+    shard_stride /= shard_sizes[i];
+    box_stride /= target.sizes[i];
+    const std::int64_t index = rest / shard_stride - box_offsets[i];  // the position's, within the box
+    rest %= shard_stride;
+    before += std::clamp<std::int64_t>(index, 0, target.sizes[i]) * box_stride;
+    if (index < 0 || index >= target.sizes[i]) return before;
+  }
+  return before + rest;  // inside an element
+}
+
 BoxTarget BoxTarget::collapsed() const {
   check_box(*this);
   BoxTarget result{{}, {}, {target.data, target.item_bytes, {}, {}}};

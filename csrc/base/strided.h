@@ -33,6 +33,9 @@ struct BoxTarget {
   // Smallest and one past the largest byte of the shard's string that the box needs; {0, 0} for an empty box.
   std::int64_t first_byte() const;
   std::int64_t last_byte() const;
+  // How many bytes of the box lie before byte `position` of the shard's string. The box's own row-major string is cut
+  // by chunks at these places.
+  std::int64_t bytes_before(std::int64_t position) const;
   // Merges adjacent dimensions that the box covers fully and whose target memory is contiguous; same bytes.
   BoxTarget collapsed() const;
 };

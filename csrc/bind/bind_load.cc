@@ -20,13 +20,20 @@ using pipeline::LoadPlan;
 using TableArguments = std::vector<std::tuple<py::bytes, std::uint32_t, std::string>>;
 // (directory, name, recorded size)
 using FileArguments = std::vector<std::tuple<std::string, std::string, std::uint64_t>>;
+// (first chunk, count) of the chunks to read
+using WindowArguments = std::pair<std::uint64_t, std::uint64_t>;
 // ((table, first_chunk, chunk_count, at, nbytes), item_bytes, shard_sizes, box_offsets, box_sizes, data_ptr,
-// stride_bytes)
+// stride_bytes, window)
 using ShardArguments = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
 using Sizes = std::vector<std::int64_t>;
-using BoxArguments = std::vector<std::tuple<ShardArguments, std::int64_t, Sizes, Sizes, Sizes, std::uint64_t, Sizes>>;
+using BoxArguments = std::vector<
+    std::tuple<ShardArguments, std::int64_t, Sizes, Sizes, Sizes, std::uint64_t, Sizes, WindowArguments>>;
+// (address of the source, first and last byte of the tensor's string there, item_bytes, sizes, data_ptr, stride_bytes)
+using PieceArguments = std::vector<
+    std::tuple<std::uint64_t, std::int64_t, std::int64_t, std::int64_t, Sizes, std::uint64_t, Sizes>>;
 
-constexpr py::ssize_t kContiguousColumns = 6;  // table, first_chunk, chunk_count, at, nbytes, data_ptr
+// table, first_chunk, chunk_count, at, nbytes, data_ptr, window
+constexpr py::ssize_t kContiguousColumns = 8;
 
 pipeline::StoredShard make_shard(const ShardArguments& arguments) {
   const auto& [table, first_chunk, chunk_count, at, nbytes] = arguments;
@@ -47,17 +54,18 @@ LoadPlan make_plan(const TableArguments& table_arguments) {
 
 void add_targets(LoadPlan& plan, const U64Array& contiguous, const BoxArguments& boxes) {
   if (contiguous.ndim() != 2 || contiguous.shape(1) != kContiguousColumns) {
-    throw std::invalid_argument("contiguous targets are rows of 6 numbers");
+    throw std::invalid_argument("contiguous targets are rows of 8 numbers");
   }
   for (py::ssize_t i = 0; i < contiguous.shape(0); ++i) {
     const std::uint64_t* row = contiguous.data(i, 0);
     plan.add_contiguous({static_cast<std::uint32_t>(row[0]), row[1], row[2], row[3], row[4]},
-                        reinterpret_cast<std::uint8_t*>(row[5]));
+                        reinterpret_cast<std::uint8_t*>(row[5]), {row[6], row[7]});
   }
-  for (const auto& [shard, item_bytes, shard_sizes, box_offsets, box_sizes, data, stride_bytes] : boxes) {
+  for (const auto& [shard, item_bytes, shard_sizes, box_offsets, box_sizes, data, stride_bytes, window] : boxes) {
     plan.add_box(
         make_shard(shard),
-        {shard_sizes, box_offsets, {reinterpret_cast<std::uint8_t*>(data), item_bytes, box_sizes, stride_bytes}});
+        {shard_sizes, box_offsets, {reinterpret_cast<std::uint8_t*>(data), item_bytes, box_sizes, stride_bytes}},
+        {window.first, window.second});
   }
 }
 
@@ -88,10 +96,10 @@ std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileA
   }
   plan.finish();
   std::vector<os::File> files = open_files(file_arguments, io::rung_is_direct(options.rung));
-  const std::uint64_t slot_bytes = std::max(round_up(plan.stored_bytes_max(), kPageBytes), kChunkBytesDefault);
+  const std::uint64_t slot_bytes = std::max(round_up(plan.request_bytes_max(), kPageBytes), kChunkBytesDefault);
   const std::uint64_t slots_in_limit = std::min(slots_max, kLoadStagingBytesMax / slot_bytes);
   const std::uint64_t slots =
-      std::clamp<std::uint64_t>(plan.chunks().size(), 1, std::max<std::uint64_t>(slots_in_limit, 1));
+      std::clamp<std::uint64_t>(plan.requests().size(), 1, std::max<std::uint64_t>(slots_in_limit, 1));
   auto ring = pipeline::Engine::instance().ring(slot_bytes, slots);
   return std::make_shared<LoadJob>(std::move(plan), std::move(files), std::move(ring), options);
 }
@@ -103,6 +111,24 @@ py::list problems(const LoadJob& job) {
         py::make_tuple(problem.table, problem.chunk, problem.file, problem.reason, problem.expected, problem.actual));
   }
   return result;
+}
+
+// For each position in a shard's string how many bytes of a box lie before it.
+py::array_t<std::int64_t> bytes_before(std::int64_t item_bytes, const Sizes& shard_sizes, const Sizes& box_offsets,
+                                       const Sizes& box_sizes,
+                                       const py::array_t<std::int64_t, py::array::c_style>& positions) {
+  const BoxTarget box{shard_sizes, box_offsets, {nullptr, item_bytes, box_sizes, Sizes(box_sizes.size())}};
+  py::array_t<std::int64_t> result(positions.size());
+  for (py::ssize_t i = 0; i < positions.size(); ++i) result.mutable_at(i) = box.bytes_before(positions.at(i));
+  return result;
+}
+
+void scatter_pieces(const PieceArguments& pieces) {
+  py::gil_scoped_release release;
+  for (const auto& [source, begin, end, item_bytes, sizes, data, stride_bytes] : pieces) {
+    const StridedView target{reinterpret_cast<std::uint8_t*>(data), item_bytes, sizes, stride_bytes};
+    scatter(reinterpret_cast<const std::uint8_t*>(source), begin, end, {sizes, Sizes(sizes.size()), target});
+  }
 }
 
 }  // namespace
@@ -120,6 +146,12 @@ void bind_load(py::module_& module) {
       .def_property_readonly("chunk_count", [](const LoadJob& self) { return self.plan().chunks().size(); })
       .def("problems", &problems, "[(table, chunk, file, reason, expected, actual), ...] of a scrub");
   bind_job_methods(job);
+  module.def("bytes_before", &bytes_before, py::arg("item_bytes"), py::arg("shard_sizes"), py::arg("box_offsets"),
+             py::arg("box_sizes"), py::arg("positions"),
+             "For each position in a shard's row-major string the bytes of a box that lie before it.");
+  module.def("scatter_pieces", &scatter_pieces, py::arg("pieces"),
+             "Copies parts of tensors' row-major strings into their memory: (source address, first byte, last byte, "
+             "item_bytes, sizes, data_ptr, stride_bytes) each.");
 }
 
 }  // namespace snapstone::bind

@@ -23,9 +23,9 @@ constexpr std::chrono::milliseconds kSlotPoll{20};
 
 LoadJob::LoadJob(LoadPlan plan, std::vector<os::File> files, std::shared_ptr<mem::SlotRing> ring, LoadOptions options)
     : Job(options.trace), plan_(std::move(plan)), files_(std::move(files)), ring_(std::move(ring)), options_(options) {
-  if (plan_.stored_bytes_max() > ring_->slot_bytes()) {
-    throw std::invalid_argument("slots of " + std::to_string(ring_->slot_bytes()) + " bytes cannot hold chunks of " +
-                                std::to_string(plan_.stored_bytes_max()));
+  if (plan_.request_bytes_max() > ring_->slot_bytes()) {
+    throw std::invalid_argument("slots of " + std::to_string(ring_->slot_bytes()) + " bytes cannot hold requests of " +
+                                std::to_string(plan_.request_bytes_max()));
   }
   const bool fits =
       std::ranges::all_of(plan_.chunks(), [this](const ReadChunk& c) { return plan_.file(c) < files_.size(); });
@@ -80,41 +80,47 @@ class LoadJob::LaneRun {
     if (claimed_all_) return false;
     if (!spare_) spare_ = job_.ring_->try_acquire();
     if (!spare_) return false;
-    const std::uint64_t index = job_.next_chunk_.fetch_add(1);
-    if (index >= job_.plan_.chunks().size()) {
+    const std::uint64_t index = job_.next_request_.fetch_add(1);
+    if (index >= job_.plan_.requests().size()) {
       claimed_all_ = true;
       spare_ = {};
       return false;
     }
-    const ReadChunk& chunk = job_.plan_.chunks()[index];
-    const format::ChunkRecord& record = job_.plan_.record(chunk);
-    const auto nbytes = static_cast<std::uint32_t>(round_up(record.stored_bytes, kPageBytes));
+    const ReadRequest& wanted = job_.plan_.requests()[index];
     const int segment = lane_.fixed_segment(job_.options_.rung, spare_.segment());
-    const io::Request request{
-        false, &job_.files_[job_.plan_.file(chunk)], spare_.data(), record.offset, nbytes, segment, 0};
+    const io::Request request{false,         &job_.files_[wanted.file],
+                              spare_.data(), wanted.offset,
+                              static_cast<std::uint32_t>(wanted.nbytes),
+                              segment,       0};
     in_flight_.submit(request, index, std::move(spare_));
     return true;
   }
 
   void take_in_arrived() {
     in_flight_.complete(1, [this](std::uint64_t index, mem::Slot slot, int error_number) {
-      const ReadChunk& chunk = job_.plan_.chunks()[index];
-      const format::ChunkRecord& record = job_.plan_.record(chunk);
-      const os::File& file = job_.files_[job_.plan_.file(chunk)];
-      std::uint64_t gained = chunk.target_count > 0 ? 0 : round_up(record.stored_bytes, kPageBytes);
-      try {
-        if (error_number == io::Completion::kEndOfFile) throw job_.corrupt(chunk, "file ends before the chunk does");
-        if (error_number != 0) throw OsError(error_number, "read", file.path, record.offset, record.stored_bytes);
-        gained += job_.take_in(index, slot.data(), lane_, books_);
-      } catch (const CorruptError& error) {
-        if (!job_.options_.collect_problems) throw;
-        job_.note(chunk, error);
+      const ReadRequest& request = job_.plan_.requests()[index];
+      for (std::uint64_t i = request.first_chunk; i < request.first_chunk + request.chunk_count; ++i) {
+        take_in_chunk(job_.plan_.chunks()[i], request, slot, error_number);
       }
-      job_.progress(gained);
       // The device gets its next request now, not after the whole batch.
       spare_ = std::move(slot);
       read_next();
     });
+  }
+
+  void take_in_chunk(const ReadChunk& chunk, const ReadRequest& request, const mem::Slot& slot, int error_number) {
+    const format::ChunkRecord& record = job_.plan_.record(chunk);
+    const os::File& file = job_.files_[request.file];
+    std::uint64_t gained = chunk.target_count > 0 ? 0 : round_up(record.stored_bytes, kPageBytes);
+    try {
+      if (error_number == io::Completion::kEndOfFile) throw job_.corrupt(chunk, "file ends before the chunk does");
+      if (error_number != 0) throw OsError(error_number, "read", file.path, record.offset, record.stored_bytes);
+      gained += job_.take_in(chunk, slot.data() + (record.offset - request.offset), lane_, books_);
+    } catch (const CorruptError& error) {
+      if (!job_.options_.collect_problems) throw;
+      job_.note(chunk, error);
+    }
+    job_.progress(gained);
   }
 
   void wait_for_slot() {
@@ -134,13 +140,12 @@ class LoadJob::LaneRun {
 };
 
 void LoadJob::work(Lane& lane, LaneBooks& books) {
-  if (next_chunk_.load() < plan_.chunks().size()) LaneRun(*this, lane, books).run();
+  if (next_request_.load() < plan_.requests().size()) LaneRun(*this, lane, books).run();
 }
 
-std::uint64_t LoadJob::take_in(std::uint64_t index, const std::uint8_t* slot, Lane& lane, LaneBooks& books) {
-  const ReadChunk& chunk = plan_.chunks()[index];
-  if (options_.check_padding) check_padding(chunk, slot);
-  const std::span<const std::uint8_t> raw = decode(chunk, slot, lane, books);
+std::uint64_t LoadJob::take_in(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane, LaneBooks& books) {
+  if (options_.check_padding) check_padding(chunk, stored);
+  const std::span<const std::uint8_t> raw = decode(chunk, stored, lane, books);
   if (options_.verify) check_digest(chunk, raw, books);
   const std::int64_t begin = now_ns();
   const std::uint64_t taken = scatter_targets(chunk, raw.data());
@@ -148,15 +153,15 @@ std::uint64_t LoadJob::take_in(std::uint64_t index, const std::uint8_t* slot, La
   return taken;
 }
 
-std::span<const std::uint8_t> LoadJob::decode(const ReadChunk& chunk, const std::uint8_t* slot, Lane& lane,
+std::span<const std::uint8_t> LoadJob::decode(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane,
                                               LaneBooks& books) {
   const format::ChunkRecord& record = plan_.record(chunk);
   const auto codec = static_cast<codec::Codec>(record.codec);
-  if (codec == codec::Codec::kNone) return {slot, record.raw_bytes};
+  if (codec == codec::Codec::kNone) return {stored, record.raw_bytes};
   const std::int64_t begin = now_ns();
   std::uint8_t* raw = lane.scratch(plan_.raw_bytes_max());
   try {
-    codec::decompress({slot, record.stored_bytes}, codec, {raw, record.raw_bytes});
+    codec::decompress({stored, record.stored_bytes}, codec, {raw, record.raw_bytes});
   } catch (const CorruptError& error) {
     throw corrupt(chunk, error.reason(), error.expected(), error.actual());
   }
@@ -172,10 +177,10 @@ void LoadJob::check_digest(const ReadChunk& chunk, std::span<const std::uint8_t>
   if (actual != expected) throw corrupt(chunk, "digest mismatch", codec::hex(expected), codec::hex(actual));
 }
 
-void LoadJob::check_padding(const ReadChunk& chunk, const std::uint8_t* slot) const {
+void LoadJob::check_padding(const ReadChunk& chunk, const std::uint8_t* stored) const {
   const format::ChunkRecord& record = plan_.record(chunk);
-  const std::uint8_t* end = slot + round_up(record.stored_bytes, kPageBytes);
-  if (std::any_of(slot + record.stored_bytes, end, [](std::uint8_t byte) { return byte != 0; })) {
+  const std::uint8_t* end = stored + round_up(record.stored_bytes, kPageBytes);
+  if (std::any_of(stored + record.stored_bytes, end, [](std::uint8_t byte) { return byte != 0; })) {
     throw corrupt(chunk, "padding after the chunk is not zero");
   }
 }

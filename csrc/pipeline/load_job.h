@@ -3,7 +3,7 @@
 // Guarantee: a byte reaches its target only from a chunk whose digest matched (unless verification is off). finished()
 //            without an error means every target is filled.
 // Ownership: target memory belongs to the caller and must stay mapped until finished().
-// Limits:    at most kQueueDepth chunks per lane in memory, whatever the checkpoint's size.
+// Limits:    at most kQueueDepth requests per lane in memory, whatever the checkpoint's size.
 // Failure:   the first failure ends the job: OsError, or CorruptError naming file and chunk. With collect_problems
 //            every wrong chunk is noted (problems(), at most kProblemsMax) and the job goes on. The constructor throws
 //            std::invalid_argument for a plan that the files or the slots do not fit.
@@ -61,10 +61,10 @@ class LoadJob : public Job {
 
   void close_files() noexcept;  // at once: Python may keep a failed job alive in a traceback
 
-  std::uint64_t take_in(std::uint64_t index, const std::uint8_t* slot, Lane& lane, LaneBooks& books);
-  std::span<const std::uint8_t> decode(const ReadChunk& chunk, const std::uint8_t* slot, Lane& lane, LaneBooks& books);
+  std::uint64_t take_in(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane, LaneBooks& books);
+  std::span<const std::uint8_t> decode(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane, LaneBooks& books);
   void check_digest(const ReadChunk& chunk, std::span<const std::uint8_t> raw, LaneBooks& books);
-  void check_padding(const ReadChunk& chunk, const std::uint8_t* slot) const;
+  void check_padding(const ReadChunk& chunk, const std::uint8_t* stored) const;
   std::uint64_t scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw);  // bytes that reached targets
   CorruptError corrupt(const ReadChunk& chunk, const std::string& reason, std::string expected = {},
                        std::string actual = {}) const;
@@ -74,7 +74,7 @@ class LoadJob : public Job {
   std::vector<os::File> files_;
   const std::shared_ptr<mem::SlotRing> ring_;
   const LoadOptions options_;
-  std::atomic<std::uint64_t> next_chunk_{0};
+  std::atomic<std::uint64_t> next_request_{0};
   std::vector<Problem> problems_;  // guarded by mutex_
 };
 

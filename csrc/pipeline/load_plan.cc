@@ -31,7 +31,7 @@ void check_box_fits(const BoxTarget& box, const StoredShard& shard, const std::s
 }  // namespace
 
 template <typename Visit>
-void LoadPlan::for_each_piece(const StoredShard& shard, Visit visit) {
+void LoadPlan::for_each_piece(const StoredShard& shard, ChunkWindow window, Visit visit) {
   const ChunkTable& table = tables_.at(shard.table);
   if (shard.first_chunk > table.records.size() || shard.chunk_count > table.records.size() - shard.first_chunk) {
     throw CorruptError("tensor names chunks that are not in the table", table.path,
@@ -43,7 +43,7 @@ void LoadPlan::for_each_piece(const StoredShard& shard, Visit visit) {
     const std::uint64_t raw = table.records[chunk].raw_bytes;
     if (at >= raw || done == shard.nbytes) break;
     const std::uint64_t nbytes = std::min(raw - at, shard.nbytes - done);
-    visit(chunk, static_cast<std::uint32_t>(at), done, done + nbytes);
+    if (window.holds(chunk)) visit(chunk, static_cast<std::uint32_t>(at), done, done + nbytes);
     done += nbytes;
   }
   if (done != shard.nbytes) {
@@ -52,21 +52,25 @@ void LoadPlan::for_each_piece(const StoredShard& shard, Visit visit) {
   }
 }
 
-void LoadPlan::add_contiguous(const StoredShard& shard, std::uint8_t* target) {
-  bytes_needed_ += shard.nbytes;
-  for_each_piece(shard, [&](std::uint64_t chunk, std::uint32_t at, std::uint64_t begin, std::uint64_t end) {
+void LoadPlan::add_contiguous(const StoredShard& shard, std::uint8_t* target, ChunkWindow window) {
+  for_each_piece(shard, window, [&](std::uint64_t chunk, std::uint32_t at, std::uint64_t begin, std::uint64_t end) {
+    bytes_needed_ += end - begin;
     wanted_.push_back({{shard.table, chunk}, {target + begin, -1, at, begin, end}, true});
   });
 }
 
-void LoadPlan::add_box(const StoredShard& shard, BoxTarget box) {
+void LoadPlan::add_box(const StoredShard& shard, BoxTarget box, ChunkWindow window) {
   check_box_fits(box, shard, tables_.at(shard.table).path);
   const auto first = static_cast<std::uint64_t>(box.first_byte());
   const auto last = static_cast<std::uint64_t>(box.last_byte());
-  bytes_needed_ += static_cast<std::uint64_t>(box.target.nbytes());
   const auto number = static_cast<std::int64_t>(boxes_.size());
-  for_each_piece(shard, [&](std::uint64_t chunk, std::uint32_t at, std::uint64_t begin, std::uint64_t end) {
-    if (begin < last && end > first) wanted_.push_back({{shard.table, chunk}, {nullptr, number, at, begin, end}, true});
+  for_each_piece(shard, window, [&](std::uint64_t chunk, std::uint32_t at, std::uint64_t begin, std::uint64_t end) {
+    if (begin >= last || end <= first) return;
+    const std::int64_t needed = box.bytes_before(static_cast<std::int64_t>(end)) -
+                                box.bytes_before(static_cast<std::int64_t>(begin));
+    if (needed == 0) return;
+    bytes_needed_ += static_cast<std::uint64_t>(needed);
+    wanted_.push_back({{shard.table, chunk}, {nullptr, number, at, begin, end}, true});
   });
   boxes_.push_back(box.collapsed());
 }
@@ -90,11 +94,10 @@ void LoadPlan::finish() {
         !chunks_.empty() && chunks_.back().table == wanted.chunk.table && chunks_.back().chunk == wanted.chunk.chunk;
     if (!same) {
       const format::ChunkRecord& stored = record(wanted.chunk);
-      stored_bytes_max_ = std::max<std::uint64_t>(stored_bytes_max_, stored.stored_bytes);
       raw_bytes_max_ = std::max<std::uint64_t>(raw_bytes_max_, stored.raw_bytes);
-      bytes_read_ += round_up(stored.stored_bytes, kPageBytes);
       wanted.chunk.first_target = targets_.size();
       chunks_.push_back(wanted.chunk);
+      add_request(chunks_.size() - 1);
     }
     if (wanted.has_target) {
       targets_.push_back(wanted.target);
@@ -102,6 +105,26 @@ void LoadPlan::finish() {
     }
   }
   wanted_ = {};
+  for (const ReadRequest& request : requests_) {
+    request_bytes_max_ = std::max(request_bytes_max_, request.nbytes);
+    bytes_read_ += request.nbytes;
+  }
+}
+
+void LoadPlan::add_request(std::uint64_t chunk_index) {
+  const ReadChunk& chunk = chunks_[chunk_index];
+  const format::ChunkRecord& stored = record(chunk);
+  const std::uint64_t end = stored.offset + round_up(stored.stored_bytes, kPageBytes);
+  if (!requests_.empty()) {
+    ReadRequest& last = requests_.back();
+    const bool near = last.file == file(chunk) && stored.offset <= last.offset + last.nbytes + kGapBytes;
+    if (near && end <= last.offset + kRequestBytes) {
+      last.nbytes = std::max(last.nbytes, end - last.offset);
+      ++last.chunk_count;
+      return;
+    }
+  }
+  requests_.push_back({file(chunk), stored.offset, end - stored.offset, chunk_index, 1});
 }
 
 }  // namespace snapstone::pipeline

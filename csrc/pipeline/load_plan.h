@@ -1,4 +1,6 @@
-// LoadPlan: which chunks a load reads, each once, and where their bytes go.
+// LoadPlan: which chunks a load reads, each once, in which requests, and where their bytes go.
+//
+// Chunks that are neighbours in a file, or nearly, share one request of at most kRequestBytes.
 //
 // Built from items: stored shards and the memory that wants them. Pure arithmetic over chunk tables that
 // check_chunk_table() accepted; an item that does not fit its chunks is a CorruptError, so nothing is read or written
@@ -9,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "base/limits.h"
 #include "base/strided.h"
 #include "format/chunk_record.h"
 
@@ -30,6 +33,14 @@ struct StoredShard {
   std::uint64_t nbytes = 0;
 };
 
+// Only the pieces in chunks [first, first + count) of the shard's table.
+struct ChunkWindow {
+  std::uint64_t first = 0;
+  std::uint64_t count = UINT64_MAX;
+
+  bool holds(std::uint64_t chunk) const { return chunk >= first && chunk - first < count; }
+};
+
 struct ReadTarget {
   std::uint8_t* contiguous = nullptr;  // the piece goes here as it is, or
   std::int64_t box = -1;               // through boxes[box]
@@ -45,23 +56,37 @@ struct ReadChunk {
   std::uint64_t target_count = 0;
 };
 
+// Bytes [offset, offset + nbytes) of a file, with the chunks in them.
+struct ReadRequest {
+  std::uint32_t file = 0;
+  std::uint64_t offset = 0;
+  std::uint64_t nbytes = 0;
+  std::uint64_t first_chunk = 0;
+  std::uint64_t chunk_count = 0;
+};
+
 class LoadPlan {
  public:
+  static constexpr std::uint64_t kRequestBytes = kChunkBytesDefault;
+  static constexpr std::uint64_t kGapBytes = 64 << 10;  // unwanted bytes that are cheaper to read than to skip
+
   explicit LoadPlan(std::vector<ChunkTable> tables) : tables_(std::move(tables)) {}
 
-  void add_contiguous(const StoredShard& shard, std::uint8_t* target);  // the whole shard
-  void add_box(const StoredShard& shard, BoxTarget box);                // part of it, strided
-  void add_all_chunks();                                                // every chunk, no target: verification
-  // Sorts chunks by file and offset and groups their targets. Call once, last.
+  // The whole shard; `target` is where byte 0 of its string goes, or with a window would go.
+  void add_contiguous(const StoredShard& shard, std::uint8_t* target, ChunkWindow window = {});
+  void add_box(const StoredShard& shard, BoxTarget box, ChunkWindow window = {});  // part of it, strided
+  void add_all_chunks();                                                           // no target: verification
+  // Sorts chunks by file and offset, groups their targets and lays out the requests. Call once, last.
   void finish();
 
   const ChunkTable& table(std::uint32_t table) const { return tables_[table]; }
   const format::ChunkRecord& record(const ReadChunk& chunk) const { return tables_[chunk.table].records[chunk.chunk]; }
   std::uint32_t file(const ReadChunk& chunk) const { return tables_[chunk.table].first_file + record(chunk).file; }
   const std::vector<ReadChunk>& chunks() const { return chunks_; }
+  const std::vector<ReadRequest>& requests() const { return requests_; }
   const std::vector<ReadTarget>& targets() const { return targets_; }
   const BoxTarget& box(std::int64_t box) const { return boxes_[static_cast<std::size_t>(box)]; }
-  std::uint64_t stored_bytes_max() const { return stored_bytes_max_; }
+  std::uint64_t request_bytes_max() const { return request_bytes_max_; }
   std::uint64_t raw_bytes_max() const { return raw_bytes_max_; }
   std::uint64_t bytes_needed() const { return bytes_needed_; }
   std::uint64_t bytes_read() const { return bytes_read_; }
@@ -74,14 +99,16 @@ class LoadPlan {
   };
 
   template <typename Visit>
-  void for_each_piece(const StoredShard& shard, Visit visit);
+  void for_each_piece(const StoredShard& shard, ChunkWindow window, Visit visit);
+  void add_request(std::uint64_t chunk_index);
 
   std::vector<ChunkTable> tables_;
   std::vector<Wanted> wanted_;
   std::vector<ReadChunk> chunks_;
+  std::vector<ReadRequest> requests_;
   std::vector<ReadTarget> targets_;
   std::vector<BoxTarget> boxes_;
-  std::uint64_t stored_bytes_max_ = 0;
+  std::uint64_t request_bytes_max_ = 0;
   std::uint64_t raw_bytes_max_ = 0;
   std::uint64_t bytes_needed_ = 0;
   std::uint64_t bytes_read_ = 0;

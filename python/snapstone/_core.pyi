@@ -21,6 +21,7 @@ __all__: list[str] = [
     "Staging",
     "available_memory_bytes",
     "boot_id",
+    "bytes_before",
     "check_chunk_table",
     "choose_rung",
     "digest_hex",
@@ -34,6 +35,7 @@ __all__: list[str] = [
     "reap",
     "reserve",
     "ring_facts",
+    "scatter_pieces",
     "snapshot",
     "sync_directory",
     "try_rung",
@@ -156,6 +158,7 @@ class LoadJob:
                 collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
                 typing.SupportsInt | typing.SupportsIndex,
                 collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+                tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex],
             ]
         ],
         rung: str,
@@ -193,6 +196,17 @@ class LoadJob:
 
 def available_memory_bytes() -> int: ...
 def boot_id() -> str: ...
+def bytes_before(
+    item_bytes: typing.SupportsInt | typing.SupportsIndex,
+    shard_sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    box_offsets: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    box_sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    positions: typing.Annotated[numpy.typing.ArrayLike, numpy.int64],
+) -> numpy.typing.NDArray[numpy.int64]:
+    """
+    For each position in a shard's row-major string the bytes of a box that lie before it.
+    """
+
 def check_chunk_table(
     table: bytes,
     file_nbytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
@@ -229,6 +243,23 @@ def reserve(
     slot_bytes: typing.SupportsInt | typing.SupportsIndex, slots: typing.SupportsInt | typing.SupportsIndex
 ) -> None: ...
 def ring_facts() -> dict: ...
+def scatter_pieces(
+    pieces: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+            typing.SupportsInt | typing.SupportsIndex,
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        ]
+    ],
+) -> None:
+    """
+    Copies parts of tensors' row-major strings into their memory: (source address, first byte, last byte, item_bytes, sizes, data_ptr, stride_bytes) each.
+    """
+
 def snapshot(state: dict, guards: list, tensor_types: tuple) -> tuple:
     """
     (copy of the nested dicts and lists, [(copied container, key, value), ...] of what is neither guarded nor immutable)

@@ -13,7 +13,6 @@ from typing import Any, Self
 import torch
 
 from . import difference, manifest, state, tensors, values
-from .errors import CorruptCheckpointError
 from .manifest import Manifest
 from .plan import TensorItem
 from .reader import Reader
@@ -157,7 +156,7 @@ class Checkpoint:
                 continue
             loaded[name] = shared[place] = torch.empty(item.shape, dtype=tensors.dtype_named(item.dtype))
             targets.extend(tensors.describe(name, loaded[name]))
-        self._fill(targets)
+        self.reader.fill(targets)
         if self.device.type == "cpu":
             return loaded
         return {name: tensor.to(self.device) for name, tensor in loaded.items()}
@@ -183,12 +182,6 @@ class Checkpoint:
         """
         theirs = other if isinstance(other, Checkpoint) else Checkpoint.open(other)
         return difference.compare(self, theirs, values=values)
-
-    def _fill(self, targets: Sequence[LocalShard]) -> None:
-        try:
-            self.reader.fill(targets)
-        except CorruptCheckpointError as error:
-            raise self.reader.name_tensor(error) from None
 
 
 class TensorSlice:
@@ -234,7 +227,7 @@ class TensorSlice:
             rest.append(slice(None, None, step))
         box = torch.empty(sizes, dtype=self.dtype)
         item = self._item._replace(offsets=tuple(offsets), sizes=tuple(sizes), nbytes=box.numel() * box.element_size())
-        self._checkpoint._fill([LocalShard(item, box)])
+        self._checkpoint.reader.fill([LocalShard(item, box)])
         return box[tuple(rest)].to(self._checkpoint.device)
 
     def _normal(self, key: Any) -> list[int | slice]:

@@ -9,8 +9,6 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-from .errors import CheckpointError
-
 __all__ = ["FORMAT_MAJOR", "FORMAT_MINOR", "LoadOptions", "SaveOptions", "seconds_of", "trace_path"]
 
 FORMAT_MAJOR = 1
@@ -23,6 +21,7 @@ TIMEOUT_SECONDS_DEFAULT = 1800.0
 # A save that nobody waits for needs no more slots than the device takes at once.
 PIPELINE_SLOTS = 128
 ZSTD_LEVEL_DEFAULT = 3
+STRATEGIES = ("auto", "direct", "scatter", "broadcast")
 
 
 def _integer(name: str, default: int) -> int:
@@ -136,6 +135,7 @@ class LoadOptions:
     strict: bool
     cast: bool
     verify: bool
+    strategy: str
     allow_pickle: bool
     timeout_seconds: float
 
@@ -150,10 +150,13 @@ class LoadOptions:
         allow_pickle: bool = False,
         timeout: timedelta | float | None = None,
     ) -> LoadOptions:
-        if strategy not in ("auto", "direct"):
-            if strategy in ("scatter", "broadcast"):
-                raise CheckpointError(f"strategy={strategy!r} is not in this version; use 'direct'")
+        if strategy not in STRATEGIES:
             raise ValueError(f"strategy={strategy!r}: use 'auto', 'direct', 'scatter' or 'broadcast'")
         return cls(
-            strict=strict, cast=cast, verify=verify, allow_pickle=allow_pickle, timeout_seconds=seconds_of(timeout)
+            strict=strict,
+            cast=cast,
+            verify=verify,
+            strategy=strategy,
+            allow_pickle=allow_pickle,
+            timeout_seconds=seconds_of(timeout),
         )

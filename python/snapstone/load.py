@@ -14,6 +14,8 @@ from .checkpoint import Checkpoint
 from .collective import Channel, Deadline, Group
 from .config import LoadOptions
 from .errors import CorruptCheckpointError, IncompatibleCheckpointError
+from .fabric import Fabric
+from .joint import fill_jointly
 from .progress import Progress
 from .reader import Reader
 from .tensors import LocalShard
@@ -52,7 +54,10 @@ def load(
             False returns those that differ on this rank in `missing_keys` and `unexpected_keys` of the result.
         cast: convert dtypes that differ; otherwise they are an error.
         verify: check every chunk's digest before its bytes reach a tensor.
-        strategy: "direct": each rank reads what it needs.
+        strategy: who reads what. "direct": each rank what it needs. "scatter": bytes that several ranks need are read
+            once, by one of them, and exchanged, through memory within a node and over the process group between nodes.
+            "broadcast": rank 0 reads all of it for everybody. "auto" chooses by how much the needs overlap and by what
+            it measures, and says why in the log `snapstone`.
         allow_pickle: unpickle values that were saved with `allow_pickle=True`. This can run code from the checkpoint.
         timeout: seconds after which the load fails on every rank (SNAPSTONE_TIMEOUT, 1800 s).
         progress: True for a bar on a terminal, or a callback (bytes_done, bytes_total) of this rank.
@@ -73,7 +78,7 @@ def load(
             strict=strict, cast=cast, verify=verify, strategy=strategy, allow_pickle=allow_pickle, timeout=timeout
         )
         deadline = Deadline(options.timeout_seconds)
-        operation = _Load(state_dict, options, group, trace)
+        operation = _Load(state_dict, options, group, channel, Fabric(process_group, group), trace)
         path = os.path.abspath(os.fspath(checkpoint_id))
         votes = _together(channel, "plan", deadline, trace, lambda: operation.plan(path))
         operation.compare_votes(votes)
@@ -108,12 +113,22 @@ def _together(
 class _Load:
     """One rank's part of one load: `plan`, `compare_votes`, `read`, `finish`, `checkpoint`, in this order."""
 
-    def __init__(self, state_dict: Mapping[str, Any], options: LoadOptions, group: Group, trace: Trace) -> None:
+    def __init__(
+        self,
+        state_dict: Mapping[str, Any],
+        options: LoadOptions,
+        group: Group,
+        channel: Channel,
+        fabric: Fabric,
+        trace: Trace,
+    ) -> None:
         if not isinstance(state_dict, MutableMapping):
             raise TypeError(f"the state must be a dict that can take loaded values, not a {type(state_dict).__name__}")
         self.state_dict = state_dict
         self.options = options
         self.group = group
+        self.channel = channel
+        self.fabric = fabric
         self.trace = trace
         self.reader: Any = None
         self.flattened = state.Flattened()
@@ -155,18 +170,20 @@ class _Load:
 
     def read(self, deadline: Deadline, progress: bool | Callable[[int, int], None]) -> None:
         needed = sum(target.item.nbytes for target in self.targets)
-        try:
-            with Progress(progress, "load", needed) as bar, torch.no_grad():
-                stats = self.reader.fill(
-                    self.targets,
-                    cast=self.options.cast,
-                    verify=self.options.verify,
-                    timeout_seconds=deadline.remaining(),
-                    progress=bar,
-                    trace=self.trace,
-                )
-        except CorruptCheckpointError as error:
-            raise self.reader.name_tensor(error) from None
+        with Progress(progress, "load", needed) as bar, torch.no_grad():
+            stats = fill_jointly(
+                self.reader,
+                self.targets,
+                self.options.strategy,
+                self.group,
+                self.channel,
+                self.fabric,
+                deadline,
+                cast=self.options.cast,
+                verify=self.options.verify,
+                progress=bar,
+                trace=self.trace,
+            )
         self.trace.stats.update(stats)
 
     def checkpoint(self) -> Checkpoint:

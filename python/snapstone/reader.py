@@ -10,8 +10,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,43 +24,20 @@ from .errors import (
     IncompatibleCheckpointError,
     IncompleteCheckpointError,
 )
-from .index import Index, StoredTensor
+from .index import Index
 from .manifest import Manifest
 from .plan import Box
 from .progress import Progress
+from .reads import Part, Reads, SavedShard, view_of
 from .tensors import LocalShard
 from .trace import Trace
 
-__all__ = ["Reader", "SavedShard", "run_job"]
+__all__ = ["Reader", "run_job"]
 
 _DTYPE_BYTES: Mapping[str, int] = {name: tensors.dtype_bytes(name) for name in tensors.dtype_names()}
 _DRAIN_SECONDS = 1.0  # after a failure, for requests that the kernel still has
 _orphans: list[Any] = []
 _POLL_SECONDS = 0.1  # between looks at Ctrl-C, the deadline and the progress callback
-
-
-class SavedShard(NamedTuple):
-    table: int
-    stored: StoredTensor
-
-    @property
-    def box(self) -> Box:
-        return Box(self.stored.item.offsets, self.stored.item.sizes)
-
-
-class _Read(NamedTuple):
-    """Where one overlap of a saved shard and a wanted one goes."""
-
-    shard: SavedShard
-    part: Box  # in global coordinates
-    view: torch.Tensor  # of the target, exactly the part
-
-
-@dataclass(slots=True)
-class _Requests:
-    rows: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
-    boxes: list[Any] = field(default_factory=list)
-    converted: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (target, buffer read instead)
 
 
 def run_job(
@@ -195,34 +172,77 @@ class Reader:
             IncompatibleCheckpointError: dtypes differ and `cast` is False.
             CorruptCheckpointError: a digest does not match; nothing of that chunk reached a tensor.
         """
-        requests = _Requests()
+        reads = Reads()
         targets = list(targets)
         with garbage.paused():
             for target in targets:
-                self._request(requests, target, cast)
-        rung = read_rung(self.path)
-        rows = np.array(requests.rows, dtype=np.uint64).reshape(-1, 6)
-        job = self._make_job(rows, requests.boxes, rung, verify=verify, scrub=False, trace=trace)
-        job.start()
-        run_job(
-            job,
-            (targets, requests),
-            timeout_seconds=timeout_seconds,
-            what="load",
-            path=self.path,
-            on_progress=progress.at if progress else lambda done: None,
-        )
-        for target_tensor, buffer in requests.converted:
-            target_tensor.copy_(buffer)
+                self._add_target(reads, target, cast)
+        job = self.start(reads, verify=verify, trace=trace)
+        self.wait(job, (targets, reads), timeout_seconds=timeout_seconds, progress=progress)
+        reads.finish()
         if trace is not None:
             trace.add_job(job)
-        return {"rung": rung, "bytes_read": job.bytes_read, "bytes_needed": job.bytes_needed, "chunks": job.chunk_count}
+        return {
+            "rung": self.rung,
+            "bytes_read": job.bytes_read,
+            "bytes_needed": job.bytes_needed,
+            "chunks": job.chunk_count,
+        }
+
+    def start(self, reads: Reads, *, verify: bool = True, trace: Trace | None = None) -> Any:
+        """A job that has begun to read. Whatever it fills must stay alive until `wait` returns."""
+        tables = reads.tables()
+        job = self._make_job(tables, *reads.arguments(tables), verify=verify, scrub=False, trace=trace)
+        job.start()
+        return job
+
+    def wait(
+        self, job: Any, targets: Any, *, timeout_seconds: float = math.inf, progress: Progress | None = None
+    ) -> None:
+        """Until `job` has read all; raises as `fill` does. `targets` is kept alive if the kernel still writes there."""
+        try:
+            run_job(
+                job,
+                targets,
+                timeout_seconds=timeout_seconds,
+                what="load",
+                path=self.path,
+                on_progress=progress.at if progress else lambda done: None,
+            )
+        except CorruptCheckpointError as error:
+            raise self._name_tensor(error) from None
+
+    def abandon(self, job: Any, targets: Any) -> None:
+        """Ends a job whose bytes nobody wants any more."""
+        job.cancel()
+        if not job.wait(_DRAIN_SECONDS):
+            _orphans.append((job, targets))
+
+    def raw_bytes(self, table: int) -> Any:
+        """Of each chunk of an index, decoded."""
+        return np.frombuffer(self.indexes[table].table, index.CHUNK_DTYPE)["raw_bytes"]
+
+    def probe(self, scratch: torch.Tensor, names: Iterable[str]) -> int:
+        """Reads chunks of one of the tensors into `scratch` (uint8), to see how fast that goes; returns the bytes."""
+        for name in names:
+            for shard in self.shards[name]:
+                place = shard.stored.place
+                raw = self.raw_bytes(shard.table)[place.first_chunk : place.first_chunk + place.chunk_count]
+                count = int(np.searchsorted(np.cumsum(raw, dtype=np.int64), scratch.numel(), side="right"))
+                if count > 1:
+                    reads = Reads()
+                    reads.add_whole(shard, scratch.data_ptr(), (place.first_chunk, count))
+                    job = self.start(reads)
+                    self.wait(job, (scratch, reads))
+                    return int(job.bytes_needed)
+        return 0
 
     def scrub(
         self, *, timeout_seconds: float = math.inf, progress: Progress | None = None
     ) -> list[CorruptCheckpointError]:
         """Reads every chunk of every file and checks digests and padding; what is wrong, named."""
-        job = self._make_job(np.empty((0, 6), np.uint64), [], read_rung(self.path), verify=True, scrub=True, trace=None)
+        every = list(range(len(self._tables)))
+        job = self._make_job(every, np.empty((0, 8), np.uint64), [], verify=True, scrub=True, trace=None)
         job.start()
         run_job(
             job,
@@ -253,36 +273,47 @@ class Reader:
         """Of all data files."""
         return sum(nbytes for _, _, nbytes in self._files)
 
+    @cached_property
+    def rung(self) -> str:
+        """The kind of I/O that the file system takes."""
+        return read_rung(self.path)
+
     def _make_job(
-        self, rows: Any, boxes: list[Any], rung: str, *, verify: bool, scrub: bool, trace: Trace | None
+        self, tables: list[int], rows: Any, boxes: list[Any], *, verify: bool, scrub: bool, trace: Trace | None
     ) -> Any:
+        """`tables`: those that rows and boxes number, so that no other file is opened."""
+        files: list[tuple[str, str, int]] = []
+        used = []
+        for table in tables:
+            data, first_file, path = self._tables[table]
+            used.append((data, len(files), path))
+            files += self._files[first_file : first_file + len(self.indexes[table].files)]
         try:
-            return _native.LoadJob(
-                self._tables,
-                self._files,
-                rows,
-                boxes,
-                rung,
-                verify,
-                scrub,
-                PIPELINE_SLOTS,
-                trace is not None and trace.detailed,
-            )
+            detailed = trace is not None and trace.detailed
+            return _native.LoadJob(used, files, rows, boxes, self.rung, verify, scrub, PIPELINE_SLOTS, detailed)
         except FileNotFoundError as error:
             raise IncompleteCheckpointError("data file is missing", path=error.filename) from None
         except OSError as error:
             raise _not_regular(error, "data file") or error from None
 
-    def _request(self, requests: _Requests, target: LocalShard, cast: bool) -> None:
+    def _add_target(self, reads: Reads, target: LocalShard, cast: bool) -> None:
         item, tensor = target
-        shards = self.shards[item.name]
-        saved = shards[0].stored.item
-        if saved == item and item.nbytes and tensor.is_contiguous() and not tensors.needs_copy(tensor):
+        first = self.shards[item.name][0]
+        if first.stored.item == item and item.nbytes and tensor.is_contiguous() and not tensors.needs_copy(tensor):
             # The same shard in plain memory, which is nearly every tensor of a resumed run.
-            requests.rows.append((shards[0].table, *shards[0].stored.place, item.nbytes, tensor.data_ptr()))
+            reads.add_whole(first, tensor.data_ptr())
             return
+        for part, view in self.parts_of(target, reads, cast=cast):
+            reads.add(part, tensors.memory_of(view))
+
+    def parts_of(self, target: LocalShard, reads: Reads, *, cast: bool) -> list[tuple[Part, torch.Tensor]]:
+        """What a target consists of: parts of saved shards, and the memory for each in the saved dtype, which may be a
+        buffer that `reads` converts at its end. Raises as `fill` does.
+        """
+        item, tensor = target
         if item.nbytes == 0 and 0 in item.sizes:
-            return
+            return []
+        saved = self.describe(item.name)
         tensors.check_target(item.name, tensor)
         if saved.dtype != item.dtype and not cast:
             raise IncompatibleCheckpointError(
@@ -292,51 +323,34 @@ class Reader:
             )
         if saved.dtype != item.dtype or tensors.needs_copy(tensor):
             buffer = torch.empty(item.sizes, dtype=tensors.dtype_named(saved.dtype))
-            requests.converted.append((tensor.detach(), buffer))
+            reads.converted.append((tensor.detach(), buffer))
             tensor = buffer
         wanted = Box(item.offsets, item.sizes)
-        reads = list(self._overlaps(item.name, wanted, tensor))
-        pair = plan.first_overlap([read.part for read in reads])
+        return [(part, view_of(tensor, wanted, part.box)) for part in self.locate(item.name, wanted)]
+
+    def locate(self, name: str, wanted: Box) -> list[Part]:
+        """The parts of saved shards that make up a box of a tensor, each element once.
+
+        Raises:
+            IncompleteCheckpointError: an element is in no shard. CorruptCheckpointError: shards overlap.
+        """
+        for shard in self.shards[name]:
+            if shard.box == wanted:
+                return [Part(shard, wanted)]
+        found: dict[Box, Part] = {}
+        for shard in self.shards[name]:
+            box = plan.overlap(shard.box, wanted)
+            if box is not None:
+                found.setdefault(box, Part(shard, box))
+        pair = plan.first_overlap(list(found))
         if pair is not None:
-            raise CorruptCheckpointError(f"saved shards overlap: {pair}", path=self.path, tensor=item.name)
-        missing = wanted.volume - sum(read.part.volume for read in reads)
-        for read in reads:
-            self._add_read(requests, read)
+            raise CorruptCheckpointError(f"saved shards overlap: {pair}", path=self.path, tensor=name)
+        missing = wanted.volume - sum(box.volume for box in found)
         if missing > 0:
             raise IncompleteCheckpointError(
-                f"{missing} of {wanted.volume} elements are in no saved shard", path=self.path, tensor=item.name
+                f"{missing} of {wanted.volume} elements are in no saved shard", path=self.path, tensor=name
             )
-
-    def _overlaps(self, name: str, wanted: Box, tensor: torch.Tensor) -> Iterable[_Read]:
-        for shard in self.shards[name]:
-            saved = shard.box
-            if saved == wanted:
-                yield _Read(shard, wanted, tensor)
-                return
-        seen: set[Box] = set()
-        for shard in self.shards[name]:
-            part = plan.overlap(shard.box, wanted)
-            if part is None or part in seen:
-                continue
-            seen.add(part)
-            view = tensor
-            for dimension, (start, base, size) in enumerate(zip(part.offsets, wanted.offsets, part.sizes, strict=True)):
-                view = view.narrow(dimension, start - base, size)
-            yield _Read(shard, part, view)
-
-    def _add_read(self, requests: _Requests, read: _Read) -> None:
-        stored = read.shard.stored
-        memory = tensors.memory_of(read.view)
-        place = stored.place
-        if memory.stride_bytes is None and read.part.sizes == stored.item.sizes:
-            requests.rows.append((read.shard.table, *place, stored.item.nbytes, memory.data_ptr))
-            return
-        strides = memory.stride_bytes or tuple(s * memory.item_bytes for s in read.view.stride())
-        offsets = tuple(a - b for a, b in zip(read.part.offsets, stored.item.offsets, strict=True))
-        shard = (read.shard.table, *place, stored.item.nbytes)
-        requests.boxes.append(
-            (shard, memory.item_bytes, stored.item.sizes, offsets, read.part.sizes, memory.data_ptr, strides)
-        )
+        return list(found.values())
 
     def _tensor_of(self, table: int, chunk: int) -> str | None:
         for stored in self.indexes[table].tensors:
@@ -344,7 +358,7 @@ class Reader:
                 return stored.item.name
         return None
 
-    def name_tensor(self, error: CorruptCheckpointError) -> CorruptCheckpointError:
+    def _name_tensor(self, error: CorruptCheckpointError) -> CorruptCheckpointError:
         """Adds tensor and rank to an error of the native half, which knows only file and chunk."""
         for table, (_, first_file, index_path) in enumerate(self._tables):
             names = [os.path.join(directory, name) for directory, name, _ in self._files[first_file:]][

@@ -92,7 +92,7 @@ TEST_F(LoadPlanTest, nothing_wanted_is_an_empty_plan) {
   plan_.add_contiguous({0, 0, 0, 0, 0}, target_);
   plan_.finish();
   EXPECT_TRUE(plan_.chunks().empty());
-  EXPECT_EQ(plan_.stored_bytes_max(), 0u);
+  EXPECT_EQ(plan_.request_bytes_max(), 0u);
 }
 
 TEST_F(LoadPlanTest, a_scrub_reads_every_chunk_of_every_table) {
@@ -100,7 +100,7 @@ TEST_F(LoadPlanTest, a_scrub_reads_every_chunk_of_every_table) {
   plan_.finish();
   EXPECT_EQ(plan_.chunks().size(), 9u);
   EXPECT_TRUE(plan_.targets().empty());
-  EXPECT_EQ(plan_.stored_bytes_max(), 10000u);
+  EXPECT_EQ(plan_.request_bytes_max(), 10000u);
   EXPECT_EQ(plan_.raw_bytes_max(), 10000u);
 }
 
