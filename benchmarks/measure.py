@@ -203,8 +203,7 @@ class Measurement:
     def _cold_by(self) -> str | None:
         if self.scenario.place == "tmpfs":
             return None
-        whole = self.scenario.drop_caches and page_cache.can_drop_whole_machine()
-        return "fadvise and drop_caches" if whole else "fadvise"
+        return page_cache.dropped_by(whole_machine=self.scenario.drop_caches)
 
 
 def main() -> None:

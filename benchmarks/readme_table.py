@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from drop_in.comparisons import Comparison, compare
 from results import newest, scenario_of, spread_of
 from targets import best_dcp, speedup
 
@@ -84,6 +85,32 @@ def _table(scenario: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _under_dcp(document: Mapping[str, Any]) -> list[str]:
+    """Ratio first; a row that the run did not measure says so."""
+    rows = document.get("dcp", [])
+    if not rows:
+        return []
+    return [
+        f"Under torch.distributed.checkpoint: {_size(rows[0])}, {rows[0]['file_system']}, "
+        f"{' or '.join(str(count) for count in sorted({row['rounds'] for row in rows}))} rounds",
+        "",
+        "| call | ratio | wanted | | snapstone | against |",
+        "|---|---|---|---|---|---|",
+        *(f"| {' | '.join(_compared(one))} |" for one in compare(rows)),
+        "",
+    ]
+
+
+def _compared(one: Comparison) -> tuple[str, ...]:
+    words = {True: "met", False: "missed", None: "-"}
+    sides = ("-" if side is None else f"{_amount(one, side[1])}, {side[0]}" for side in (one.ours, one.theirs))
+    return one.what, one.got_text, one.wanted_text, words[one.passed], *sides
+
+
+def _amount(one: Comparison, value: float) -> str:
+    return f"{value / 1e9:.2f} GB" if one.unit == "bytes" else _seconds(value)
+
+
 def render(document: Mapping[str, Any]) -> str:
     """The Markdown between the markers."""
     machine = document["machine"]
@@ -92,6 +119,7 @@ def render(document: Mapping[str, Any]) -> str:
         scenario = scenario_of(document, state, "disk")
         if scenario is not None:
             lines += [*_table(scenario), ""]
+    lines += _under_dcp(document)
     rounds = max((scenario["rounds"] for scenario in document["scenarios"]), default=0)
     lines.append(
         f"Medians of {rounds} interleaved rounds, `{document['command']}`, {document['date']}; {machine['cores']} x "

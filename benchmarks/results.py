@@ -1,7 +1,8 @@
 """A run's JSON: its medians, and finding the newest one.
 
 Its shape: theme, date, command, snapstone, machine{}, scenarios[{state, place, ..., engines{name: {label, skipped,
-verified, samples{measure: [seconds]}}}}], micro[{}], targets[{what, wanted, got, passed}].
+verified, samples{measure: [seconds]}}}}], dcp[{row, title, ..., engines{name: {as above, storage, role}}}], micro[{}],
+targets[{what, wanted, got, passed}].
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def spread_of(scenario: Mapping[str, Any] | None, engine: str, measure: str) -> 
     entry = scenario["engines"].get(engine) if scenario else None
     if entry is None or entry["skipped"] is not None:
         return None
-    return Spread.of(entry["samples"][measure])
+    return Spread.of(entry["samples"].get(measure, []))
 
 
 def newest(directory: Path = DIRECTORY) -> Path:

@@ -1,8 +1,9 @@
 """snapstone beside the limit of the disk and beside other engines, in one run: `make bench`.
 
 Each state is measured in a process of its own; there every engine saves, loads and removes in turn, in an order that
-rotates every round. docs/benchmarks.md says what is measured and how to read it. Ends with status 1 if snapstone itself
-could not be measured.
+rotates every round. The rows under torch.distributed.checkpoint, with stock and with snapstone storage, come after
+them. docs/benchmarks.md says what is measured and how to read it. Ends with status 1 if snapstone itself could not be
+measured.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import machine
 import micro_run
 import results
 import table
+from drop_in.rows import ROWS
 from rich.console import Console
 from scenarios import EVERYTHING, Scenario, scenarios
 from targets import judge
@@ -32,6 +34,7 @@ from targets import judge
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 STATES = ("2gb", "small")
+UNDER_DCP = tuple(row.name for row in ROWS)
 TMPFS = Path("/dev/shm")
 CONSOLE_COLUMNS_MIN = 150
 
@@ -40,14 +43,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=REPOSITORY / "build" / "bench", help="on the disk to measure")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--states", default=",".join(STATES), help="comma-separated: 2gb, small")
-    parser.add_argument("--only", help=f"comma-separated: {', '.join(EVERYTHING)}")
+    parser.add_argument("--states", help="comma-separated: 2gb, small; without it both, and the rows under DCP")
+    parser.add_argument("--only", help=f"comma-separated engines, without the rows under DCP: {', '.join(EVERYTHING)}")
+    parser.add_argument("--dcp", help=f"comma-separated rows under DCP, without the states: {', '.join(UNDER_DCP)}")
     parser.add_argument("--results", type=Path, default=results.DIRECTORY, help="where the JSON goes")
     parser.add_argument("--no-micro", action="store_true", help="leave the micro benchmarks out")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: shows that it works, not how fast")
     options = parser.parse_args(arguments)
-    options.states = _choices(parser, options.states, STATES)
+    options.full = not (options.states or options.only or options.dcp)
+    if not options.states and (options.only or not options.dcp):
+        options.states = ",".join(STATES)
+    options.states = _choices(parser, options.states, STATES) if options.states else []
     options.only = _choices(parser, options.only, EVERYTHING) if options.only else None
+    options.dcp = _choices(parser, options.dcp, UNDER_DCP) if options.dcp else list(UNDER_DCP if options.full else ())
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     return options
@@ -64,10 +72,12 @@ def _choices(parser: argparse.ArgumentParser, text: str, known: Sequence[str]) -
 def command_line(options: argparse.Namespace) -> str:
     """The command that repeats this run, without paths of this machine."""
     words = ["python benchmarks/run.py", "--quick" if options.quick else f"--rounds {options.rounds}"]
-    if tuple(options.states) != STATES:
+    if options.states and not options.full:
         words.append(f"--states {','.join(options.states)}")
     if options.only:
         words.append(f"--only {','.join(options.only)}")
+    if options.dcp and not options.full:
+        words.append(f"--dcp {','.join(options.dcp)}")
     return " ".join(words)
 
 
@@ -75,7 +85,7 @@ def theme(options: argparse.Namespace) -> str:
     """Only a full run may become the README's table."""
     if options.quick:
         return "quick"
-    return "partial" if options.only or tuple(options.states) != STATES else results.THEME
+    return results.THEME if options.full else "partial"
 
 
 def build_probe(scratch: Path) -> tuple[str | None, str]:
@@ -94,21 +104,35 @@ def build_probe(scratch: Path) -> tuple[str | None, str]:
 
 def measure(scenario: Scenario, probe: tuple[str | None, str], directory: Path, scratch: Path) -> dict[str, Any]:
     """Runs one scenario in a new process."""
-    work = Path(tempfile.mkdtemp(prefix="snapstone-bench-", dir=TMPFS if scenario.place == "tmpfs" else directory))
+    details = {
+        "scenario": dataclasses.asdict(scenario),
+        "disk_limit": probe[0],
+        "disk_limit_missing": probe[1],
+    }
+    return dict(_in_process("measure.py", details, TMPFS if scenario.place == "tmpfs" else directory, scratch))
+
+
+def measure_under_dcp(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """Runs the rows under DCP in a process, which starts their ranks."""
+    details = {"rows": options.dcp, "rounds": 1 if options.quick else options.rounds, "quick": options.quick}
+    return list(_in_process("measure_under_dcp.py", details, options.directory, scratch))
+
+
+def _in_process(program: str, details: dict[str, Any], parent: Path, scratch: Path) -> Any:
+    """What a program of this folder makes of its job, for which it gets a directory below `parent`."""
+    work = Path(tempfile.mkdtemp(prefix="snapstone-bench-", dir=parent))
     job, result = scratch / "job.json", scratch / "result.json"
     result.unlink(missing_ok=True)
     document = {
-        "scenario": dataclasses.asdict(scenario),
+        **details,
         "directory": str(work),
-        "disk_limit": probe[0],
-        "disk_limit_missing": probe[1],
         "scrub": {str(work): "DIRECTORY", str(REPOSITORY): "REPOSITORY", sys.prefix: "PYTHON", str(scratch): "SCRATCH"},
         "result": str(result),
     }
     job.write_text(json.dumps(document))
     try:
-        subprocess.run([sys.executable, str(HERE / "measure.py"), str(job)], check=True)
-        return dict(json.loads(result.read_text()))
+        subprocess.run([sys.executable, str(HERE / program), str(job)], check=True)
+        return json.loads(result.read_text())
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -123,6 +147,7 @@ def run(options: argparse.Namespace, console: Console, scratch: Path) -> dict[st
         "snapstone": machine.version_of("snapstone") or _source_version(),
         "machine": machine.facts(),
         "scenarios": [],
+        "dcp": [],
         "micro": [],
     }
     facts = document["machine"]
@@ -136,6 +161,9 @@ def run(options: argparse.Namespace, console: Console, scratch: Path) -> dict[st
         elif scenario.engines:
             document["scenarios"].append(measure(scenario, probe, options.directory, scratch))
             table.print_scenario(console, document["scenarios"][-1])
+    if options.dcp:
+        document["dcp"] = measure_under_dcp(options, scratch)
+        table.print_under_dcp(console, document["dcp"])
     if not (options.quick or options.no_micro):
         micro = micro_run.measure(scratch)
         if isinstance(micro, str):
@@ -157,11 +185,17 @@ def _source_version() -> str:
 
 
 def failures(document: dict[str, Any]) -> list[str]:
-    return [
+    found = [
         f"{scenario['state']} on {scenario['place']}: {name}: {entry['skipped']}"
         for scenario in document["scenarios"]
         for name, entry in scenario["engines"].items()
         if name.startswith("snapstone") and entry["skipped"] is not None
+    ]
+    return found + [
+        f"{row['title']}: {entry['label']}: {entry['skipped']}"
+        for row in document["dcp"]
+        for entry in row["engines"].values()
+        if entry["storage"] == "snapstone" and entry["skipped"] is not None and not entry["unavailable"]
     ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-__all__ = ["State", "build", "differences", "empty_like", "flip_bits", "nbytes_of"]
+__all__ = ["State", "bits_differ", "build", "differences", "empty_like", "flip_bits", "nbytes_of", "tensors_of"]
 
 State = dict[str, torch.Tensor]
 
@@ -19,16 +19,19 @@ SEED = 20
 
 def build(kind: str, size: int) -> State:
     """`kind` "2gb": a transformer of hidden size `size` (1536: 2.16 GB, 99 tensors). "small": `size` small tensors."""
+    return dict(tensors_of(kind, size))
+
+
+def tensors_of(kind: str, size: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `build` makes, the same bits each time, one tensor after another: for who cannot hold them all."""
     bits = np.random.SFC64(SEED)
-    state: State = {}
     for name, shape in _shapes(kind, size):
-        state[f"model.{name}"] = _random(bits, shape, torch.bfloat16)
+        yield f"model.{name}", _random(bits, shape, torch.bfloat16)
         for slot in ("exp_avg", "exp_avg_sq"):
-            state[f"optim.{name}.{slot}"] = _random(bits, shape, torch.float32)
+            yield f"optim.{name}.{slot}", _random(bits, shape, torch.float32)
     if kind == "small":
         for number in range(size % 3):  # frozen ones, without moments
-            state[f"model.frozen.{number}.weight"] = _random(bits, (SMALL_ELEMENTS_MIN,), torch.bfloat16)
-    return state
+            yield f"model.frozen.{number}.weight", _random(bits, (SMALL_ELEMENTS_MIN,), torch.bfloat16)
 
 
 def _shapes(kind: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -73,7 +76,11 @@ def nbytes_of(state: State) -> int:
 
 def differences(state: State, other: State) -> list[str]:
     """The names of tensors that are not the same bit for bit (random bits hold NaNs, which equal nothing)."""
-    return [name for name, tensor in state.items() if not torch.equal(_bytes(tensor), _bytes(other[name]))]
+    return [name for name, tensor in state.items() if bits_differ(tensor, other[name])]
+
+
+def bits_differ(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return not torch.equal(_bytes(tensor), _bytes(other))
 
 
 def flip_bits(state: State) -> None:

@@ -1,17 +1,18 @@
-"""A run on the terminal: two tables per scenario, the fenced calls, the micro benchmarks, the targets."""
+"""A run on the terminal: tables per scenario, fenced calls, a table per row under DCP, micro benchmarks, targets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from drop_in.comparisons import counted_bytes
 from results import Spread, spread_of
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from targets import Verdict, best_dcp, speedup
 
-__all__ = ["print_micro", "print_scenario", "print_targets"]
+__all__ = ["print_micro", "print_scenario", "print_targets", "print_under_dcp"]
 
 MIB = 1 << 20
 
@@ -111,6 +112,40 @@ def _print_fence(console: Console, fence: Mapping[str, Any]) -> None:
         f"later ones {calls.median * 1e3:.2f} ms ({calls.low * 1e3:.2f}-{calls.high * 1e3:.2f}); "
         f"the step after a call {steps.median * 1e3:.1f} ms, without one {fence['step_alone_seconds'] * 1e3:.1f} ms"
     )
+
+
+def print_under_dcp(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        console.print(
+            f"\n[bold]{row['title']}[/bold]: {row['nbytes'] / 1e9:.2f} GB in {row['tensors']} tensors on "
+            f"{row['file_system']}, median (min-max) of {row['rounds']} rounds"
+            + (f", cold by {row['cold_by']}" if row["cold_by"] else "")
+        )
+        console.print(_loads_under_dcp(row) if row["cold_by"] else _saves_under_dcp(row))
+        for entry in row["engines"].values():
+            if entry["skipped"] is not None:
+                console.print(f"  {entry['label']}: left out: {entry['skipped']}", markup=False)
+
+
+def _saves_under_dcp(row: Mapping[str, Any]) -> Table:
+    table = _table("", "contender", "durable, s", "GB/s", "call, s", "stall, s")
+    for name, entry in row["engines"].items():
+        spread = spread_of(row, name, "save_seconds")
+        if spread is not None:
+            rate = f"{row['nbytes'] / spread.median / 1e9:.2f}"
+            waits = (seconds_text(spread_of(row, name, f"{what}_seconds")) for what in ("call", "stall"))
+            table.add_row(entry["label"], seconds_text(spread), rate, *waits)
+    return table
+
+
+def _loads_under_dcp(row: Mapping[str, Any]) -> Table:
+    table = _table("", "contender", "slowest rank, s", "all ranks read, MB", "of the state")
+    for name, entry in row["engines"].items():
+        spread, nbytes = spread_of(row, name, "load_seconds"), counted_bytes(row, name)
+        if spread is not None:
+            counted = ("", "") if nbytes is None else (f"{nbytes / 1e6:.1f}", ratio_text(nbytes / row["nbytes"]))
+            table.add_row(entry["label"], seconds_text(spread), *counted)
+    return table
 
 
 def print_micro(console: Console, micro: Sequence[Mapping[str, Any]]) -> None:
