@@ -39,9 +39,11 @@ from .strategy import Need, Rates
 from .tensors import LocalShard, Memory
 from .trace import Trace
 
-__all__ = ["fill_jointly"]
+__all__ = ["FIRST_VOTE", "fill_jointly"]
 
-BUCKET_BYTES_MIN = 64 << 20  # of one round on one node
+FIRST_VOTE = "needs"
+
+BUCKET_BYTES_MIN = 32 << 20
 BUCKET_BYTES_MAX = 1 << 30
 BUCKET_BYTES_PER_NODE = 32 << 20
 REGIONS = 3
@@ -100,7 +102,7 @@ class _JointLoad:
         progress: Progress | None,
         trace: Trace | None,
     ) -> None:
-        self.label = "needs"  # of the vote that this rank comes to next
+        self.label = FIRST_VOTE  # of the vote that this rank comes to next
         self._reader = reader
         self._group = group
         self._channel = channel
@@ -190,7 +192,7 @@ class _JointLoad:
             nbytes = sum(target.item.nbytes for target in self._targets)
             return json.dumps([digest, nbytes, node_name()]).encode()
 
-        return [Need(*json.loads(vote)) for vote in self._vote("needs", mine)]
+        return [Need(*json.loads(vote)) for vote in self._vote(FIRST_VOTE, mine)]
 
     def _exchange_boxes(self, needs: list[Need]) -> _Wanted:
         """Ranks with the same boxes as a lower one say nothing more."""

@@ -55,8 +55,11 @@ class Trace:
             self._events.append(self._event(stage, threading.current_thread().name, begin_ns, end_ns, nbytes))
 
     def add_job(self, job: Any) -> None:
-        """Takes over the books of a native job."""
-        self.stats.update(job.stage_stats())
+        """Adds the books of a native job."""
+        for stage, cost in job.stage_stats().items():
+            entry = self.stats.setdefault(stage, {"seconds": 0.0, "bytes": 0, "count": 0})
+            for unit, value in cost.items():
+                entry[unit] += value
         for stage, lane, begin_ns, end_ns, nbytes in job.trace_events():
             self._events.append(self._event(stage, f"lane {lane}", begin_ns, end_ns, nbytes))
 

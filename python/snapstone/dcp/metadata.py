@@ -20,13 +20,17 @@ from torch.distributed.checkpoint.metadata import (
 from .. import state, tensors, values
 from ..reader import Reader
 
-__all__ = ["OPAQUE", "metadata_of", "stream_of", "value_of_stream"]
+__all__ = ["OPAQUE", "EngineMetadata", "metadata_of", "stream_of", "value_of_stream"]
 
 VERSION = "1.0.0"  # of DCP's metadata, as stock writes it
 OPAQUE = "$torch"  # a value that only torch.save can store: {OPAQUE: bytes}
 
 
-def metadata_of(reader: Reader, rank: int, meta: StorageMeta | None) -> Metadata:
+class EngineMetadata(Metadata):
+    """Of a checkpoint in the engine's format, which takes requests for any box of a tensor."""
+
+
+def metadata_of(reader: Reader, rank: int, meta: StorageMeta | None) -> EngineMetadata:
     """What `read_metadata` of the stock reader gives, without reading a pickle. `rank`: whose Python values count where
     ranks saved different ones.
     """
@@ -48,7 +52,7 @@ def metadata_of(reader: Reader, rank: int, meta: StorageMeta | None) -> Metadata
     for name, (path, _) in reader.objects(rank).items():
         entries[name] = BytesStorageMetadata()
         planner_data[name] = _path(name, path)
-    return Metadata(
+    return EngineMetadata(
         state_dict_metadata=entries,
         planner_data=planner_data,
         storage_data=storage_data,

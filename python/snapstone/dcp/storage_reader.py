@@ -6,19 +6,24 @@ import os
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader as StorageReaderInterface
 from torch.futures import Future
 
 from .. import manifest, tensors
-from ..config import seconds_of
+from ..collective import Deadline, Group
+from ..config import LoadOptions
+from ..fabric import Fabric
+from ..joint import FIRST_VOTE, fill_jointly
 from ..plan import TensorItem
 from ..reader import Reader
 from ..tensors import LocalShard
+from ..trace import Trace
 from .metadata import metadata_of, stream_of
 from .stock import StockReader, is_stock
 from .storage_writer import rank_directory
@@ -40,6 +45,8 @@ class StorageReader(StorageReaderInterface):
         path: the checkpoint; `checkpoint_id` of a load takes its place.
         cast: convert where the saved dtype differs from the target's, as stock does silently. False refuses.
         verify: check the digest of every chunk that is read.
+        strategy, process_group: who reads what, as in `snapstone.load`, and the ranks that load together (default
+            group). They must be the ranks of the `dcp.load`, which does not tell its reader; with no_dist, "direct".
         allow_pickle: load values that were saved with `allow_pickle=True`, or as streams of `torch.save` that need
             `weights_only=False`. They can run code.
         timeout: seconds for the reads of one load (SNAPSTONE_TIMEOUT, 1800 s).
@@ -54,6 +61,8 @@ class StorageReader(StorageReaderInterface):
         *,
         cast: bool = True,
         verify: bool = True,
+        strategy: Literal["auto", "direct", "scatter", "broadcast"] = "direct",
+        process_group: dist.ProcessGroup | None = None,
         allow_pickle: bool = False,
         timeout: timedelta | float | None = None,
     ) -> None:
@@ -62,16 +71,20 @@ class StorageReader(StorageReaderInterface):
         self.load_id = uuid.uuid4().hex
         self.rank: int | None = None
         self.use_collectives = True
+        options = LoadOptions.of(strategy=strategy, timeout=timeout)
         self.cast = cast
         self.verify = verify
+        self.strategy = options.strategy
         self.allow_pickle = allow_pickle
-        self.timeout_seconds = seconds_of(timeout)
+        self.timeout_seconds = options.timeout_seconds
+        self.stats: dict[str, Any] = {}
+        self._process_group = process_group
         self._reader: Reader | None = None
         self._stock: StockReader | None = None
         self._metadata: Metadata | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_reader": None, "_stock": None}
+        return self.__dict__ | {"_reader": None, "_stock": None, "_process_group": None}
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:
@@ -86,6 +99,7 @@ class StorageReader(StorageReaderInterface):
         if checkpoint_id:
             self.path = checkpoint_id
         self._reader = self._stock = None
+        self.stats = {}
         self.load_id = uuid.uuid4().hex
 
     # The literal names `kwargs` are how DCP tells that a reader knows saves without collectives and wants its rank.
@@ -123,23 +137,47 @@ class StorageReader(StorageReaderInterface):
             return self._stock.read_data(plan, planner)
         reader = self._reader
         assert reader is not None
-        wanted = [
-            _Wanted(item, planner.resolve_tensor(item).detach())
-            for item in plan.items
-            if item.type is LoadItemType.TENSOR
-        ]
-        reader.fill(
-            [self._target(one) for one in wanted],
-            cast=self.cast,
-            verify=self.verify,
-            timeout_seconds=self.timeout_seconds,
-        )
+        wanted = self._fill(reader, plan, planner)
         for one in wanted:
             planner.commit_tensor(one.request, one.tensor)
         self._read_values(reader, plan, planner)
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _fill(self, reader: Reader, plan: LoadPlan, planner: LoadPlanner) -> list[_Wanted]:
+        """Without the engine's own votes unless ranks read for each other: DCP gathers the failures."""
+        alone = self.strategy == "direct" or not self.use_collectives
+        group = Group.create(self._process_group, no_dist=alone)
+        channel = group.channel("dcp.load")
+        deadline = Deadline(self.timeout_seconds)
+        trace = Trace("load", group.rank, group.world_size)
+        try:
+            wanted = [
+                _Wanted(item, planner.resolve_tensor(item).detach())
+                for item in plan.items
+                if item.type is LoadItemType.TENSOR
+            ]
+            stats = fill_jointly(
+                reader,
+                [self._target(one) for one in wanted],
+                self.strategy,
+                group,
+                channel,
+                Fabric(self._process_group, group),
+                deadline,
+                cast=self.cast,
+                verify=self.verify,
+                trace=trace,
+            )
+        except BaseException as error:
+            channel.abort([FIRST_VOTE], error)
+            raise
+        finally:
+            channel.close()
+            trace.close()
+        self.stats = trace.stats | stats
+        return wanted
 
     def _read_values(self, reader: Reader, plan: LoadPlan, planner: LoadPlanner) -> None:
         items = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
