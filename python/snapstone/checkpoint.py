@@ -172,7 +172,7 @@ class Checkpoint:
         everything: dict[str, Any] = dict(self.load_tensors())
         objects = self.reader.objects(rank)
         everything.update({name: values.decode(value, name=name) for name, (_, value) in objects.items()})
-        encoded = {**self.reader.paths, **{name: path for name, (path, _) in objects.items()}}
+        encoded = {**self.reader.shards.paths, **{name: path for name, (path, _) in objects.items()}}
         paths = {name: (name,) if path is None else state.decode_path(path) for name, path in encoded.items()}
         return state.unflatten(paths, everything)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -16,6 +17,20 @@ __all__ = ["Fabric", "Message"]
 
 _WAIT_SECONDS_MAX = 24 * 3600.0  # what gloo and NCCL take for a timeout
 _orphans: list[Any] = []  # of transfers that failed: the backend may still write there
+
+
+@contextmanager
+def _broken(*buffers: Any) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        _orphans.append(buffers)
+        reason = str(error).partition("\n")[0]
+        raise RankFailedError(f"the process group broke while ranks exchanged bytes ({reason})") from error
+
+
+def _limit(deadline: Deadline) -> timedelta:
+    return timedelta(seconds=min(max(deadline.remaining(), 1e-3), _WAIT_SECONDS_MAX))
 
 
 class Message(NamedTuple):
@@ -51,18 +66,34 @@ class Fabric:
             dist.P2POp(dist.irecv, memory, ranks[message.peer], self._process_group, message.tag)
             for message, memory in zip(receives, landing, strict=True)
         ]
-        try:
+        with _broken(staged, landing):
             for work in dist.batch_isend_irecv(operations):
-                work.wait(timedelta(seconds=min(max(deadline.remaining(), 1e-3), _WAIT_SECONDS_MAX)))
+                work.wait(_limit(deadline))
             if device.type != "cpu":
                 torch.accelerator.synchronize()
-        except RuntimeError as error:
-            _orphans.append((staged, landing))
-            reason = str(error).partition("\n")[0]
-            raise RankFailedError(f"the process group broke while ranks exchanged bytes ({reason})") from error
         if device.type != "cpu":
             for message, memory in zip(receives, landing, strict=True):
                 message.memory.copy_(memory)
+
+    def all_gather(self, payload: bytes, deadline: Deadline) -> list[bytes]:
+        """Every rank's payload, in rank order."""
+        lengths = self._gather(torch.tensor([len(payload)]), deadline)
+        longest = max(int(length) for length in lengths)
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        if payload:
+            mine[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        gathered = self._gather(mine, deadline) if longest else [mine] * len(lengths)
+        return [one.numpy()[: int(length)].tobytes() for one, length in zip(gathered, lengths, strict=True)]
+
+    def _gather(self, mine: torch.Tensor, deadline: Deadline) -> list[torch.Tensor]:
+        device = self._device()
+        staged = mine.to(device)
+        gathered = [torch.empty_like(staged) for _ in range(self._group.world_size)]
+        with _broken(staged, gathered):
+            work = dist.all_gather(gathered, staged, self._process_group, async_op=True)
+            assert work is not None
+            work.wait(_limit(deadline))
+        return [one.cpu() for one in gathered]
 
     def _device(self) -> torch.device:
         group: Any = dist.group.WORLD if self._process_group is None else self._process_group

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from . import garbage, state, tensors, values
+from . import garbage, opening, state, tensors, values
 from .checkpoint import Checkpoint
 from .collective import Channel, Deadline, Group
 from .config import LoadOptions
-from .errors import CorruptCheckpointError, IncompatibleCheckpointError
+from .errors import IncompatibleCheckpointError
 from .fabric import Fabric
 from .joint import fill_jointly
+from .opening import open_together
 from .progress import Progress
 from .reader import Reader
 from .tensors import LocalShard
@@ -80,8 +81,10 @@ def load(
         deadline = Deadline(options.timeout_seconds)
         operation = _Load(state_dict, options, group, channel, Fabric(process_group, group), trace)
         path = os.path.abspath(os.fspath(checkpoint_id))
-        votes = _together(channel, "plan", deadline, trace, lambda: operation.plan(path))
-        operation.compare_votes(votes)
+        with trace.span("open"):
+            operation.reader = open_together(path, group, channel, operation.fabric, deadline)
+        votes = _together(channel, "plan", deadline, trace, operation.plan)
+        operation.refuse_unwanted(votes)
         _together(channel, "read", deadline, trace, lambda: operation.read(deadline, progress))
         _together(channel, "fill", deadline, trace, operation.finish)
     except BaseException as error:
@@ -93,7 +96,7 @@ def load(
     return operation.checkpoint()
 
 
-_VOTES = ("plan", "read", "fill")  # of one load, in this order
+_VOTES = (*opening.VOTES, "plan", "read", "fill")  # of one load, in this order
 
 
 def _together(
@@ -111,7 +114,7 @@ def _together(
 
 
 class _Load:
-    """One rank's part of one load: `plan`, `compare_votes`, `read`, `finish`, `checkpoint`, in this order."""
+    """One rank's part of one load: `plan`, `refuse_unwanted`, `read`, `finish`, `checkpoint`, in this order."""
 
     def __init__(
         self,
@@ -130,7 +133,7 @@ class _Load:
         self.channel = channel
         self.fabric = fabric
         self.trace = trace
-        self.reader: Any = None
+        self.reader: Reader  # set by the caller
         self.flattened = state.Flattened()
         self.targets: list[LocalShard] = []
         self.loaded: dict[str, Any] = {}
@@ -138,16 +141,16 @@ class _Load:
         self.missing: list[str] = []
         self.unexpected: list[str] = []
 
-    def plan(self, path: str) -> bytes:
-        """Opens the checkpoint and lays out what this rank reads; nothing is changed yet.
+    def plan(self) -> bytes:
+        """Lays out what this rank reads; nothing is changed yet.
 
-        Its vote: the checkpoint's id, and a byte for each name in it, in alphabetical order: 1 for one not wanted here.
+        Its vote: a byte for each name in the checkpoint, in alphabetical order: 1 for one not wanted here.
         """
         with self.trace.span("plan"), garbage.paused():
-            self.reader = reader = Reader(path)
+            reader = self.reader
             objects = reader.objects(self.group.rank)
             self.saved_paths = {name: decode_path(name, encoded) for name, (encoded, _) in objects.items()}
-            self.saved_paths.update({name: decode_path(name, encoded) for name, encoded in reader.paths.items()})
+            self.saved_paths.update({name: decode_path(name, encoded) for name, encoded in reader.shards.paths.items()})
             self.flattened = self._flatten_target(reader)
             self._compare_keys(reader, objects)
             self.targets = self._targets(reader)
@@ -155,16 +158,14 @@ class _Load:
                 if name in self.flattened.objects or self._is_new_in_stateful(name):
                     self.loaded[name] = values.decode(encoded, name=name, allow_pickle=self.options.allow_pickle)
             unexpected = set(self.unexpected)
-            return reader.manifest.save_id.encode() + bytes(name in unexpected for name in sorted(self.saved_paths))
+            return bytes(name in unexpected for name in sorted(self.saved_paths))
 
-    def compare_votes(self, votes: list[bytes]) -> None:
-        """The same answer on every rank, so there is nothing to vote on."""
-        id_nbytes = len(self.reader.manifest.save_id)
-        if len({vote[:id_nbytes] for vote in votes}) > 1:
-            raise CorruptCheckpointError("ranks read different checkpoints under one name", path=self.reader.path)
+    def refuse_unwanted(self, votes: list[bytes]) -> None:
+        """Ranks may want names of their own: unexpected is only what nobody wants. The same answer on every rank, so
+        there is nothing to vote on.
+        """
         if self.options.strict and self.group.world_size > 1:
-            # Ranks may want names of their own: unexpected is only what nobody wants.
-            nobody_wants = map(all, zip(*(vote[id_nbytes:] for vote in votes), strict=True))
+            nobody_wants = map(all, zip(*votes, strict=True))
             names = [name for name, unwanted in zip(sorted(self.saved_paths), nobody_wants, strict=True) if unwanted]
             self._refuse([f"unexpected in the checkpoint: {name}" for name in names])
 

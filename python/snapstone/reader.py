@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from . import _native, garbage, index, manifest, plan, tensors
+from .catalog import Catalog, Listing
 from .config import PIPELINE_SLOTS
 from .errors import (
     CheckpointError,
@@ -28,11 +29,11 @@ from .index import Index
 from .manifest import Manifest
 from .plan import Box
 from .progress import Progress
-from .reads import Part, Reads, SavedShard, view_of
+from .reads import Part, Reads, view_of
 from .tensors import LocalShard
 from .trace import Trace
 
-__all__ = ["Reader", "run_job"]
+__all__ = ["Reader", "open_index", "run_job"]
 
 _DTYPE_BYTES: Mapping[str, int] = {name: tensors.dtype_bytes(name) for name in tensors.dtype_names()}
 _DRAIN_SECONDS = 1.0  # after a failure, for requests that the kernel still has
@@ -64,85 +65,76 @@ def run_job(
     job.rethrow()
 
 
-class Reader:
-    """Opens and checks the manifest and all indexes at once; payload is read by `fill`."""
+def open_index(directory: str, document: Manifest, writer: manifest.Writer) -> Index:
+    """The index of one writer, checked."""
+    path = os.path.join(directory, writer.index.name)
+    parsed = index.parse(_read_index(directory, writer, path), path=path, dtype_bytes=_DTYPE_BYTES)
+    expected = (document.save_id, writer.rank, document.world_size, tuple(entry.name for entry in writer.data))
+    actual = (parsed.save_id, parsed.rank, parsed.world_size, parsed.files)
+    if expected != actual:
+        raise CorruptCheckpointError(
+            "index belongs to another save, rank or file", path=path, rank=writer.rank, expected=expected, actual=actual
+        )
+    _native.check_chunk_table(parsed.table, [entry.nbytes for entry in writer.data], parsed.chunk_bytes, path)
+    return parsed
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+
+def _read_index(directory: str, writer: manifest.Writer, path: str) -> bytes:
+    try:
+        limit_nbytes = min(writer.index.nbytes, index.FILE_BYTES_MAX)
+        data: bytes = _native.read_file(directory, writer.index.name, limit_nbytes)
+    except FileNotFoundError:
+        raise IncompleteCheckpointError("index file is missing", path=path, rank=writer.rank) from None
+    except OSError as error:
+        raise _not_regular(error, "index file") or error from None
+    except CorruptCheckpointError as error:
+        error.rank = writer.rank
+        raise
+    actual = _native.digest_hex(data)
+    if len(data) != writer.index.nbytes:
+        raise CorruptCheckpointError(
+            "index file has the wrong size",
+            path=path,
+            rank=writer.rank,
+            expected=writer.index.nbytes,
+            actual=len(data),
+        )
+    if actual != writer.index.xxh128:
+        raise CorruptCheckpointError(
+            "index digest mismatch", path=path, rank=writer.rank, expected=writer.index.xxh128, actual=actual
+        )
+    return data
+
+
+class Reader:
+    """A checkpoint whose manifest and indexes are open and checked; payload is read by `fill`.
+
+    Alone it opens all indexes itself. With a `catalog` others have opened them: `indexes` have no tensors then.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        document: Manifest | None = None,
+        indexes: Sequence[Index] | None = None,
+        catalog: Catalog | None = None,
+    ) -> None:
         self.path = os.path.normpath(os.fspath(path))
-        self.manifest: Manifest = manifest.read(self.path)
-        self.indexes: list[Index] = []
-        self.shards: dict[str, list[SavedShard]] = {}
-        self.paths: dict[str, Any] = {}
+        self.manifest: Manifest = document or manifest.read(self.path)
+        if indexes is None:
+            indexes = [open_index(self.path, self.manifest, writer) for writer in self.manifest.writers]
+        self.indexes: list[Index] = list(indexes)
+        self.is_shared = catalog is not None
+        self.shards: Catalog | Listing = catalog or Listing(self.path, self.indexes)
         self._files: list[tuple[str, str, int]] = []
         self._tables: list[tuple[bytes, int, str]] = []
-        for writer in self.manifest.writers:
-            self._add_index(writer)
-
-    def _add_index(self, writer: manifest.Writer) -> None:
-        path = os.path.join(self.path, writer.index.name)
-        parsed = index.parse(self._read_index(writer, path), path=path, dtype_bytes=_DTYPE_BYTES)
-        expected = (
-            self.manifest.save_id,
-            writer.rank,
-            self.manifest.world_size,
-            tuple(entry.name for entry in writer.data),
-        )
-        actual = (parsed.save_id, parsed.rank, parsed.world_size, parsed.files)
-        if expected != actual:
-            raise CorruptCheckpointError(
-                "index belongs to another save, rank or file",
-                path=path,
-                rank=writer.rank,
-                expected=expected,
-                actual=actual,
-            )
-        _native.check_chunk_table(parsed.table, [entry.nbytes for entry in writer.data], parsed.chunk_bytes, path)
-        self._tables.append((parsed.table, len(self._files), path))
-        self._files.extend((self.path, entry.name, entry.nbytes) for entry in writer.data)
-        table = len(self.indexes)
-        self.indexes.append(parsed)
-        for stored in parsed.tensors:
-            name = stored.item.name
-            others = self.shards.setdefault(name, [])
-            if others and (others[0].stored.item.dtype, others[0].stored.item.shape) != (
-                stored.item.dtype,
-                stored.item.shape,
-            ):
-                raise CorruptCheckpointError(
-                    "shards disagree on dtype or shape", path=path, tensor=name, rank=writer.rank
-                )
-            others.append(SavedShard(table, stored))
-            self.paths.setdefault(name, stored.path)
-
-    def _read_index(self, writer: manifest.Writer, path: str) -> bytes:
-        try:
-            limit_nbytes = min(writer.index.nbytes, index.FILE_BYTES_MAX)
-            data: bytes = _native.read_file(self.path, writer.index.name, limit_nbytes)
-        except FileNotFoundError:
-            raise IncompleteCheckpointError("index file is missing", path=path, rank=writer.rank) from None
-        except OSError as error:
-            raise _not_regular(error, "index file") or error from None
-        except CorruptCheckpointError as error:
-            error.rank = writer.rank
-            raise
-        actual = _native.digest_hex(data)
-        if len(data) != writer.index.nbytes:
-            raise CorruptCheckpointError(
-                "index file has the wrong size",
-                path=path,
-                rank=writer.rank,
-                expected=writer.index.nbytes,
-                actual=len(data),
-            )
-        if actual != writer.index.xxh128:
-            raise CorruptCheckpointError(
-                "index digest mismatch", path=path, rank=writer.rank, expected=writer.index.xxh128, actual=actual
-            )
-        return data
+        for writer, parsed in zip(self.manifest.writers, self.indexes, strict=True):
+            self._tables.append((parsed.table, len(self._files), os.path.join(self.path, writer.index.name)))
+            self._files.extend((self.path, entry.name, entry.nbytes) for entry in writer.data)
 
     def describe(self, name: str) -> plan.TensorItem:
         """dtype and global shape of a stored tensor (offsets and sizes are those of its first shard)."""
-        return self.shards[name][0].stored.item
+        return self.shards.describe(name)
 
     def objects(self, rank: int) -> dict[str, tuple[Any, Any]]:
         """name -> (path, typed JSON) as `rank` saved it; what only other ranks saved comes from the lowest of them."""
@@ -298,7 +290,7 @@ class Reader:
 
     def _add_target(self, reads: Reads, target: LocalShard, cast: bool) -> None:
         item, tensor = target
-        first = self.shards[item.name][0]
+        first = self.shards.first(item.name)
         if first.stored.item == item and item.nbytes and tensor.is_contiguous() and not tensors.needs_copy(tensor):
             # The same shard in plain memory, which is nearly every tensor of a resumed run.
             reads.add_whole(first, tensor.data_ptr())
@@ -334,11 +326,12 @@ class Reader:
         Raises:
             IncompleteCheckpointError: an element is in no shard. CorruptCheckpointError: shards overlap.
         """
-        for shard in self.shards[name]:
+        near = self.shards.near(name, wanted)
+        for shard in near:
             if shard.box == wanted:
                 return [Part(shard, wanted)]
         found: dict[Box, Part] = {}
-        for shard in self.shards[name]:
+        for shard in near:
             box = plan.overlap(shard.box, wanted)
             if box is not None:
                 found.setdefault(box, Part(shard, box))
@@ -353,10 +346,7 @@ class Reader:
         return list(found.values())
 
     def _tensor_of(self, table: int, chunk: int) -> str | None:
-        for stored in self.indexes[table].tensors:
-            if stored.place.first_chunk <= chunk < stored.place.first_chunk + stored.place.chunk_count:
-                return stored.item.name
-        return None
+        return self.shards.tensor_of(table, chunk)
 
     def _name_tensor(self, error: CorruptCheckpointError) -> CorruptCheckpointError:
         """Adds tensor and rank to an error of the native half, which knows only file and chunk."""

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import snapstone as ss
 from distributed.ranks import run_ranks, values
-from snapstone import CorruptCheckpointError, RankFailedError, _native
+from snapstone import RankFailedError, _native
 
 MIB = 1 << 20
 PLACEMENTS: dict[str, Any] = {"rows": Shard(0), "columns": Shard(1), "replicated": Replicate()}
@@ -61,7 +61,7 @@ def _load(rank: int, run: Path, placement: str, strategies: list[str], nodes: in
     found = []
     for strategy in strategies:
         target = state(0, placement)
-        own = f"own.of-{rank}" in ss.Checkpoint.open(run / "c").keys()
+        own = f"own.of-{rank}" in ss.Checkpoint.open(run / "c").load_tensors()
         if not own:
             target.pop("own")
         checkpoint = ss.load(target, checkpoint_id=run / "c", strategy=strategy, strict=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from .. import state, tensors, values
+from ..catalog import Catalog, Listing
 from ..reader import Reader
 
 __all__ = ["OPAQUE", "EngineMetadata", "metadata_of", "stream_of", "value_of_stream"]
@@ -37,15 +40,15 @@ def metadata_of(reader: Reader, rank: int, meta: StorageMeta | None) -> EngineMe
     entries: dict[str, Any] = {}
     planner_data: dict[str, tuple[Any, ...]] = {}
     storage_data: dict[MetadataIndex, Any] = {}
-    for name, shards in reader.shards.items():
-        first = shards[0].stored.item
+    for name in reader.shards:
+        item = reader.describe(name)
         entries[name] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=tensors.dtype_named(first.dtype)),
-            size=torch.Size(first.shape),
-            chunks=[ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in _boxes(shards)],
+            properties=TensorProperties(dtype=tensors.dtype_named(item.dtype)),
+            size=torch.Size(item.shape),
+            chunks=_Chunks(reader.shards, name),  # type: ignore[arg-type]
         )
-        planner_data[name] = _path(name, reader.paths[name])
-        for shard in shards:
+        planner_data[name] = _path(name, reader.shards.paths[name])
+        for shard in reader.shards[name] if not reader.is_shared else ():  # nobody looks, and it would cost seconds
             file = reader.manifest.writers[shard.table].data[0].name
             index = MetadataIndex(name, torch.Size(shard.box.offsets))
             storage_data[index] = _StorageInfo(file, 0, shard.stored.item.nbytes)
@@ -61,8 +64,32 @@ def metadata_of(reader: Reader, rank: int, meta: StorageMeta | None) -> EngineMe
     )
 
 
-def _boxes(shards: list[Any]) -> list[Any]:
-    return list(dict.fromkeys(shard.box for shard in shards))
+class _Chunks(Sequence[ChunkStorageMetadata]):
+    """The distinct boxes of a tensor's shards, made when a planner asks: the engine's own does not."""
+
+    def __init__(self, shards: Catalog | Listing, name: str) -> None:
+        self._shards = shards
+        self._name = name
+
+    @cached_property
+    def _made(self) -> list[ChunkStorageMetadata]:
+        boxes = dict.fromkeys(shard.box for shard in self._shards[self._name])
+        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in boxes]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made[index]
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __eq__(self, other: object) -> bool:
+        return self._made == (other._made if isinstance(other, _Chunks) else other)
+
+    def __repr__(self) -> str:
+        return repr(self._made)
+
+    def __reduce__(self) -> Any:
+        return list, (self._made,)
 
 
 def _path(name: str, encoded: Any) -> tuple[Any, ...]:

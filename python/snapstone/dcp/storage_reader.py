@@ -20,6 +20,8 @@ from ..collective import Deadline, Group
 from ..config import LoadOptions
 from ..fabric import Fabric
 from ..joint import FIRST_VOTE, fill_jointly
+from ..opening import VOTES as OPENING_VOTES
+from ..opening import open_together
 from ..plan import TensorItem
 from ..reader import Reader
 from ..tensors import LocalShard
@@ -113,9 +115,23 @@ class StorageReader(StorageReaderInterface):
             return self._stock.read_metadata(**kwargs)
         # With a rank DCP asks once more after a failure: where that rank has no checkpoint of its own, fail as before.
         self._stock = None
-        reader = self._reader = Reader(path)
+        reader = self._reader = self._open(path, rank)
         meta = StorageMeta(checkpoint_id=self.path, save_id=reader.manifest.save_id, load_id=self.load_id)
         return metadata_of(reader, 0, meta)
+
+    def _open(self, path: str, rank: int | None) -> Reader:
+        if self.strategy == "direct" or rank is not None:
+            return Reader(path)
+        group = Group.create(self._process_group)
+        channel = group.channel("dcp.load")
+        deadline = Deadline(self.timeout_seconds)
+        try:
+            return open_together(path, group, channel, Fabric(self._process_group, group), deadline)
+        except BaseException as error:
+            channel.abort(OPENING_VOTES, error)
+            raise
+        finally:
+            channel.close()
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self.rank = kwargs.get("rank")

@@ -124,7 +124,7 @@ def test_ctrl_c_ends_a_verify_at_once(saved_run: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(SNAPSTONE_IO="buffered", SNAPSTONE_FAULT="pread:1+:delay=5000"),
+        env=environment(SNAPSTONE_IO="buffered", SNAPSTONE_FAULT="pread:1+:delay=1200"),
     )
     try:
         deadline = time.monotonic() + 60
