@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
@@ -76,11 +77,9 @@ def segments() -> set[int]:
     """Descriptors of staging memory in this process."""
     found = set()
     for number in os.listdir("/proc/self/fd"):
-        try:
+        with suppress(FileNotFoundError):  # what listed the directory
             if "snapstone-staging" in os.readlink(f"/proc/self/fd/{number}"):
                 found.add(int(number))
-        except FileNotFoundError:
-            pass
     return found
 
 

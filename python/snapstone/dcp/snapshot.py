@@ -225,8 +225,15 @@ def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
 def _sharded_tensor(like: ShardedTensor, local: dict[Any, torch.Tensor]) -> torch.Tensor:
     """Without the constructors, which talk to other ranks or insist on the device of the original."""
     metadata = like.metadata()
+    properties = metadata.tensor_properties
     sharded: ShardedTensor = ShardedTensor.__new__(
-        ShardedTensor, like.sharding_spec(), metadata.size, dtype=metadata.tensor_properties.dtype
+        ShardedTensor,
+        like.sharding_spec(),
+        metadata.size,
+        dtype=properties.dtype,
+        layout=properties.layout,
+        pin_memory=False,
+        requires_grad=False,
     )
     sharded._metadata = metadata
     sharded._prepare_init(process_group=like._process_group)  # type: ignore[no-untyped-call]
