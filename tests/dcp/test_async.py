@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -165,21 +166,27 @@ def test_a_staging_error_reaches_both_futures_and_the_next_call(tmp_path: Path) 
     assert (ss.Checkpoint.open(tmp_path / "c").get_tensor("t") == 1).all()
 
 
-class Slow(StorageWriter):
+class Held(StorageWriter):
+    """Writes when it is let."""
+
+    let = threading.Event()
+
     def write_data(self, plan: Any, planner: Any) -> Any:
-        time.sleep(0.5)
+        assert self.let.wait(20)
         return super().write_data(plan, planner)
 
 
 def _rejected(rank: int, run: Path) -> bool:
     stager, state = Stager(on_busy="reject"), training(0)
     for number in range(3):
-        response = dcp.async_save(state, storage_writer=Slow(run / "c"), async_stager=stager)
+        Held.let.clear()
+        response = dcp.async_save(state, storage_writer=Held(run / "c"), async_stager=stager)
         for wait in (response.staging_completion.result, lambda: time.sleep(0.1)):
             wait()
             with pytest.raises(RuntimeError, match="still reads the staging buffer"):
                 dcp.async_save(state, storage_writer=StorageWriter(run / "d"), async_stager=stager)
         proceed(state)
+        Held.let.set()
         response.upload_completion.result()  # and the buffer is free at once
         assert_holds(run / "c", number)
         dist.barrier()

@@ -156,14 +156,14 @@ class Stager(AsyncStager):
 
     def stage(self, state_dict: State) -> Future[State] | State:
         """A copy of `state_dict`: its future, or itself with `blocking`. Its tensors are views of the buffer, valid
-        until the next `stage` finds that the save of this one has ended, or that none of them is alive.
+        until the next `stage` finds that the save of this one has ended, or that none of them is alive. The error of
+        an earlier future is raised here, once, unless `synchronize_staging` has raised it.
 
         Raises:
             TypeError, ValueError: a tensor that has no plain memory, or a value that cannot be copied. At once.
             RuntimeError: the stager is closed, or busy and told to reject. At once.
             TimeoutError: an earlier save did not end in time. Like the next, from the future unless `blocking`.
             OSError: no memory for the buffer.
-            The error of an earlier future of `stage`, once, unless `synchronize_staging` has raised it.
         """
         with self._calls:
             self._check_open()
