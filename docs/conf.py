@@ -18,7 +18,7 @@ nitpicky = True
 # In signatures: types of other projects, whose inventories an offline build cannot fetch; aliases of annotations; types
 # of modules that are not public.
 nitpick_ignore_regex = [
-    ("py:class", r"(collections\.abc|dist|os|torch)\..+|(datetime\.)?timedelta"),
+    ("py:class", r"(collections\.abc|concurrent\.futures|dist|os|torch)\..+|(datetime\.)?timedelta"),
     ("py:class", r"Fence|PathLike|ProgressWanted|StateDict"),
     ("py:class", r"snapstone\.(difference|manifest|plan|reader)\..+"),
 ]

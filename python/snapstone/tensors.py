@@ -19,9 +19,12 @@ from .plan import DIMENSIONS_MAX, Box, TensorItem
 from .values import STORED_DTYPES, dtype_name, dtype_named
 
 __all__ = [
+    "PLAIN_TYPES",
     "TENSOR_TYPES",
     "LocalShard",
     "Memory",
+    "check_memory",
+    "check_plain",
     "describe",
     "dtype_bytes",
     "dtype_name",
@@ -35,7 +38,7 @@ __all__ = [
 ]
 
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter, DTensor)
-_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
 # The last description of a plain tensor by name. Steady-state saves describe the same tensors again and again.
@@ -75,7 +78,7 @@ def describe(name: str, tensor: Any) -> list[LocalShard]:
             DTensors), with the remedy.
     """
     kind = type(tensor)
-    if kind in _PLAIN_TYPES:
+    if kind in PLAIN_TYPES:
         return [_plain(name, tensor)]
     if isinstance(tensor, DTensor):
         return list(_dtensor_shards(name, tensor))
@@ -93,7 +96,7 @@ def describe(name: str, tensor: Any) -> list[LocalShard]:
 
 def _plain(name: str, tensor: torch.Tensor) -> LocalShard:
     if tensor.is_nested:
-        raise TypeError(f"{name}: nested tensors are not supported; save the tensors of .unbind() as a list instead")
+        check_plain(name, tensor)
     known = _described.get(name)
     usable = tensor.layout is torch.strided and not tensor.is_meta
     if usable and known is not None and known[0] is tensor.dtype and known[1] == tensor.shape:
@@ -106,16 +109,7 @@ def _plain(name: str, tensor: torch.Tensor) -> LocalShard:
 
 
 def _shard(name: str, local: torch.Tensor, shape: tuple[int, ...], offsets: tuple[int, ...]) -> LocalShard:
-    if local.layout is not torch.strided:
-        raise TypeError(
-            f"{name}: layout {local.layout} is not supported; save .to_dense(), or its indices and values, instead"
-        )
-    if local.is_quantized:
-        raise TypeError(
-            f"{name}: quantized tensors are not supported; save .int_repr(), the scale and the zero point instead"
-        )
-    if local.is_meta:
-        raise TypeError(f"{name}: a meta tensor has no data; materialise it first (to_empty)")
+    check_plain(name, local)
     if len(shape) > DIMENSIONS_MAX:
         raise ValueError(f"{name}: {len(shape)} dimensions, at most {DIMENSIONS_MAX} can be stored; reshape it first")
     dtype = local.dtype
@@ -236,6 +230,22 @@ def tie_positions(shards: Sequence[LocalShard]) -> list[int]:
         if counts[pointer] > 1 and shard.item.nbytes:
             ties[position] = first.setdefault(memory_key(shard.tensor), position)
     return ties
+
+
+def check_plain(name: str, tensor: torch.Tensor) -> None:
+    """Raises TypeError, with the remedy, if `tensor` has no plain strided memory."""
+    if tensor.is_nested:
+        raise TypeError(f"{name}: nested tensors are not supported; save the tensors of .unbind() as a list instead")
+    if tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: layout {tensor.layout} is not supported; save .to_dense(), or its indices and values, instead"
+        )
+    if tensor.is_quantized:
+        raise TypeError(
+            f"{name}: quantized tensors are not supported; save .int_repr(), the scale and the zero point instead"
+        )
+    if tensor.is_meta:
+        raise TypeError(f"{name}: a meta tensor has no data; materialise it first (to_empty)")
 
 
 def check_memory(name: str, tensor: torch.Tensor) -> None:

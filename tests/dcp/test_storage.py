@@ -176,6 +176,43 @@ def test_a_failed_overwrite_leaves_the_old_checkpoint_and_nothing_else(tmp_path:
     assert os.listdir(tmp_path) == ["c"]
 
 
+def test_the_stock_metadata_is_there_for_tools_that_want_it(tmp_path: Path) -> None:
+    state = trained()
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "stock"))
+    writer = StorageWriter(tmp_path / "ours", dcp_metadata=True)
+    returned = dcp.save(state, storage_writer=writer)
+    stock = dcp.FileSystemReader(tmp_path / "stock").read_metadata()
+    ours = dcp.FileSystemReader(tmp_path / "ours").read_metadata()
+    assert ours.state_dict_metadata == stock.state_dict_metadata
+    assert ours.planner_data == stock.planner_data
+    assert ours.storage_data.keys() == stock.storage_data.keys()
+    assert {info.relative_path for info in ours.storage_data.values()} <= set(os.listdir(tmp_path / "ours"))
+    assert ours.version == stock.version
+    assert ours.storage_meta.checkpoint_id == tmp_path / "ours"
+    assert ours.storage_meta.save_id == writer.save_id
+    assert returned.storage_data == {}  # what DCP sends to every rank stays small
+    loaded = blank()
+    dcp.load(loaded, storage_reader=StorageReader(tmp_path / "ours"))
+    assert nested_equal(loaded, state)
+    assert ss.verify(tmp_path / "ours")
+
+
+def test_the_stock_metadata_of_cached_plans_has_the_dtypes_of_this_save(tmp_path: Path) -> None:
+    kept = None
+    for dtype in (torch.float32, torch.float32, torch.bfloat16, torch.float32):
+        planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
+        kept = dcp.save(
+            {"stale": torch.ones(6, dtype=dtype), "empty": torch.ones(0)},
+            storage_writer=StorageWriter(tmp_path / "c", dcp_metadata=True),
+            planner=planner,
+        )
+        found = dcp.FileSystemReader(tmp_path / "c").read_metadata()
+        assert found.state_dict_metadata["stale"].properties.dtype is dtype
+        assert {index.fqn for index in found.storage_data} == {"stale", "empty"}
+        assert kept.storage_data == {}
+        assert kept.state_dict_metadata["stale"].properties.dtype is torch.float32
+
+
 def test_cached_plans_do_not_carry_an_old_dtype(tmp_path: Path) -> None:
     for number, dtype in enumerate((torch.float32, torch.float32, torch.bfloat16)):
         planner = dcp.DefaultSavePlanner(enable_plan_caching=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .install import install, installed, uninstall
 from .load_planner import LoadPlanner
+from .stager import Stager
 from .storage_reader import StorageReader
 from .storage_writer import StorageWriter
 
-__all__ = ["LoadPlanner", "StorageReader", "StorageWriter", "install", "installed", "uninstall"]
+__all__ = ["LoadPlanner", "Stager", "StorageReader", "StorageWriter", "install", "installed", "uninstall"]

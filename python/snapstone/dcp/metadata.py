@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +25,7 @@ from .. import state, tensors, values
 from ..catalog import Catalog, Listing
 from ..reader import Reader
 
-__all__ = ["OPAQUE", "EngineMetadata", "metadata_of", "stream_of", "value_of_stream"]
+__all__ = ["OPAQUE", "EngineMetadata", "Stored", "metadata_of", "pickled", "stream_of", "value_of_stream"]
 
 VERSION = "1.0.0"  # of DCP's metadata, as stock writes it
 OPAQUE = "$torch"  # a value that only torch.save can store: {OPAQUE: bytes}
@@ -96,6 +98,29 @@ def _path(name: str, encoded: Any) -> tuple[Any, ...]:
     """DCP's paths hold str and int only."""
     path = (name,) if encoded is None else state.decode_path(encoded)
     return tuple(str(part) if isinstance(part, state.Key) else part for part in path)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a rank wrote, as stock metadata has it. `dtypes`: of tensors that a cached plan has with an older dtype."""
+
+    storage_data: dict[MetadataIndex, _StorageInfo]
+    dtypes: dict[str, torch.dtype]
+
+
+def pickled(metadata: Metadata, stored: Iterable[Stored], meta: StorageMeta) -> bytes:
+    """The `.metadata` that the stock writer would leave. `metadata` itself, which DCP shares between saves, stays."""
+    entries = dict(metadata.state_dict_metadata)
+    storage_data: dict[MetadataIndex, _StorageInfo] = {}
+    for of_rank in stored:
+        storage_data |= of_rank.storage_data
+        for name, dtype in of_rank.dtypes.items():
+            entry = entries[name]
+            assert isinstance(entry, TensorStorageMetadata)
+            entries[name] = replace(entry, properties=replace(entry.properties, dtype=dtype))
+    return pickle.dumps(
+        replace(metadata, state_dict_metadata=entries, storage_data=storage_data, storage_meta=meta, version=VERSION)
+    )
 
 
 def value_of_stream(stream: io.BytesIO) -> Any:

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystem, SerializationFormat
+from torch.distributed.checkpoint.filesystem import FileSystem, SerializationFormat, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter as StorageWriterInterface
@@ -29,7 +29,7 @@ from ..structure import StructureCache, StructureKeys, make_structure
 from ..target import Target
 from ..tensors import LocalShard
 from ..trace import Trace
-from .metadata import VERSION, value_of_stream
+from .metadata import VERSION, Stored, pickled, value_of_stream
 from .rendezvous import Note
 
 __all__ = ["StorageWriter"]
@@ -68,6 +68,9 @@ class StorageWriter(StorageWriterInterface):
         codec, allow_pickle, host_memory_budget, timeout: as in `snapstone.save`. `timeout` bounds the writer's own
             waits; DCP's collectives have the process group's.
         step, metadata: for the manifest.
+        dcp_metadata: let the file `.metadata` hold the pickled Metadata that the stock writer would leave, for tools
+            that read names, shapes and dtypes there, in the place of a line of text. The engine reads neither. The
+            same on every rank.
         single_file_per_rank, sync_files, thread_count, per_thread_copy_ahead, cache_staged_state_dict: accepted for
             compatibility and without effect: files are always one per rank and synced, threads are the engine's.
 
@@ -95,6 +98,7 @@ class StorageWriter(StorageWriterInterface):
         timeout: timedelta | float | None = None,
         step: int | None = None,
         metadata: Mapping[str, Any] | None = None,
+        dcp_metadata: bool = False,
     ) -> None:
         super().__init__()
         if _extensions or serialization_format is not SerializationFormat.TORCH_SAVE:
@@ -115,6 +119,7 @@ class StorageWriter(StorageWriterInterface):
         self.is_coordinator = True
         self.step = step
         self.metadata = metadata
+        self.dcp_metadata = dcp_metadata
         self.codec = codec
         self.allow_pickle = allow_pickle
         self.host_memory_budget = host_memory_budget
@@ -271,7 +276,10 @@ class StorageWriter(StorageWriterInterface):
         finally:
             share.close()
             trace.close()
-        return {"save_id": saving.note.save_id, "writer": entry.to_json(), "nbytes": structure.payload_bytes}
+        result = {"save_id": saving.note.save_id, "writer": entry.to_json(), "nbytes": structure.payload_bytes}
+        if self.dcp_metadata:
+            result["stored"] = taken.stored(plan, entry)
+        return result
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         saving = self._saving
@@ -291,7 +299,10 @@ class StorageWriter(StorageWriterInterface):
             environment={},
         )
         try:
-            saving.staging.write_file(manifest.DCP_MARKER_NAME, _MARKER)
+            marker = _MARKER
+            if self.dcp_metadata:
+                marker = pickled(metadata, [entry["stored"] for entry in entries], self.storage_meta())
+            saving.staging.write_file(manifest.DCP_MARKER_NAME, marker)
             data = document.to_bytes()
             saving.staging.commit(data, manifest.digest_line(data), saving.target.name, self.overwrite)
             saving.note.remove(saving.target)
@@ -330,6 +341,21 @@ class _Taken:
             else:
                 taken.shards.append(tensors.on_host(_shard(item, planner)))
         return taken
+
+    def stored(self, plan: SavePlan, written: manifest.Writer) -> Stored:
+        storage_data, dtypes = {}, {}
+        shards = iter(self.shards)
+        for item in plan.items:
+            if item.type is WriteItemType.BYTE_IO:
+                storage_data[item.index] = _StorageInfo(written.index.name, 0, 0)
+                continue
+            shard = next(shards).item
+            storage_data[item.index] = _StorageInfo(written.data[0].name, 0, shard.nbytes)
+            dtype = tensors.dtype_named(shard.dtype)
+            assert item.tensor_data is not None
+            if item.tensor_data.properties.dtype != dtype:
+                dtypes[item.index.fqn] = dtype
+        return Stored(storage_data, dtypes)
 
 
 def _value(item: WriteItem, planner: SavePlanner) -> Any:
