@@ -26,11 +26,11 @@ using WindowArguments = std::pair<std::uint64_t, std::uint64_t>;
 // stride_bytes, window)
 using ShardArguments = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
 using Sizes = std::vector<std::int64_t>;
-using BoxArguments = std::vector<
-    std::tuple<ShardArguments, std::int64_t, Sizes, Sizes, Sizes, std::uint64_t, Sizes, WindowArguments>>;
+using BoxArguments =
+    std::vector<std::tuple<ShardArguments, std::int64_t, Sizes, Sizes, Sizes, std::uint64_t, Sizes, WindowArguments>>;
 // (address of the source, first and last byte of the tensor's string there, item_bytes, sizes, data_ptr, stride_bytes)
-using PieceArguments = std::vector<
-    std::tuple<std::uint64_t, std::int64_t, std::int64_t, std::int64_t, Sizes, std::uint64_t, Sizes>>;
+using PieceArguments =
+    std::vector<std::tuple<std::uint64_t, std::int64_t, std::int64_t, std::int64_t, Sizes, std::uint64_t, Sizes>>;
 
 // table, first_chunk, chunk_count, at, nbytes, data_ptr, window
 constexpr py::ssize_t kContiguousColumns = 8;

@@ -88,10 +88,13 @@ class LoadJob::LaneRun {
     }
     const ReadRequest& wanted = job_.plan_.requests()[index];
     const int segment = lane_.fixed_segment(job_.options_.rung, spare_.segment());
-    const io::Request request{false,         &job_.files_[wanted.file],
-                              spare_.data(), wanted.offset,
+    const io::Request request{false,
+                              &job_.files_[wanted.file],
+                              spare_.data(),
+                              wanted.offset,
                               static_cast<std::uint32_t>(wanted.nbytes),
-                              segment,       0};
+                              segment,
+                              0};
     in_flight_.submit(request, index, std::move(spare_));
     return true;
   }
@@ -102,6 +105,7 @@ class LoadJob::LaneRun {
       for (std::uint64_t i = request.first_chunk; i < request.first_chunk + request.chunk_count; ++i) {
         take_in_chunk(job_.plan_.chunks()[i], request, slot, error_number);
       }
+      if (job_.plan_.targets().empty()) job_.progress(request.nbytes);
       // The device gets its next request now, not after the whole batch.
       spare_ = std::move(slot);
       read_next();
@@ -111,16 +115,14 @@ class LoadJob::LaneRun {
   void take_in_chunk(const ReadChunk& chunk, const ReadRequest& request, const mem::Slot& slot, int error_number) {
     const format::ChunkRecord& record = job_.plan_.record(chunk);
     const os::File& file = job_.files_[request.file];
-    std::uint64_t gained = chunk.target_count > 0 ? 0 : round_up(record.stored_bytes, kPageBytes);
     try {
       if (error_number == io::Completion::kEndOfFile) throw job_.corrupt(chunk, "file ends before the chunk does");
       if (error_number != 0) throw OsError(error_number, "read", file.path, record.offset, record.stored_bytes);
-      gained += job_.take_in(chunk, slot.data() + (record.offset - request.offset), lane_, books_);
+      job_.progress(job_.take_in(chunk, slot.data() + (record.offset - request.offset), lane_, books_));
     } catch (const CorruptError& error) {
       if (!job_.options_.collect_problems) throw;
       job_.note(chunk, error);
     }
-    job_.progress(gained);
   }
 
   void wait_for_slot() {

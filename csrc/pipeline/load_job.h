@@ -62,7 +62,8 @@ class LoadJob : public Job {
   void close_files() noexcept;  // at once: Python may keep a failed job alive in a traceback
 
   std::uint64_t take_in(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane, LaneBooks& books);
-  std::span<const std::uint8_t> decode(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane, LaneBooks& books);
+  std::span<const std::uint8_t> decode(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane,
+                                       LaneBooks& books);
   void check_digest(const ReadChunk& chunk, std::span<const std::uint8_t> raw, LaneBooks& books);
   void check_padding(const ReadChunk& chunk, const std::uint8_t* stored) const;
   std::uint64_t scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw);  // bytes that reached targets

@@ -66,8 +66,8 @@ void LoadPlan::add_box(const StoredShard& shard, BoxTarget box, ChunkWindow wind
   const auto number = static_cast<std::int64_t>(boxes_.size());
   for_each_piece(shard, window, [&](std::uint64_t chunk, std::uint32_t at, std::uint64_t begin, std::uint64_t end) {
     if (begin >= last || end <= first) return;
-    const std::int64_t needed = box.bytes_before(static_cast<std::int64_t>(end)) -
-                                box.bytes_before(static_cast<std::int64_t>(begin));
+    const std::int64_t needed =
+        box.bytes_before(static_cast<std::int64_t>(end)) - box.bytes_before(static_cast<std::int64_t>(begin));
     if (needed == 0) return;
     bytes_needed_ += static_cast<std::uint64_t>(needed);
     wanted_.push_back({{shard.table, chunk}, {nullptr, number, at, begin, end}, true});
@@ -83,7 +83,7 @@ void LoadPlan::add_all_chunks() {
   }
 }
 
-void LoadPlan::finish() {
+void LoadPlan::finish(std::uint64_t request_bytes) {
   const auto place = [this](const Wanted& wanted) {
     return std::make_tuple(file(wanted.chunk), record(wanted.chunk).offset, wanted.chunk.table, wanted.chunk.chunk);
   };
@@ -97,7 +97,7 @@ void LoadPlan::finish() {
       raw_bytes_max_ = std::max<std::uint64_t>(raw_bytes_max_, stored.raw_bytes);
       wanted.chunk.first_target = targets_.size();
       chunks_.push_back(wanted.chunk);
-      add_request(chunks_.size() - 1);
+      add_request(chunks_.size() - 1, request_bytes);
     }
     if (wanted.has_target) {
       targets_.push_back(wanted.target);
@@ -111,14 +111,14 @@ void LoadPlan::finish() {
   }
 }
 
-void LoadPlan::add_request(std::uint64_t chunk_index) {
+void LoadPlan::add_request(std::uint64_t chunk_index, std::uint64_t request_bytes) {
   const ReadChunk& chunk = chunks_[chunk_index];
   const format::ChunkRecord& stored = record(chunk);
   const std::uint64_t end = stored.offset + round_up(stored.stored_bytes, kPageBytes);
   if (!requests_.empty()) {
     ReadRequest& last = requests_.back();
     const bool near = last.file == file(chunk) && stored.offset <= last.offset + last.nbytes + kGapBytes;
-    if (near && end <= last.offset + kRequestBytes) {
+    if (near && end <= last.offset + request_bytes) {
       last.nbytes = std::max(last.nbytes, end - last.offset);
       ++last.chunk_count;
       return;

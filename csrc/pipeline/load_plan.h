@@ -1,6 +1,6 @@
 // LoadPlan: which chunks a load reads, each once, in which requests, and where their bytes go.
 //
-// Chunks that are neighbours in a file, or nearly, share one request of at most kRequestBytes.
+// Chunks that are neighbours in a file, or nearly, share one request.
 //
 // Built from items: stored shards and the memory that wants them. Pure arithmetic over chunk tables that
 // check_chunk_table() accepted; an item that does not fit its chunks is a CorruptError, so nothing is read or written
@@ -67,7 +67,6 @@ struct ReadRequest {
 
 class LoadPlan {
  public:
-  static constexpr std::uint64_t kRequestBytes = kChunkBytesDefault;
   static constexpr std::uint64_t kGapBytes = 64 << 10;  // unwanted bytes that are cheaper to read than to skip
 
   explicit LoadPlan(std::vector<ChunkTable> tables) : tables_(std::move(tables)) {}
@@ -76,8 +75,9 @@ class LoadPlan {
   void add_contiguous(const StoredShard& shard, std::uint8_t* target, ChunkWindow window = {});
   void add_box(const StoredShard& shard, BoxTarget box, ChunkWindow window = {});  // part of it, strided
   void add_all_chunks();                                                           // no target: verification
-  // Sorts chunks by file and offset, groups their targets and lays out the requests. Call once, last.
-  void finish();
+  // Sorts chunks by file and offset, groups their targets and lays out the requests: of at most `request_bytes`, or one
+  // chunk. Call once, last.
+  void finish(std::uint64_t request_bytes = kChunkBytesDefault);
 
   const ChunkTable& table(std::uint32_t table) const { return tables_[table]; }
   const format::ChunkRecord& record(const ReadChunk& chunk) const { return tables_[chunk.table].records[chunk.chunk]; }
@@ -100,7 +100,7 @@ class LoadPlan {
 
   template <typename Visit>
   void for_each_piece(const StoredShard& shard, ChunkWindow window, Visit visit);
-  void add_request(std::uint64_t chunk_index);
+  void add_request(std::uint64_t chunk_index, std::uint64_t request_bytes);
 
   std::vector<ChunkTable> tables_;
   std::vector<Wanted> wanted_;

@@ -267,6 +267,7 @@ TEST(Scatter, equals_the_naive_copy_for_random_boxes_and_ranges) {
       ASSERT_EQ(source.tensor.memory, expected) << describe(box.target) << " " << begin << ".." << end;
       ASSERT_EQ(box.first_byte(), first);
       ASSERT_EQ(box.last_byte(), last);
+      ASSERT_EQ(box.bytes_before(end) - box.bytes_before(begin), copied) << "[" << begin << ", " << end << ")";
     }
   }
 }

@@ -118,7 +118,7 @@ class PipelineTest : public ::testing::Test {
     return {0, place.first_chunk, place.chunk_count, place.at, nbytes};
   }
   std::shared_ptr<LoadJob> load_job(LoadPlan plan, const std::string& name, LoadOptions options = {}) const {
-    plan.finish();
+    plan.finish(kTestChunkBytes);
     std::vector<os::File> files;
     files.push_back(os::open_for_read(directory_.fd(), directory_.path(), name, io::rung_is_direct(options.rung)));
     return std::make_shared<LoadJob>(std::move(plan), std::move(files), ring_, options);
