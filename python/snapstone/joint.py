@@ -69,6 +69,7 @@ def fill_jointly(
 
     Raises what `fill` raises on the rank where it happens, RankFailedError on the others.
     """
+    channel.poll_max_s = group.eager_poll_max_s
     joint = _JointLoad(reader, targets, group, channel, fabric, deadline, cast, verify, progress, trace)
     try:
         return joint.run(wanted_strategy)
