@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .install import install, installed, uninstall
+from .save_planner import SavePlanner
 from .storage_reader import StorageReader
 from .storage_writer import StorageWriter
 
-__all__ = ["StorageReader", "StorageWriter", "install", "installed", "uninstall"]
+__all__ = ["SavePlanner", "StorageReader", "StorageWriter", "install", "installed", "uninstall"]

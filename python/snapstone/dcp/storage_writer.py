@@ -30,6 +30,7 @@ from ..target import Target
 from ..tensors import LocalShard
 from ..trace import Trace
 from .metadata import VERSION, value_of_stream
+from .planned_entries import PlannedEntries
 from .rendezvous import Note
 
 __all__ = ["StorageWriter"]
@@ -300,6 +301,8 @@ class StorageWriter(StorageWriterInterface):
             raise
         saving.staging.close()
         self._saving = None
+        if isinstance(metadata.state_dict_metadata, PlannedEntries):
+            metadata.state_dict_metadata.compact = True  # DCP broadcasts it now, and no file holds it as a pickle
         metadata.version = VERSION
         metadata.storage_data = {}
         metadata.storage_meta = self.storage_meta()
