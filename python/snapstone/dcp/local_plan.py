@@ -51,21 +51,24 @@ def facts_of(state_dict: Mapping[str, Any], paths: Paths, *more: object) -> Fact
     meshes: dict[int, tuple[int, DeviceMesh]] = {}
     facts: list[tuple[Any, ...]] = []
     for name, value in state_dict.items():
-        if type(value) is DTensor and not hasattr(local := value._local_tensor, "__create_write_items__"):
+        if type(value) is DTensor and _is_plain(local := value._local_tensor):
             mesh = value.device_mesh
             number, _ = meshes.setdefault(id(mesh), (len(meshes), mesh))
-            facts.append((name, number, value.placements, value.shape, *_properties(local)))
-        elif hasattr(value, "__create_write_items__") or isinstance(value, ShardedTensor):
+            facts.append((name, number, value.placements, value.shape, local.dtype, local.layout, value.requires_grad))
+        elif isinstance(value, torch.Tensor) and _is_plain(value):
+            facts.append((name, value.shape, value.dtype, value.layout, value.requires_grad))
+        elif isinstance(value, torch.Tensor) or hasattr(value, "__create_write_items__"):
             facts.append((name, _create_write_items(name, value)))
-        elif isinstance(value, torch.Tensor):
-            facts.append((name, value.shape, *_properties(value)))
         else:
             facts.append((name,))
     return (facts, [_mesh_facts(mesh) for _, mesh in meshes.values()], dict(paths), more)
 
 
-def _properties(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.layout, tensor.requires_grad
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is one shard, and its shape says which."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return True
+    return not hasattr(tensor, "__create_write_items__") and not isinstance(tensor, ShardedTensor)
 
 
 def _mesh_facts(mesh: DeviceMesh) -> tuple[Any, ...]:

@@ -118,8 +118,8 @@ class PlannedEntries(MutableMapping[str, STORAGE_TYPES]):
 
 
 class PlannedMetadata(Metadata):
-    """Metadata with `PlannedEntries`. It pickles as what stock's `.metadata` holds, where no other class has a place, and
-    is equal to that.
+    """Metadata with `PlannedEntries`. It pickles as what stock's `.metadata` holds, where no other class has a place;
+    it is equal to that, too.
     """
 
     def __eq__(self, other: object) -> bool:

@@ -19,8 +19,11 @@ import dataclasses
 import uuid
 from typing import Any
 
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_save_plan
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
 
 from .. import garbage
@@ -86,6 +89,19 @@ class SavePlanner(DefaultSavePlanner):
         of_a_save = {"state_dict", "plan", "global_plan", "metadata"}
         kept = {name: value for name, value in self.__dict__.items() if name not in of_a_save}
         return kept | {"mappings": {}, "_local": None, "_proposals": [], "_columns": []}
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        with garbage.paused():
+            if self.flatten_state_dict:
+                state_dict, self.mappings = flatten_state_dict(state_dict)
+            # Once flat, a state shows whether stock's pass over it, for nested ShardedTensors, finds anything.
+            flat = self.flatten_state_dict and not any(isinstance(one, ShardedTensor) for one in state_dict.values())
+            if self.flatten_sharded_tensors and not flat:
+                state_dict = _flatten_sharded_tensors(state_dict)
+        self.state_dict = state_dict
+        self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> SavePlan:
         if not self._exchanges_digests:
