@@ -4,6 +4,7 @@ whatever is remembered, forgotten or changed, on whichever rank; planning is don
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import Shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import snapstone as ss
 from dcp.planned_states import assert_loads, full, save, state
@@ -22,6 +24,7 @@ from distributed.ranks import run_ranks, values
 from snapstone import _native
 from snapstone.dcp import SavePlanner, StorageWriter, save_planner
 from snapstone.dcp.global_plan import GlobalPlan
+from snapstone.dcp.local_plan import facts_of
 from snapstone.dcp.plan_columns import PlanColumns
 
 
@@ -102,6 +105,43 @@ def test_a_plan_is_made_once_for_each_different_set_of_states(tmp_path: Path) ->
         (0, 0),
     ]
     assert ss.Checkpoint.open(tmp_path / "3").get_tensor("model.sharded").dtype == torch.bfloat16
+
+
+def _facts(rank: int) -> list[str]:
+    """Which changes of a state are not noticed."""
+    mesh, other_mesh = init_device_mesh("cpu", (2,)), DeviceMesh("cpu", torch.tensor([1, 0]))
+
+    def sharded(**changes: Any) -> Any:
+        made = {"rows": 4, "dtype": torch.float32, "mesh": mesh, "placements": [Shard(0)]} | changes
+        return distribute_tensor(full(made["rows"], 4, 0, made["dtype"]), made["mesh"], made["placements"])
+
+    def facts(name: str, value: Any) -> Any:
+        planner = SavePlanner()
+        planner.set_up_planner({name: value})
+        return facts_of(planner.state_dict, planner.mappings)
+
+    states: dict[str, list[Any]] = {
+        "sharded": ["a", sharded(), sharded()],
+        "name": ["b", sharded()],
+        "dtype": ["a", sharded(dtype=torch.bfloat16)],
+        "shape": ["a", sharded(rows=5)],
+        "placement": ["a", sharded(placements=[Shard(1)])],
+        "mesh": ["a", sharded(mesh=other_mesh)],
+        "gradient": ["a", sharded().requires_grad_()],
+        "plain": ["a", full(4, 4), full(4, 4, 1)],
+        "plain dtype": ["a", full(4, 4, 0, torch.bfloat16)],
+        "plain shape": ["a", full(4, 5)],
+        "value": ["a", 1, "other"],
+        "list": ["a", [full(4, 4)], [full(4, 4)]],
+        "dictionary": ["a", {"0": full(4, 4)}],
+    }
+    assert all(facts(name, first) == facts(name, same) for name, first, *rest in states.values() for same in rest)
+    found = {case: facts(name, first) for case, (name, first, *_) in states.items()}
+    return [f"{a} as {b}" for a, b in itertools.combinations(found, 2) if found[a] == found[b]]
+
+
+def test_every_change_that_a_plan_depends_on_is_noticed() -> None:
+    assert values(run_ranks(2, _facts)) == [[], []]
 
 
 def _alternate(rank: int, run: Path) -> list[dict[str, int]]:

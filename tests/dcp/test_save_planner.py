@@ -19,7 +19,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import snapstone as ss
 from dcp.planned_states import assert_loads, blank, equal, full, save, state
 from distributed.ranks import run_ranks, values
-from snapstone.dcp import SavePlanner, StorageReader, StorageWriter
+from snapstone.dcp import SavePlanner, StorageReader, StorageWriter, save_planner
 
 KIB = 1024 // 4  # elements of float32
 
@@ -67,6 +67,8 @@ def test_tiny_tensors_stay_together(tmp_path: Path) -> None:
 
 def _values_and_lowest(rank: int, run: Path) -> list[str]:
     saved = {"rank": rank, "a": torch.zeros(64 * KIB), "b": torch.zeros(64 * KIB)}
+    spread = save(run / "spread", saved)
+    assert len([item for item in spread.plan.items if item.tensor_data]) == 1
     planner = SavePlanner(dedup_save_to_lowest_rank=True)
     dcp.save(saved, storage_writer=StorageWriter(run / "c"), planner=planner)
     return sorted(item.index.fqn for item in planner.plan.items)
@@ -183,6 +185,7 @@ def _refused(rank: int, run: Path, case: str) -> list[str]:
     try:
         dcp.save(own, storage_writer=StorageWriter(run / "c"), planner=planner)
     except CheckpointException as error:
+        assert save_planner._local_plans.all() == []  # the coordinator may not know them
         return [f"{type(failure).__name__}: {failure}" for failure, _ in error.failures.values()]
     return []
 
