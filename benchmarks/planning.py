@@ -76,7 +76,7 @@ def measure(ranks: int, tensor_count: int) -> dict[str, Any]:
         del others
         repeats = [rank_0.save(known) for _ in range(REPEATS)]
         result["repeated"] = {phase: min(repeat[phase] for repeat in repeats) for phase in repeats[0]}
-        result["peak_rss_mib"] = round(peak_mib() - base_mib)
+        result["peak_rss_above_torch_mib"] = round(peak_mib() - base_mib)
     dist.destroy_process_group()
     return result
 

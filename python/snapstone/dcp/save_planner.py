@@ -19,12 +19,14 @@ import dataclasses
 import uuid
 from typing import Any
 
+import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_save_plan
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.tensor import DTensor
 
 from .. import garbage
 from .global_plan import GlobalPlan
@@ -195,6 +197,13 @@ class SavePlanner(DefaultSavePlanner):
         self.metadata.state_dict_metadata = metadata.state_dict_metadata
         self.metadata.planner_data = metadata.planner_data
         return decided.masks[leader:] + decided.masks[:leader]
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        value = self.state_dict.get(index.fqn)
+        # What stock asks of a DTensor on the way to its local tensor was asked when it was planned.
+        if type(value) is DTensor and type(value._local_tensor) is torch.Tensor:
+            return value._local_tensor
+        return super().lookup_object(index)
 
     def _dedup_save_plans(self, all_plans: list[SavePlan]) -> list[SavePlan]:
         """For plans with their items: the same decision."""
