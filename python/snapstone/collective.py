@@ -172,6 +172,11 @@ class Group:
                 _groups[group] = cls(rank, dist.get_process_group_ranks(group), store, prefix)
             return _groups[group]
 
+    @classmethod
+    def meeting(cls, token: str, rank: int, world_size: int) -> Group:
+        """Ranks that have nothing in common but a token, not used before; they meet in the store of all ranks."""
+        return cls(rank, range(world_size), distributed_c10d._get_default_store(), f"snapstone/meeting/{token}")
+
     def channel(self, kind: str) -> Channel:
         """A conversation of its own. Take it in the same order on every rank; `kind` is for messages."""
         with self._worker_lock:

@@ -1,4 +1,4 @@
-"""A trained model with its optimizer goes from four ranks to two to three, through every strategy, with `ss` and with DCP.
+"""A trained model with its optimizer goes from four ranks to two to three, with every strategy, with ss and with DCP.
 
 Invariants: parameters and optimizer state arrive bit for bit; where ranks read for each other, the group reads at most
 1.05 times the bytes that it needs.
