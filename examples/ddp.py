@@ -20,9 +20,10 @@ import snapstone as ss
 
 
 def laid_out(device: torch.device) -> Job:
-    # Without find_unused_parameters DDP reorders its buckets after the first step of a process. On more than two ranks
-    # that changes the order of sums, and so the last bits of a resumed run.
-    model = DistributedDataParallel(new_model(device), find_unused_parameters=False)
+    # This flag keeps the buckets as they are. Otherwise DDP reorders them after the first step of a process, and with
+    # them, on more than two ranks, the order of sums: a resumed run then differs in its last bits from one that was
+    # never interrupted. The price is a pass over the graph, and a warning that nothing was unused.
+    model = DistributedDataParallel(new_model(device), find_unused_parameters=True)
     return Job(model, device, share=dist.get_rank(), shares=dist.get_world_size())
 
 

@@ -1,7 +1,7 @@
 """FSDP2: model and optimizer sharded over all ranks. Saves with dcp.async_save through snapstone's storage.
 
-    torchrun --nproc-per-node 4 examples/fsdp2.py --dir run --steps 8 --save-every 4
-    torchrun --nproc-per-node 2 examples/fsdp2.py --dir run --steps 16               # resumes, on fewer ranks
+torchrun --nproc-per-node 4 examples/fsdp2.py --dir run --steps 8 --save-every 4
+torchrun --nproc-per-node 2 examples/fsdp2.py --dir run --steps 16               # resumes, on fewer ranks
 """
 
 from __future__ import annotations

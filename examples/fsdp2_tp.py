@@ -1,7 +1,7 @@
 """FSDP2 and tensor parallelism on a mesh of two dimensions. Saves with dcp.save through snapstone's storage.
 
-    torchrun --nproc-per-node 4 examples/fsdp2_tp.py --tp 2 --dir run --steps 8 --save-every 4
-    torchrun --nproc-per-node 2 examples/fsdp2_tp.py --tp 1 --dir run --steps 16               # resumes, without TP
+torchrun --nproc-per-node 4 examples/fsdp2_tp.py --tp 2 --dir run --steps 8 --save-every 4
+torchrun --nproc-per-node 2 examples/fsdp2_tp.py --tp 1 --dir run --steps 16               # resumes, without TP
 """
 
 from __future__ import annotations

@@ -84,9 +84,7 @@ class Job:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict()` that a load has filled."""
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         progress = state["progress"]
         self.step, self.position = progress["step"], progress["position"]
         self.generator.set_state(progress["generator"])
