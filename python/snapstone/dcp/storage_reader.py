@@ -12,11 +12,13 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader as StorageReaderInterface
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.futures import Future
 
 from .. import manifest, tensors
 from ..config import seconds_of
-from ..plan import TensorItem
+from ..plan import Box, TensorItem, overlap
 from ..reader import Reader
 from ..tensors import LocalShard
 from .metadata import metadata_of, stream_of
@@ -128,8 +130,10 @@ class StorageReader(StorageReaderInterface):
             for item in plan.items
             if item.type is LoadItemType.TENSOR
         ]
+        targets = [self._target(one) for one in wanted]
+        _check_strided(targets, getattr(planner, "state_dict", {}))
         reader.fill(
-            [self._target(one) for one in wanted],
+            targets,
             cast=self.cast,
             verify=self.verify,
             timeout_seconds=self.timeout_seconds,
@@ -166,3 +170,22 @@ class StorageReader(StorageReaderInterface):
         return LocalShard(
             TensorItem(name, dtype, tuple(entry.size), offsets, tuple(request.lengths), tensor.nbytes), tensor
         )
+
+
+def _check_strided(targets: list[LocalShard], state_dict: dict[str, Any]) -> None:
+    """DCP's planner takes the local part of a DTensor for one box. A strided shard can be several, and bytes would go
+    where they do not belong.
+    """
+    boxes: dict[str, list[Box]] = {}
+    for name in {target.item.name for target in targets}:
+        tensor = state_dict.get(name)
+        if isinstance(tensor, DTensor) and any(isinstance(one, _StridedShard) for one in tensor.placements):
+            boxes[name] = [Box(shard.item.offsets, shard.item.sizes) for shard in tensors.describe(name, tensor)]
+    for target in targets:
+        wanted = Box(target.item.offsets, target.item.sizes)
+        held = boxes.get(target.item.name)
+        if held is not None and wanted.volume and not any(overlap(wanted, box) == wanted for box in held):
+            raise ValueError(
+                f"{target.item.name}: the planner wants {list(wanted.sizes)} elements at {list(wanted.offsets)}, which "
+                "this rank does not hold: DCP cannot plan this strided placement; load it with snapstone.load"
+            )
