@@ -12,6 +12,7 @@ Invariants, all on exact losses (`float.hex`):
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -84,6 +85,14 @@ def meet(rank: int, world_size: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
 
 
+def part() -> None:
+    """Once nothing refers to the group any more: DDP's reducer may drop it last, and joins a thread of gloo while it
+    holds the interpreter lock that this thread may want (torch 2.13).
+    """
+    gc.collect()
+    dist.destroy_process_group()
+
+
 def laid_out(layout: Layout) -> Any:
     device = importlib.import_module("group").join("cpu")
     example = importlib.import_module(layout.example)
@@ -93,7 +102,6 @@ def laid_out(layout: Layout) -> Any:
 def run_example(layout: Layout, run: Path, steps: int) -> None:
     arguments = ["--dir", str(run), "--steps", str(steps), "--save-every", str(CUT), *layout.options]
     importlib.import_module(layout.example).main(arguments)
-    dist.destroy_process_group()
 
 
 def straight(layout: Layout, full_state: Path) -> list[str]:
@@ -109,7 +117,6 @@ def straight(layout: Layout, full_state: Path) -> list[str]:
             if dist.get_rank() == 0:
                 progress = {"position": job.position, "generator": job.generator.get_state()}
                 torch.save((*gathered, progress), full_state)
-    dist.destroy_process_group()
     return losses
 
 
@@ -124,23 +131,27 @@ def handed_over(layout: Layout, full_state: Path) -> list[str]:
     set_optimizer_state_dict(job.model, job.optimizer, optimizer, options=options)
     job.step, job.position = CUT, progress["position"]
     job.generator.set_state(progress["generator"])
-    losses = [job.train_step().hex() for _ in range(CUT, END)]
-    dist.destroy_process_group()
-    return losses
+    return [job.train_step().hex() for _ in range(CUT, END)]
 
 
 def _source(rank: int, layout: Layout, directory: Path, ports: list[int]) -> list[str]:
     meet(rank, layout.world_size, ports[0])
     run_example(layout, directory / "run", CUT)
+    part()
     meet(rank, layout.world_size, ports[1])
-    return straight(layout, directory / "full.pt")
+    losses = straight(layout, directory / "full.pt")
+    part()
+    return losses
 
 
 def _continue(rank: int, layout: Layout, run: Path, full_state: Path, ports: list[int]) -> list[str]:
     meet(rank, layout.world_size, ports[0])
     run_example(layout, run, END)
+    part()
     meet(rank, layout.world_size, ports[1])
-    return handed_over(layout, full_state)
+    losses = handed_over(layout, full_state)
+    part()
+    return losses
 
 
 # Outside --------------------------------------------------------------------------------------------------------------
