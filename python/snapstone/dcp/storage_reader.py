@@ -227,8 +227,8 @@ class StorageReader(StorageReaderInterface):
 
 
 def _check_strided(targets: list[LocalShard], state_dict: dict[str, Any]) -> None:
-    """DCP's own planner takes the local part of a DTensor for one box. A strided shard can be several, and bytes would go
-    where they do not belong.
+    """DCP's own planner takes the local part of a DTensor for one box. A strided shard can be several, and bytes would
+    go where they do not belong.
     """
     boxes: dict[str, list[Box]] = {}
     for name in {target.item.name for target in targets}:
