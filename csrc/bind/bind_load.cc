@@ -6,6 +6,7 @@
 
 #include "base/limits.h"
 #include "bind/bind.h"
+#include "mem/board.h"
 #include "os/directory.h"
 #include "pipeline/engine.h"
 #include "pipeline/load_job.h"
@@ -131,6 +132,18 @@ void scatter_pieces(const PieceArguments& pieces) {
   }
 }
 
+std::string wait_for(const mem::Board& board, std::uint64_t value, double seconds) {
+  py::gil_scoped_release release;
+  switch (board.wait_for(value, std::chrono::nanoseconds(static_cast<std::int64_t>(seconds * 1e9)))) {
+    case mem::Board::Outcome::kReached:
+      return "reached";
+    case mem::Board::Outcome::kFailed:
+      return "failed";
+    default:
+      return "timed out";
+  }
+}
+
 }  // namespace
 
 void bind_load(py::module_& module) {
@@ -146,6 +159,18 @@ void bind_load(py::module_& module) {
       .def_property_readonly("chunk_count", [](const LoadJob& self) { return self.plan().chunks().size(); })
       .def("problems", &problems, "[(table, chunk, file, reason, expected, actual), ...] of a scrub");
   bind_job_methods(job);
+  py::class_<mem::Board>(module, "Board", "Counters of processes that share memory; see csrc/mem/board.h.")
+      .def(py::init([](std::uint64_t address, std::size_t count) {
+             return mem::Board(reinterpret_cast<std::uint8_t*>(address), count);
+           }),
+           py::arg("address"), py::arg("count"))
+      .def_property_readonly_static("STRIDE", [](const py::object&) { return mem::Board::kStride; })
+      .def("post", &mem::Board::post, py::arg("counter"), py::arg("value"))
+      .def(
+          "fail", [](mem::Board& board, std::size_t counter) { board.post(counter, mem::Board::kFailed); },
+          py::arg("counter"))
+      .def("wait_for", &wait_for, py::arg("value"), py::arg("seconds"),
+           "\"reached\" when every counter is at least `value`, \"failed\", or \"timed out\".");
   module.def("bytes_before", &bytes_before, py::arg("item_bytes"), py::arg("shard_sizes"), py::arg("box_offsets"),
              py::arg("box_sizes"), py::arg("positions"),
              "For each position in a shard's row-major string the bytes of a box that lie before it.");

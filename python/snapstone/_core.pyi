@@ -9,6 +9,7 @@ import numpy.typing
 import typing
 
 __all__: list[str] = [
+    "Board",
     "CHUNK_BYTES_DEFAULT",
     "CHUNK_BYTES_MAX",
     "INDEX_HEADER_BYTES_MAX",
@@ -193,6 +194,26 @@ class LoadJob:
     def chunk_count(self) -> int: ...
     @property
     def finished(self) -> bool: ...
+
+class Board:
+    """
+    Counters of processes that share memory; see csrc/mem/board.h.
+    """
+
+    STRIDE: typing.ClassVar[int] = 64
+    def __init__(
+        self, address: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex
+    ) -> None: ...
+    def fail(self, counter: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def post(
+        self, counter: typing.SupportsInt | typing.SupportsIndex, value: typing.SupportsInt | typing.SupportsIndex
+    ) -> None: ...
+    def wait_for(
+        self, value: typing.SupportsInt | typing.SupportsIndex, seconds: typing.SupportsFloat | typing.SupportsIndex
+    ) -> str:
+        """
+        "reached" when every counter is at least `value`, "failed", or "timed out".
+        """
 
 def available_memory_bytes() -> int: ...
 def boot_id() -> str: ...
