@@ -44,6 +44,10 @@ class Segment:
         try:
             os.posix_fallocate(descriptor, 0, nbytes)  # now, not as SIGBUS when a page is first touched
             return cls(descriptor, nbytes, f"/proc/{os.getpid()}/fd/{descriptor} {name}")
+        except OSError as error:
+            os.close(descriptor)
+            reason = f"{nbytes} bytes to share with other ranks: {error.strerror}; strategy='direct' needs none"
+            raise OSError(error.errno, reason) from None
         except BaseException:
             os.close(descriptor)
             raise

@@ -5,6 +5,7 @@ rank hears of it at once, no rank keeps bytes of another checkpoint, and the nex
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -240,3 +241,20 @@ def test_a_segment_is_opened_only_as_the_one_that_was_made() -> None:
             Segment.open(wrong, 4096)
     for one in (mine, other, again):
         one.close()
+
+
+def _limited(rank: int, path: Path) -> tuple[str, str]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    with pytest.raises((OSError, ss.RankFailedError)) as caught:
+        load(rank, path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    load(rank, path)
+    return type(caught.value).__name__, str(caught.value)
+
+
+def test_without_memory_to_share_every_rank_hears_what_needs_none(saved: Path) -> None:
+    found = values(run_ranks(3, _limited, saved, store="launcher"))  # a FileStore would meet the limit too
+    assert [name for name, _ in found] == ["OSError", "RankFailedError", "RankFailedError"]
+    assert all("strategy='direct' needs none" in message for _, message in found)
