@@ -181,7 +181,7 @@ class Group:
         """A conversation of its own. Take it in the same order on every rank; `kind` is for messages."""
         with self._worker_lock:
             self._sequence += 1
-            return Channel(self, kind, f"{self._sequence}.{kind}")
+            return Channel(self, kind, self._sequence)
 
     def call(self, operation: Callable[[wire.Store], T], limit: Deadline) -> T:
         """Run `operation` on the store's thread; RankFailedError when the store breaks, or is silent until `limit`."""
@@ -260,13 +260,15 @@ class Group:
 class Channel:
     """One operation's conversation. Every rank makes the same calls in the same order; a label is used once.
 
+    `number`: of the group's channels, from 1, the same on every rank.
     `lost`: the store broke or was silent, so that what the other ranks decided is unknown here.
     """
 
-    def __init__(self, group: Group, kind: str, prefix: str) -> None:
+    def __init__(self, group: Group, kind: str, number: int) -> None:
         self.group: Final = group
         self.kind: Final = kind
-        self._prefix: Final = prefix
+        self.number: Final = number
+        self._prefix: Final = f"{number}.{kind}"
         self._labels: set[str] = set()
         self._posted: list[str] = []
         self._failed = False

@@ -20,13 +20,20 @@ _orphans: list[Any] = []  # of transfers that failed: the backend may still writ
 
 
 @contextmanager
-def _broken(*buffers: Any) -> Iterator[None]:
+def _broken(*buffers: Any, peer: int | None = None) -> Iterator[None]:
+    """`peer`: the global rank that the work is with, if it is with one."""
     try:
         yield
-    except RuntimeError as error:
+    except BaseException as error:
         _orphans.append(buffers)
+        if not isinstance(error, RuntimeError):
+            raise
         reason = str(error).partition("\n")[0]
-        raise RankFailedError(f"the process group broke while ranks exchanged bytes ({reason})") from error
+        where = "" if peer is None else f" with rank {peer}"
+        raise RankFailedError(
+            f"the process group broke while ranks exchanged bytes{where} ({reason})",
+            failed_ranks=() if peer is None else (peer,),
+        ) from error
 
 
 def _limit(deadline: Deadline) -> timedelta:
@@ -52,7 +59,9 @@ class Fabric:
         self._group = group
 
     def transfer(self, sends: Sequence[Message], receives: Sequence[Message], deadline: Deadline) -> None:
-        """Returns when all have left and arrived. RankFailedError when the backend fails, or is late."""
+        """Returns when all have left and arrived. RankFailedError when the backend fails, or is late: it names the
+        peer of the first message that did not get through.
+        """
         if not sends and not receives:
             return
         device = self._device()
@@ -67,8 +76,12 @@ class Fabric:
             for message, memory in zip(receives, landing, strict=True)
         ]
         with _broken(staged, landing):
-            for work in dist.batch_isend_irecv(operations):
+            works = dist.batch_isend_irecv(operations)
+        peers = [operation.peer for operation in operations] if len(works) == len(operations) else [None] * len(works)
+        for work, peer in zip(works, peers, strict=True):
+            with _broken(staged, landing, peer=peer):
                 work.wait(_limit(deadline))
+        with _broken(staged, landing):
             if device.type != "cpu":
                 torch.accelerator.synchronize()
         if device.type != "cpu":

@@ -11,7 +11,8 @@ The steps, each of which ends in a vote of all ranks:
 5. `sent-K`, with several nodes: what ranks of other nodes want of round K has crossed the network, once per node.
 6. Every rank copies what it wants of round K from its node's region to its tensors.
 
-A rank that fails votes its error, so nobody enters a transfer that another rank does not.
+A rank that fails votes its error, so nobody enters a transfer that another rank does not. One that fails between two
+votes ends those that the others may be in, or come to.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from .trace import Trace
 __all__ = ["FIRST_VOTE", "fill_jointly"]
 
 FIRST_VOTE = "needs"
+_FIRST_VOTES = (FIRST_VOTE, "rates", "fabric", "boxes", "segment", "mapped", "segments", "round-0")
 
 BUCKET_BYTES_MIN = 64 << 20  # of one round on one node
 BUCKET_BYTES_MAX = 1 << 30
@@ -74,7 +76,7 @@ def fill_jointly(
     try:
         return joint.run(wanted_strategy)
     except BaseException as error:
-        channel.abort([joint.label], error)
+        channel.abort(joint.labels, error)
         raise
     finally:
         joint.close()
@@ -103,7 +105,6 @@ class _JointLoad:
         progress: Progress | None,
         trace: Trace | None,
     ) -> None:
-        self.label = FIRST_VOTE  # of the vote that this rank comes to next
         self._reader = reader
         self._group = group
         self._channel = channel
@@ -118,6 +119,8 @@ class _JointLoad:
         self._segment: Segment | None = None
         self._nodes: list[int] = []
         self._jobs: list[Any] = []
+        self._nbytes = sum(map(reader.stored_nbytes, self._targets))
+        self._round = -1
         self._done_bytes = 0
         self._read_bytes = 0
 
@@ -125,10 +128,16 @@ class _JointLoad:
     def _node(self) -> int:
         return self._nodes[self._group.rank]
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of the votes that other ranks may be in, or come to, where this one is now."""
+        k = self._round
+        return _FIRST_VOTES if k < 0 else (f"round-{k}", f"sent-{k}", f"round-{k + 1}")
+
     def run(self, wanted_strategy: str) -> dict[str, Any]:
         chosen = wanted_strategy if self._group.world_size > 1 else "direct"
+        needs = self._exchange_needs(wanted_strategy) if self._group.world_size > 1 else []
         if chosen != "direct":
-            needs = self._exchange_needs()
             payload = self._reader.manifest.nbytes
             rates = self._measure(needs) if strategy.is_measured(wanted_strategy, needs, payload) else []
             chosen = strategy.choose(wanted_strategy, needs, payload, rates)
@@ -156,14 +165,13 @@ class _JointLoad:
         self._reader.wait(alone, (self._targets, self._reads), timeout_seconds=self._deadline.remaining())
         self._account(alone)
         self._reads.finish()
-        nbytes = sum(target.item.nbytes for target in self._targets)
         if self._progress is not None:
-            self._progress.at(nbytes)
+            self._progress.at(self._nbytes)
         return {
             "strategy": chosen,
             "rung": self._reader.rung,
             "bytes_read": self._read_bytes,
-            "bytes_needed": nbytes,
+            "bytes_needed": self._nbytes,
             "rounds": len(division.rounds),
         }
 
@@ -177,7 +185,6 @@ class _JointLoad:
     # Agreeing -------------------------------------------------------------------------------------------------------
 
     def _vote(self, label: str, step: Callable[[], bytes | None]) -> list[bytes]:
-        self.label = label
         error: BaseException | None = None
         payload: bytes | None = None
         try:
@@ -187,13 +194,25 @@ class _JointLoad:
         with self._trace.span("vote"):
             return self._channel.vote(label, error, payload or b"", self._deadline)
 
-    def _exchange_needs(self) -> list[Need]:
-        def mine() -> bytes:
-            digest = plan.structure_digest([(i.name, i.offsets, i.sizes) for i, _ in self._targets])
-            nbytes = sum(target.item.nbytes for target in self._targets)
-            return json.dumps([digest, nbytes, node_name()]).encode()
+    def _exchange_needs(self, wanted_strategy: str) -> list[Need]:
+        """Raises ValueError, on every rank, when they do not want the same strategy."""
 
-        return [Need(*json.loads(vote)) for vote in self._vote(FIRST_VOTE, mine)]
+        def mine() -> bytes:
+            boxes = [(i.name, i.offsets, i.sizes) for i, _ in self._targets] if wanted_strategy != "direct" else []
+            need = Need(plan.structure_digest(boxes), self._nbytes, node_name())
+            return json.dumps([wanted_strategy, self._verify, need]).encode()
+
+        votes = [json.loads(vote) for vote in self._vote(FIRST_VOTE, mine)]
+        of_ranks = [wanted for wanted, _, _ in votes]
+        if len(set(of_ranks)) > 1:
+            differing = next(rank for rank, wanted in enumerate(of_ranks) if wanted != of_ranks[0])
+            raise ValueError(
+                f"ranks load with different strategies: rank {self._group.ranks[0]} with {of_ranks[0]!r}, "
+                f"rank {self._group.ranks[differing]} with {of_ranks[differing]!r}; pass the same on every rank"
+            )
+        if wanted_strategy != "direct":
+            self._verify = any(verify for _, verify, _ in votes)  # a rank may read for one that wants it
+        return [Need(*need) for _, _, need in votes]
 
     def _exchange_boxes(self, needs: list[Need]) -> _Wanted:
         """Ranks with the same boxes as a lower one say nothing more."""
@@ -271,7 +290,7 @@ class _JointLoad:
             memory = PROBE_BYTES / (time.perf_counter() - begin)
             begin = time.perf_counter()
             names = [target.item.name for target in sorted(self._targets, key=lambda one: -one.item.nbytes)[:1]]
-            nbytes = self._reader.probe(scratch, names)
+            nbytes = self._reader.probe(scratch, names, timeout_seconds=self._deadline.remaining())
             return json.dumps([nbytes / (time.perf_counter() - begin) or memory, memory]).encode()
 
         votes = [json.loads(vote) for vote in self._vote("rates", mine)]
@@ -317,6 +336,7 @@ class _JointLoad:
             self._account(job)
 
         for k in range(count):
+            self._round = k
             base = (k % REGIONS) * region_bytes
             self._vote(f"round-{k}", lambda k=k: read(k))  # type: ignore[misc]
             if len(set(self._nodes)) > 1:
@@ -347,12 +367,14 @@ class _JointLoad:
         assert self._segment is not None
         rank, node = self._group.rank, self._node
         sends, receives = [], []
-        for tag, parcel in enumerate(division.rounds[k].parcels):
+        for number, parcel in enumerate(division.rounds[k].parcels):
+            # Not that of an earlier load: after a failure its messages may still be under way.
+            tag = self._channel.number % (1 << 14) << 16 | number % (1 << 16)
             for other in parcel.nodes:
                 if other == self._nodes[parcel.reader]:
                     continue
                 ranks = [peer for peer, of in enumerate(self._nodes) if of == other]
-                taker = ranks[tag % len(ranks)]
+                taker = ranks[number % len(ranks)]
                 if parcel.reader == rank:
                     sends.append(Message(self._segment.tensor(base + parcel.at[node], parcel.nbytes), taker, tag))
                 if taker == rank:

@@ -15,7 +15,7 @@ from .collective import Channel, Deadline, Group
 from .config import LoadOptions
 from .errors import IncompatibleCheckpointError
 from .fabric import Fabric
-from .joint import fill_jointly
+from .joint import FIRST_VOTE, fill_jointly
 from .opening import open_together
 from .progress import Progress
 from .reader import Reader
@@ -55,10 +55,10 @@ def load(
             False returns those that differ on this rank in `missing_keys` and `unexpected_keys` of the result.
         cast: convert dtypes that differ; otherwise they are an error.
         verify: check every chunk's digest before its bytes reach a tensor.
-        strategy: who reads what. "direct": each rank what it needs. "scatter": bytes that several ranks need are read
-            once, by one of them, and exchanged, through memory within a node and over the process group between nodes.
-            "broadcast": rank 0 reads all of it for everybody. "auto" chooses by how much the needs overlap and by what
-            it measures, and says why in the log `snapstone`.
+        strategy: who reads what; the same on every rank. "direct": each rank what it needs. "scatter": bytes that
+            several ranks need are read once, by one of them, and exchanged, through memory within a node and over the
+            process group between nodes. "broadcast": rank 0 reads all of it for everybody. "auto" chooses by how much
+            the needs overlap and by what it measures, and says why in the log `snapstone`.
         allow_pickle: unpickle values that were saved with `allow_pickle=True`. This can run code from the checkpoint.
         timeout: seconds after which the load fails on every rank (SNAPSTONE_TIMEOUT, 1800 s).
         progress: True for a bar on a terminal, or a callback (bytes_done, bytes_total) of this rank.
@@ -69,7 +69,7 @@ def load(
         IncompatibleCheckpointError: missing, unexpected or wrong-shape keys (one error lists them all), other
             dtypes, a newer format.
         RankFailedError: another rank raised, died or missed the deadline.
-        ValueError: a target that cannot be filled.
+        ValueError: a target that cannot be filled, or strategies that differ between ranks.
     """
     group = Group.create(process_group, no_dist=no_dist)
     channel = group.channel("load")  # first, so that the ranks stay in step whatever is raised here on one of them
@@ -170,21 +170,25 @@ class _Load:
             self._refuse([f"unexpected in the checkpoint: {name}" for name in names])
 
     def read(self, deadline: Deadline, progress: bool | Callable[[int, int], None]) -> None:
-        needed = sum(target.item.nbytes for target in self.targets)
-        with Progress(progress, "load", needed) as bar, torch.no_grad():
-            stats = fill_jointly(
-                self.reader,
-                self.targets,
-                self.options.strategy,
-                self.group,
-                self.channel,
-                self.fabric,
-                deadline,
-                cast=self.options.cast,
-                verify=self.options.verify,
-                progress=bar,
-                trace=self.trace,
-            )
+        try:
+            needed = sum(map(self.reader.stored_nbytes, self.targets))
+            with Progress(progress, "load", needed) as bar, torch.no_grad():
+                stats = fill_jointly(
+                    self.reader,
+                    self.targets,
+                    self.options.strategy,
+                    self.group,
+                    self.channel,
+                    self.fabric,
+                    deadline,
+                    cast=self.options.cast,
+                    verify=self.options.verify,
+                    progress=bar,
+                    trace=self.trace,
+                )
+        except BaseException as error:
+            self.channel.abort([FIRST_VOTE], error)  # where it never came to that
+            raise
         self.trace.stats.update(stats)
 
     def checkpoint(self) -> Checkpoint:

@@ -126,6 +126,7 @@ class Reader:
         self.indexes: list[Index] = list(indexes)
         self.is_shared = catalog is not None
         self.shards: Catalog | Listing = catalog or Listing(self.path, self.indexes)
+        self._identity: tuple[int, ...] = ()  # of the manifest's file
         self._files: list[tuple[str, str, int]] = []
         self._tables: list[tuple[bytes, int, str]] = []
         for writer, parsed in zip(self.manifest.writers, self.indexes, strict=True):
@@ -185,6 +186,8 @@ class Reader:
         """A job that has begun to read. Whatever it fills must stay alive until `wait` returns."""
         tables = reads.tables()
         job = self._make_job(tables, *reads.arguments(tables), verify=verify, scrub=False, trace=trace)
+        if not verify:
+            self._check_identity()
         job.start()
         return job
 
@@ -202,7 +205,23 @@ class Reader:
                 on_progress=progress.at if progress else lambda done: None,
             )
         except CorruptCheckpointError as error:
+            self._check_identity()
             raise self._name_tensor(error) from None
+
+    def _check_identity(self) -> None:
+        """Raises CheckpointError if another checkpoint stands in the place of this one, so that files which were just
+        opened by name may be the other's.
+        """
+        try:
+            stat = os.stat(os.path.join(self.path, manifest.MANIFEST_NAME))
+        except FileNotFoundError:
+            raise CheckpointError("the checkpoint was removed while it was read", path=self.path) from None
+        identity = stat.st_dev, stat.st_ino, stat.st_mtime_ns
+        if identity == self._identity:
+            return
+        if manifest.read(self.path).save_id != self.manifest.save_id:
+            raise CheckpointError("the checkpoint was replaced while it was read", path=self.path)
+        self._identity = identity
 
     def abandon(self, job: Any, targets: Any) -> None:
         """Ends a job whose bytes nobody wants any more."""
@@ -214,7 +233,12 @@ class Reader:
         """Of each chunk of an index, decoded."""
         return np.frombuffer(self.indexes[table].table, index.CHUNK_DTYPE)["raw_bytes"]
 
-    def probe(self, scratch: torch.Tensor, names: Iterable[str]) -> int:
+    def stored_nbytes(self, target: LocalShard) -> int:
+        """Of a target's elements in the saved dtype."""
+        item = target.item
+        return math.prod(item.sizes) * tensors.dtype_bytes(self.describe(item.name).dtype)
+
+    def probe(self, scratch: torch.Tensor, names: Iterable[str], *, timeout_seconds: float = math.inf) -> int:
         """Reads chunks of one of the tensors into `scratch` (uint8), to see how fast that goes; returns the bytes."""
         for name in names:
             for shard in self.shards[name]:
@@ -225,7 +249,7 @@ class Reader:
                     reads = Reads()
                     reads.add_whole(shard, scratch.data_ptr(), (place.first_chunk, count))
                     job = self.start(reads)
-                    self.wait(job, (scratch, reads))
+                    self.wait(job, (scratch, reads), timeout_seconds=timeout_seconds)
                     return int(job.bytes_needed)
         return 0
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import uuid
 
 import torch
 
@@ -27,7 +29,8 @@ class Segment:
     OSError where the kernel gives no memory, or another process's segment cannot be opened (other user, `hidepid`).
     """
 
-    def __init__(self, descriptor: int, nbytes: int) -> None:
+    def __init__(self, descriptor: int, nbytes: int, path: str) -> None:
+        self.path = path  # for `open` in other processes
         self._descriptor = descriptor
         self.nbytes = nbytes
         # All pages at once: faults one by one take longer than the copies (53 ms to 12 ms for 96 MiB on a VM).
@@ -37,27 +40,33 @@ class Segment:
 
     @classmethod
     def make(cls, nbytes: int) -> Segment:
-        descriptor = os.memfd_create("snapstone-load", os.MFD_CLOEXEC)
+        name = f"snapstone-load-{uuid.uuid4().hex}"
+        descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(descriptor, 0, nbytes)  # now, not as SIGBUS when a page is first touched
-            return cls(descriptor, nbytes)
+            return cls(descriptor, nbytes, f"/proc/{os.getpid()}/fd/{descriptor} {name}")
+        except OSError as error:
+            os.close(descriptor)
+            reason = f"{nbytes} bytes to share with other ranks: {error.strerror}; strategy='direct' needs none"
+            raise OSError(error.errno, reason) from None
         except BaseException:
             os.close(descriptor)
             raise
 
     @classmethod
     def open(cls, path: str, nbytes: int) -> Segment:
-        """`path` as `path` of the process that made it."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        """`path` as `path` of the process that made it. OSError where that names something else here: then both are on
+        different machines, whatever `node_name` says (clones of one virtual machine have equal boot ids).
+        """
+        place, _, name = path.partition(" ")
+        if os.readlink(place) != f"/memfd:{name} (deleted)":
+            raise OSError(errno.ESTALE, "not the segment that was made", place)
+        descriptor = os.open(place, os.O_RDWR | os.O_CLOEXEC)
         try:
-            return cls(descriptor, nbytes)
+            return cls(descriptor, nbytes, path)
         except BaseException:
             os.close(descriptor)
             raise
-
-    @property
-    def path(self) -> str:
-        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     def tensor(self, at: int, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes], a view."""

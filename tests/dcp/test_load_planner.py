@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -145,3 +146,13 @@ def _strided(rank: int, path: Path) -> bool:
 
 def test_strided_shards_of_fsdp_over_tensor_parallel_are_filled(tmp_path: Path) -> None:
     assert values(run_ranks(4, _strided, tmp_path / "c")) == [True] * 4
+
+
+def test_numpy_values_are_values(tmp_path: Path) -> None:
+    saved = {"lr": np.float64(0.5), "table": np.arange(4), "w": torch.ones(2)}
+    dcp.save(saved, storage_writer=StorageWriter(tmp_path / "c"), no_dist=True)
+    target = {"lr": np.float64(0), "table": np.zeros(4, np.int64), "w": torch.zeros(2)}
+    load(target, tmp_path / "c")
+    assert target["lr"] == 0.5
+    assert np.array_equal(target["table"], np.arange(4))
+    assert "table: saved as a value, wanted as a tensor" in str(failure({"table": torch.zeros(4)}, tmp_path / "c"))

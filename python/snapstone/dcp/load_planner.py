@@ -94,7 +94,7 @@ class LoadPlanner(DefaultLoadPlanner):
                 if not self.allow_partial_load:
                     problems.append(f"Missing key in checkpoint state_dict: {name}")
                 continue
-            if isinstance(entry, TensorStorageMetadata) != hasattr(value, "dtype"):
+            if isinstance(entry, TensorStorageMetadata) != isinstance(value, torch.Tensor):
                 kinds = ("a tensor", "a value") if isinstance(entry, TensorStorageMetadata) else ("a value", "a tensor")
                 problems.append(f"{name}: saved as {kinds[0]}, wanted as {kinds[1]}")
             elif isinstance(entry, TensorStorageMetadata):
