@@ -232,7 +232,7 @@ def _rounds(
             turns[run.reader] += 1
     rounds: list[Round] = []
     used: dict[int, int] = {}
-    for _, reader, table, first in sorted(order):
+    for _, _, table, first in sorted(order):
         wanted = pieces.get((table, first), [])
         cost: dict[int, int] = {}
         for piece in wanted:

@@ -20,7 +20,7 @@ import torch
 import snapstone as ss
 from distributed.rank_states import AT_ONCE_S, LATE_S, LONG_S
 from distributed.ranks import run_ranks, values
-from snapstone import fabric, joint
+from snapstone import fabric, joint, rounds
 from snapstone.segment import Segment
 
 MIB = 1 << 20
@@ -39,7 +39,7 @@ def load(
 ) -> None:
     """In many rounds."""
     os.environ["SNAPSTONE_NODE"] = f"node-{rank % nodes}"
-    joint.BUCKET_BYTES_MIN = joint.BUCKET_BYTES_PER_NODE = MIB
+    rounds.BUCKET_BYTES = rounds.BUCKET_BYTES_PER_NODE = MIB
     target = state(rank, 0)
     checkpoint = ss.load(target, checkpoint_id=path, strategy=strategy, timeout=timeout, **options)
     expected = state(rank, 1)
@@ -81,21 +81,25 @@ def test_a_data_file_that_only_one_rank_reads_and_misses_fails_all_at_once(saved
     assert max(seconds for _, _, seconds in found) < AT_ONCE_S
 
 
-def _fail_between_votes(rank: int, path: Path, step: str) -> tuple[Any, Any]:
+def _fail_between_votes(rank: int, path: Path, step: str, nodes: int) -> tuple[Any, Any]:
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    real = getattr(joint._JointLoad, step)
+    owner: Any = joint._JointLoad if hasattr(joint._JointLoad, step) else rounds.Rounds
+    real = getattr(owner, step)
     if rank == 1:
-        setattr(joint._JointLoad, step, fail)
-    first = outcome(lambda: load(rank, path))
-    setattr(joint._JointLoad, step, real)
+        setattr(owner, step, fail)
+    first = outcome(lambda: load(rank, path, nodes))
+    setattr(owner, step, real)
     return first, outcome(lambda: load(rank, path))
 
 
-@pytest.mark.parametrize("step", ["_exchange_boxes", "_divide", "_map_segment", "_read_alone", "_take"])
-def test_ctrl_c_between_two_votes_is_told_to_all_at_once_and_the_next_load_works(saved: Path, step: str) -> None:
-    found = values(run_ranks(3, _fail_between_votes, saved, step))
+@pytest.mark.parametrize("nodes", [1, 3])
+@pytest.mark.parametrize("step", ["_exchange_boxes", "_divide", "_map_segment", "_start_alone", "_take"])
+def test_ctrl_c_between_two_votes_is_told_to_all_at_once_and_the_next_load_works(
+    saved: Path, step: str, nodes: int
+) -> None:
+    found = values(run_ranks(3, _fail_between_votes, saved, step, nodes))
     for rank, ((name, failed, seconds), (after, _, _)) in enumerate(found):
         assert (name, failed) == (("KeyboardInterrupt", ()) if rank == 1 else ("RankFailedError", (1,)))
         assert seconds < AT_ONCE_S
@@ -179,7 +183,7 @@ def test_messages_of_a_load_that_was_interrupted_do_not_reach_the_next_one(saved
 
 
 def _cast(rank: int, path: Path, strategy: str) -> list[tuple[int, int]]:
-    joint.BUCKET_BYTES_MIN = MIB
+    rounds.BUCKET_BYTES = MIB
     reports: list[tuple[int, int]] = []
     target = {"w": torch.zeros(ROWS, 1024, dtype=torch.bfloat16)}
     options: Any = {"strategy": strategy, "strict": False, "cast": True}
