@@ -1,8 +1,9 @@
-"""The two engines that the demo runs on, behind one small interface: snapstone and torch.distributed.checkpoint (DCP).
+"""The engines that the demo runs on, behind one small interface: snapstone, torch.distributed.checkpoint (DCP), and DCP
+with snapstone's storage below it, which makes the same calls as DCP and has the promises of snapstone.
 
-DCP is used as documented, with its defaults. It has neither a commit point nor a way to tell whole checkpoints from
-broken ones, so the two questions the demo asks of a directory are answered from whether `.metadata` exists. It leaves
-its metadata and directories unsynced, so rank 0 syncs them, and that counts as part of its time to durable.
+DCP alone is used as documented, with its defaults. It has neither a commit point nor a way to tell whole checkpoints
+from broken ones, so the two questions the demo asks of a directory are answered from whether `.metadata` exists. It
+leaves its metadata and directories unsynced, so rank 0 syncs them, and that counts as part of its time to durable.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class SnapstoneEngine:
         return None if report else "; ".join(report.problems)
 
     def unfinished(self, run: Path) -> list[Path]:
-        return [run / name for name in os.listdir(run) if name.startswith(".staging-")]
+        return staging_directories(run)
 
 
 class DcpEngine:
@@ -146,7 +147,48 @@ class DcpEngine:
                 sync(entry)
 
 
-ENGINES: dict[str, Callable[[], Engine]] = {"snapstone": SnapstoneEngine, "dcp": DcpEngine}
+class SnapstoneDcpEngine(DcpEngine):
+    """Every save, load and check is a call of DCP, or one that DCP makes of its storage."""
+
+    name = "snapstone.dcp"
+
+    def __init__(self) -> None:
+        import snapstone.dcp
+
+        super().__init__()
+        self._storage = snapstone.dcp
+
+    def save(self, state: State, path: Path) -> None:
+        state_dict_saver.save(state, storage_writer=self._storage.StorageWriter(path), process_group=self._group)
+
+    def async_save(self, state: State, path: Path, optimizer: torch.optim.Optimizer) -> InFlight:
+        started = time.perf_counter()
+        writer = self._storage.StorageWriter(path)
+        response = state_dict_saver.async_save(state, storage_writer=writer, process_group=self._group)
+        return InFlight(response if isinstance(response, Future) else response.upload_completion, started)
+
+    def load(self, state: State, path: Path) -> None:
+        state_dict_loader.load(state, storage_reader=self._storage.StorageReader(path), process_group=self._group)
+
+    def problem(self, path: Path) -> str | None:
+        try:
+            self._storage.StorageReader(path).read_metadata()
+        except Exception as error:
+            return type(error).__name__
+        return None
+
+    def unfinished(self, run: Path) -> list[Path]:
+        return staging_directories(run)
+
+
+ENGINES: dict[str, Callable[[], Engine]] = {
+    engine.name: engine for engine in (SnapstoneEngine, DcpEngine, SnapstoneDcpEngine)
+}
+
+
+def staging_directories(run: Path) -> list[Path]:
+    """Of snapstone's saves that were begun and not committed."""
+    return [run / name for name in os.listdir(run) if name.startswith(".staging-")]
 
 
 def sync(path: Path) -> None:

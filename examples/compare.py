@@ -24,11 +24,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from backends import ENGINES, Engine, State, directory_bytes, drop_page_cache
 from gpt import VOCABULARY, Gpt
+from group import join, leave
 from scale import SCALES
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from train import join_workers, leave_workers
 from trainer import TimedAdamW, local_digest, sharded_gpt
 
 Times = dict[str, float]
@@ -137,7 +137,8 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="full")
     options = parser.parse_args()
     scale = SCALES[options.scale]
-    rank, world_size = join_workers()
+    join("cpu")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     engines = [ENGINES[name]() for name in options.engines.split(",")]
     bench = Bench(sharded_gpt(scale.compared_model, init_device_mesh("cpu", (world_size,))), options.run, rank)
 
@@ -148,7 +149,7 @@ def main() -> None:
             if round_index > 0:
                 measured[engine.name].append(times)
     Path(f"{options.log}.rank-{rank}.json").write_text(json.dumps(measured))
-    leave_workers()
+    leave()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ Two processes train a small GPT, sharded with FSDP, and save every few steps whi
 4. reshard     one process loads what two processes saved, and writes some text
 5. table       the same larger state saved and loaded by snapstone and by torch.distributed.checkpoint
 
+With `--engine snapstone.dcp` every save and load is a call of torch.distributed.checkpoint on snapstone's storage.
+
 Needs 2 cores and about 1 GB of disk. Exits with 1 when any check fails.
 """
 
@@ -170,7 +172,7 @@ class Demo:
         self.report.facts["sample"] = facts["text"]
 
     def compare(self) -> None:
-        names = [self.engine.name] if self.engine.name == "dcp" else list(ENGINES)
+        names = list(dict.fromkeys([self.engine.name, "dcp"]))
         options = {"run": self.new_run("compared"), "engines": ",".join(names), "scale": self.report.scale}
         with Workers("compare.py", options, log=self.logs / "compared") as workers:
             workers.wait(PHASE_TIMEOUT_S)
@@ -199,7 +201,7 @@ class Demo:
         raise CheckFailed("the run to be killed ended without a save that could be caught")
 
     def show_disk(self, run: Path, leftovers: list[Path]) -> None:
-        for path in sorted(run.iterdir()):
+        for path in sorted(path for path in run.iterdir() if path.is_dir()):
             problem = self.engine.problem(path)
             verdict = (
                 "[green]valid[/]" if problem is None else f"[yellow]left by the kill, refused: {escape(problem)}[/]"

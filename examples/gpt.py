@@ -23,31 +23,33 @@ class GptConfig:
 def rotate(x: Tensor) -> Tensor:
     """Rotary positions: turns pairs of features by angles that grow with the position (Su et al., arXiv 2104.09864)."""
     length, width = x.shape[-2:]
-    frequencies = 1000.0 ** (-torch.arange(0, width, 2) / width)
-    angles = torch.arange(length)[:, None] * frequencies
+    frequencies = 1000.0 ** (-torch.arange(0, width, 2, device=x.device) / width)
+    angles = torch.arange(length, device=x.device)[:, None] * frequencies
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = (even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos())
     return torch.stack(turned, dim=-1).flatten(-2)
 
 
 class Attention(nn.Module):
+    """Query, key and value of a head stand side by side in `project_in`, and the number of heads is taken from what it
+    gives: with tensor parallelism each rank has whole heads, and fewer of them.
+    """
+
     def __init__(self, config: GptConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.head_width = config.width // config.heads
         self.dropout = config.dropout
         self.project_in = nn.Linear(config.width, 3 * config.width)
         self.project_out = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        query, key, value = (
-            part.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
-            for part in self.project_in(x).chunk(3, dim=-1)
-        )
+        batch, length, _ = x.shape
+        heads = self.project_in(x).view(batch, length, -1, 3 * self.head_width).transpose(1, 2)
+        query, key, value = heads.chunk(3, dim=-1)
         dropout = self.dropout if self.training else 0.0
         query, key = rotate(query), rotate(key)
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        out: Tensor = self.project_out(mixed.transpose(1, 2).reshape(batch, length, width))
+        out: Tensor = self.project_out(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
 
 

@@ -8,40 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
-from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 from backends import ENGINES, InFlight
 from corpus import Batches, read_corpus
+from group import join, leave
 from scale import SCALES
 from torch.distributed.device_mesh import init_device_mesh
 from trainer import Trainer, local_digest, sharded_gpt, weights_digest
 
 STEP_NAME = "step-{:08d}"
-
-
-def join_workers() -> tuple[int, int]:
-    """Rank and world size, after meeting the peers. One thread per process: sums then have one order."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    return dist.get_rank(), dist.get_world_size()
-
-
-def leave_workers() -> NoReturn:
-    """Ends this process, without the interpreter's teardown once the group is destroyed.
-
-    The model still refers to the group, so gloo's threads live on, and one that drops the last collective's tensors
-    during teardown aborts the process (torch 2.13, ProcessGroupGloo::runLoop; about one exit in thirty).
-    """
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def arguments() -> argparse.Namespace:
@@ -57,7 +34,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     scale = SCALES[options.scale]
-    rank, world_size = join_workers()
+    join("cpu")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     engine = ENGINES[options.engine]()
     trainer = Trainer(
         sharded_gpt(scale.model, init_device_mesh("cpu", (world_size,))),
@@ -103,7 +81,7 @@ def main() -> None:
         "weights": weights_digest(trainer.model),
     }
     Path(f"{options.log}.rank-{rank}.json").write_text(json.dumps(facts))
-    leave_workers()
+    leave()
 
 
 if __name__ == "__main__":

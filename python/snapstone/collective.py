@@ -51,6 +51,7 @@ GRACE_S: Final = 0.75  # past its deadline: for a peer's verdict to arrive, then
 WAKE_S: Final = 0.1  # longest wait that does not look for Ctrl-C
 POLL_MIN_S: Final = 0.001
 POLL_MAX_S: Final = 0.05
+EAGER_POLL_MAX_S: Final = 0.004  # where ranks wait for each other again and again
 POLL_S_PER_RANK: Final = 0.0001  # all ranks together ask a store at most 10,000 times per second
 LINGER_S: Final = 2.0  # rank 0 may serve the store from this process: how long close() keeps it for slower readers
 LEAVE_S: Final = 2.0  # at exit, for store calls that are under way
@@ -140,6 +141,7 @@ class Group:
         self.world_size: Final = len(ranks)
         self.ranks: Final = tuple(ranks)
         self.poll_max_s: Final = max(POLL_MAX_S, POLL_S_PER_RANK * len(ranks))
+        self.eager_poll_max_s: Final = max(EAGER_POLL_MAX_S, POLL_S_PER_RANK * len(ranks))
         self._store = store
         self._prefix = prefix
         self._worker: _StoreWorker | None = None
@@ -169,6 +171,11 @@ class Group:
                 prefix = f"snapstone/{_incarnations[group.group_name]}"
                 _groups[group] = cls(rank, dist.get_process_group_ranks(group), store, prefix)
             return _groups[group]
+
+    @classmethod
+    def meeting(cls, token: str, rank: int, world_size: int) -> Group:
+        """Ranks that have nothing in common but a token, not used before; they meet in the store of all ranks."""
+        return cls(rank, range(world_size), distributed_c10d._get_default_store(), f"snapstone/meeting/{token}")
 
     def channel(self, kind: str) -> Channel:
         """A conversation of its own. Take it in the same order on every rank; `kind` is for messages."""
@@ -267,6 +274,7 @@ class Channel:
         self._failed = False
         self._closed = False
         self.lost = False
+        self.poll_max_s = group.poll_max_s
 
     def exchange(self, label: str, payload: bytes, deadline: Deadline) -> list[bytes]:
         """Every rank gets every rank's payload, in rank order; fails on all ranks when one is missing."""
@@ -453,7 +461,7 @@ class Channel:
             if answer is not None or last:
                 return answer
             time.sleep(min(pause, deadline.remaining()))
-            pause = min(pause * 1.5, self.group.poll_max_s)
+            pause = min(pause * 1.5, self.poll_max_s)
 
     def _call(self, operation: Callable[[wire.Store], T], deadline: Deadline) -> T:
         try:

@@ -38,7 +38,7 @@ class Piece(NamedTuple):
     end: int
     window: Window
     reader: int
-    nodes: tuple[int, ...]  # of the ranks that want it
+    nodes: tuple[int, ...]  # of the ranks that want it; none when only the reader does
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +119,8 @@ def divide(
         alone.append(rest)
         wanted_on = tuple(sorted({nodes[rank] for rank in ranks}))
         for run, piece in found:
-            pieces.setdefault((part.shard.table, run.first_chunk), []).append(piece._replace(nodes=wanted_on))
+            whose = () if ranks == {run.reader} else wanted_on
+            pieces.setdefault((part.shard.table, run.first_chunk), []).append(piece._replace(nodes=whose))
     return Division(_rounds(runs, pieces, nodes, bucket_bytes), alone)
 
 
@@ -231,11 +232,11 @@ def _rounds(
             turns[run.reader] += 1
     rounds: list[Round] = []
     used: dict[int, int] = {}
-    for _, reader, table, first in sorted(order):
+    for _, _, table, first in sorted(order):
         wanted = pieces.get((table, first), [])
         cost: dict[int, int] = {}
         for piece in wanted:
-            for node in {nodes[reader], *piece.nodes}:
+            for node in _holders(piece, nodes):
                 cost[node] = cost.get(node, 0) + _aligned(piece.nbytes)
         if not rounds or any(used.get(node, 0) + nbytes > bucket_bytes for node, nbytes in cost.items()):
             rounds.append(Round())
@@ -253,7 +254,9 @@ def _lay_out(one: Round, nodes: Sequence[int]) -> None:
     used: dict[int, int] = {}
     key: tuple[int, tuple[int, ...]] | None = None
     for position, piece in enumerate(one.pieces):
-        holders = sorted({nodes[piece.reader], *piece.nodes})
+        holders = _holders(piece, nodes)
+        if not holders:
+            continue
         nbytes = _aligned(piece.nbytes)
         if key != (piece.reader, piece.nodes):
             key = piece.reader, piece.nodes
@@ -263,6 +266,11 @@ def _lay_out(one: Round, nodes: Sequence[int]) -> None:
             one.places.setdefault(node, {})[position] = used.get(node, 0)
             used[node] = used.get(node, 0) + nbytes
     one.region_bytes = max(used.values(), default=0)
+
+
+def _holders(piece: Piece, nodes: Sequence[int]) -> list[int]:
+    """The nodes in whose regions a piece has a place."""
+    return sorted({nodes[piece.reader], *piece.nodes}) if piece.nodes else []
 
 
 def _aligned(nbytes: int) -> int:

@@ -45,10 +45,10 @@ __all__ = ["FIRST_VOTE", "fill_jointly"]
 FIRST_VOTE = "needs"
 _FIRST_VOTES = (FIRST_VOTE, "rates", "fabric", "boxes", "segment", "mapped", "segments", "round-0")
 
-BUCKET_BYTES_MIN = 32 << 20
+BUCKET_BYTES_MIN = 64 << 20  # of one round on one node
 BUCKET_BYTES_MAX = 1 << 30
 BUCKET_BYTES_PER_NODE = 32 << 20
-REGIONS = 3
+REGIONS = 4
 PROBE_BYTES = 16 << 20
 PROBE_FABRIC_BYTES = 4 << 20
 
@@ -71,6 +71,7 @@ def fill_jointly(
 
     Raises what `fill` raises on the rank where it happens, RankFailedError on the others.
     """
+    channel.poll_max_s = group.eager_poll_max_s
     joint = _JointLoad(reader, targets, group, channel, fabric, deadline, cast, verify, progress, trace)
     try:
         return joint.run(wanted_strategy)
@@ -326,11 +327,13 @@ class _JointLoad:
                 self._jobs.append(running[k])
 
         def read(k: int) -> None:
-            if k == 0:
-                start(0)
-            start(k + 1)  # its region was that of round k - 2, which every rank took before it voted on round k - 1
+            # The region of round k + REGIONS - 2 was that of round k - 2, which all took before they voted on k - 1.
+            for following in range(REGIONS - 1) if k == 0 else (k + REGIONS - 2,):
+                start(following)
             job = running.pop(k)
-            self._reader.wait(job, (self._segment, self._targets), timeout_seconds=self._deadline.remaining())
+            self._reader.wait(
+                job, (self._segment, self._targets, self._reads), timeout_seconds=self._deadline.remaining()
+            )
             self._jobs.remove(job)
             self._account(job)
 
@@ -350,6 +353,10 @@ class _JointLoad:
             for position, piece in enumerate(one.pieces):
                 if piece.reader == self._group.rank:
                     part = wanted.parts[piece.part]
+                    if not piece.nodes:
+                        for memory in wanted.memories[piece.part]:
+                            reads.add(part, memory, piece.window)
+                        continue
                     item_bytes = tensors.dtype_bytes(part.shard.stored.item.dtype)
                     place = self._segment.address + base + one.places[self._node][position]
                     strides = None if part.is_whole else packed_strides(part.box.sizes, item_bytes)

@@ -51,7 +51,8 @@ def open_together(path: str, group: Group, channel: Channel, fabric: Fabric, dea
         raise CorruptCheckpointError("ranks read different checkpoints under one name", path=path)
     document: Manifest = opened[0]
     if group.world_size == 1 or len(document.writers) < SHARED_FROM:
-        return Reader(path, document)
+        with garbage.paused():
+            return Reader(path, document)
     mine: list[Index] = []
 
     def read_some() -> bytes:

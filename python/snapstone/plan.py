@@ -24,6 +24,7 @@ __all__ = [
     "first_overlap",
     "overlap",
     "shard_range",
+    "spread",
     "structure_digest",
 ]
 
@@ -99,28 +100,45 @@ def assign_writers(
     load = [0] * len(ranks)
     writers: dict[_Shard, int] = {}
 
-    def give(shard: _Shard, places: _Places, nbytes: int) -> None:
-        rank, position = min(places, key=lambda place: (load[place[0]], place))
-        chosen[rank].append(position)
-        load[rank] += nbytes
+    def give(shard: _Shard, places: _Places, rank: int) -> None:
+        chosen[rank].append(next(position for holder, position in places if holder == rank))
         writers[shard] = rank
 
+    def give_all(units: list[tuple[int, _Shard, _Places]]) -> None:
+        ranks_of_units = spread([(nbytes, [rank for rank, _ in places]) for nbytes, _, places in units], load)
+        for (_, shard, places), rank in zip(units, ranks_of_units, strict=True):
+            give(shard, places, rank)
+
+    alone: list[tuple[int, _Shard, _Places]] = []
     shared: list[tuple[int, _Shard, _Places]] = []
-    tied: list[tuple[_Shard, _Places]] = []
+    tied: list[tuple[int, _Shard, _Places]] = []
     for shard, places in holders.items():
         nbytes = ranks[places[0][0]][places[0][1]].nbytes
         if leaders.get(shard, shard) != shard:
-            tied.append((shard, places))
-        elif len({rank for rank, _ in places}) == 1:
-            give(shard, places, nbytes)
+            tied.append((nbytes, shard, places))
         else:
-            shared.append((nbytes, shard, places))
-    for nbytes, shard, places in sorted(shared, key=lambda entry: -entry[0]):
-        give(shard, places, nbytes)
-    for shard, places in tied:
-        with_leader = [place for place in places if place[0] == writers.get(leaders[shard])]
-        give(shard, with_leader or places, 0 if with_leader else ranks[places[0][0]][places[0][1]].nbytes)
+            (alone if len({rank for rank, _ in places}) == 1 else shared).append((nbytes, shard, places))
+    give_all(alone)
+    give_all(shared)
+    for nbytes, shard, places in tied:
+        leader = writers.get(leaders[shard])
+        if leader in {rank for rank, _ in places}:
+            give(shard, places, leader)
+        else:
+            give_all([(nbytes, shard, places)])
     return [sorted(positions) for positions in chosen]
+
+
+def spread(units: Sequence[tuple[int, Sequence[int]]], load: list[int]) -> list[int]:
+    """The writer of each unit (bytes, ranks that hold it, ascending): largest first, to the holder with the fewest
+    bytes so far, the lowest of equals. `load` is what each rank writes besides, in bytes, and grows by the units.
+    """
+    writers = [0] * len(units)
+    for number in sorted(range(len(units)), key=lambda number: -units[number][0]):
+        nbytes, holders = units[number]
+        rank = writers[number] = min(holders, key=load.__getitem__)
+        load[rank] += nbytes
+    return writers
 
 
 def _holders(ranks: Sequence[Sequence[TensorItem]]) -> dict[_Shard, _Places]:
@@ -151,8 +169,10 @@ def _leader(
     return (first.name, first.offsets, first.sizes) if len(found) == 1 else shard
 
 
-def check_tiling(items: Iterable[TensorItem]) -> None:
-    """Raises IncompatibleCheckpointError unless the shards of every tensor cover it exactly once."""
+def check_tiling(items: Iterable[TensorItem], *, holes: bool = False) -> None:
+    """Raises IncompatibleCheckpointError unless the shards of every tensor cover it exactly once; with `holes`, at most
+    once.
+    """
     boxes: dict[str, dict[tuple[Ints, Ints], Box]] = {}
     shapes: dict[str, Ints] = {}
     for item in items:
@@ -168,7 +188,7 @@ def check_tiling(items: Iterable[TensorItem]) -> None:
         pair = first_overlap(parts)
         if pair is not None:
             raise IncompatibleCheckpointError(f"shards overlap: {pair[0]} and {pair[1]}", tensor=name)
-        if covered != math.prod(shape):
+        if covered != math.prod(shape) and not holes:
             raise IncompatibleCheckpointError(
                 f"shards leave a hole: {covered} of {math.prod(shape)} elements", tensor=name
             )

@@ -12,12 +12,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import snapstone as ss
 from distributed.ranks import run_ranks, values
 from snapstone import _native
-from snapstone.dcp import StorageReader, StorageWriter, installed
+from snapstone.dcp import LoadPlanner, StorageReader, StorageWriter, installed
 
 
 def full(number: int) -> torch.Tensor:
@@ -142,3 +143,34 @@ def _bare(rank: int, run: Path) -> bool:
 
 def test_bare_asynchronous_calls(tmp_path: Path) -> None:
     assert values(run_ranks(2, _bare, tmp_path)) == [True] * 2
+
+
+def _strided(rank: int, run: Path) -> list[str]:
+    """Rows of the first half and rows of the second, on each rank; DCP's planner takes them for one block."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    mine = torch.arange(16).reshape(2, 2, 4)[:, rank // 2].flatten()
+    saved, target = (
+        DTensor.from_local(
+            local, mesh, [_StridedShard(0, split_factor=2), Replicate()], run_check=False, shape=(16, 3), stride=(3, 1)
+        )
+        for local in (torch.arange(48.0).reshape(16, 3)[mine], torch.full((8, 3), -1.0))
+    )
+    ss.save({"t": saved}, checkpoint_id=run / "c")
+    errors = []
+    try:
+        dcp.load({"t": target}, storage_reader=StorageReader(run / "c"))
+    except CheckpointException as error:
+        errors = [str(failure) for failure, _ in error.failures.values()]
+        assert torch.equal(target.to_local(), torch.full((8, 3), -1.0))
+    dcp.load({"t": target}, storage_reader=StorageReader(run / "c"), planner=LoadPlanner())
+    assert torch.equal(target.to_local(), saved.to_local())
+    target.to_local().zero_()
+    ss.load({"t": target}, checkpoint_id=run / "c")
+    assert torch.equal(target.to_local(), saved.to_local())
+    return errors
+
+
+def test_a_placement_that_the_stock_planner_gets_wrong_is_refused_and_ours_plans_it(tmp_path: Path) -> None:
+    for errors in values(run_ranks(4, _strided, tmp_path)):
+        assert len(errors) == 4
+        assert all("use snapstone.dcp.LoadPlanner" in error for error in errors)

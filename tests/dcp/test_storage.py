@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import snapstone as ss
 from roundtrip.bits import nested_equal
 from snapstone import _native
-from snapstone.dcp import StorageReader, StorageWriter, install, installed, uninstall
+from snapstone.dcp import SavePlanner, StorageReader, StorageWriter, install, installed, uninstall
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -176,11 +176,14 @@ def test_a_failed_overwrite_leaves_the_old_checkpoint_and_nothing_else(tmp_path:
     assert os.listdir(tmp_path) == ["c"]
 
 
-def test_the_stock_metadata_is_there_for_tools_that_want_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("planner_type", [dcp.DefaultSavePlanner, SavePlanner])
+def test_the_stock_metadata_is_there_for_tools_that_want_it(tmp_path: Path, planner_type: Any) -> None:
     state = trained()
     dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "stock"))
     writer = StorageWriter(tmp_path / "ours", dcp_metadata=True)
-    returned = dcp.save(state, storage_writer=writer)
+    for _ in range(2):
+        returned = dcp.save(state, storage_writer=writer, planner=planner_type())
+    assert b"snapstone" not in (tmp_path / "ours" / ".metadata").read_bytes()  # it loads where this is not installed
     stock = dcp.FileSystemReader(tmp_path / "stock").read_metadata()
     ours = dcp.FileSystemReader(tmp_path / "ours").read_metadata()
     assert ours.state_dict_metadata == stock.state_dict_metadata

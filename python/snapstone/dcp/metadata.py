@@ -118,9 +118,7 @@ def pickled(metadata: Metadata, stored: Iterable[Stored], meta: StorageMeta) -> 
             entry = entries[name]
             assert isinstance(entry, TensorStorageMetadata)
             entries[name] = replace(entry, properties=replace(entry.properties, dtype=dtype))
-    return pickle.dumps(
-        replace(metadata, state_dict_metadata=entries, storage_data=storage_data, storage_meta=meta, version=VERSION)
-    )
+    return pickle.dumps(Metadata(entries, metadata.planner_data, storage_data, meta, VERSION))
 
 
 def value_of_stream(stream: io.BytesIO) -> Any:

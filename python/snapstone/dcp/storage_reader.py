@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader as StorageReaderInterface
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.futures import Future
 
 from .. import manifest, tensors
@@ -22,7 +24,7 @@ from ..fabric import Fabric
 from ..joint import FIRST_VOTE, fill_jointly
 from ..opening import VOTES as OPENING_VOTES
 from ..opening import open_together
-from ..plan import TensorItem
+from ..plan import Box, TensorItem, overlap
 from ..reader import Reader
 from ..tensors import LocalShard
 from ..trace import Trace
@@ -174,9 +176,11 @@ class StorageReader(StorageReaderInterface):
                 for item in plan.items
                 if item.type is LoadItemType.TENSOR
             ]
+            targets = [self._target(one) for one in wanted]
+            _check_strided(targets, getattr(planner, "state_dict", {}))
             stats = fill_jointly(
                 reader,
-                [self._target(one) for one in wanted],
+                targets,
                 self.strategy,
                 group,
                 channel,
@@ -220,3 +224,22 @@ class StorageReader(StorageReaderInterface):
         return LocalShard(
             TensorItem(name, dtype, tuple(entry.size), offsets, tuple(request.lengths), tensor.nbytes), tensor
         )
+
+
+def _check_strided(targets: list[LocalShard], state_dict: dict[str, Any]) -> None:
+    """DCP's own planner takes the local part of a DTensor for one box. A strided shard can be several, and bytes would
+    go where they do not belong.
+    """
+    boxes: dict[str, list[Box]] = {}
+    for name in {target.item.name for target in targets}:
+        tensor = state_dict.get(name)
+        if isinstance(tensor, DTensor) and any(isinstance(one, _StridedShard) for one in tensor.placements):
+            boxes[name] = [Box(shard.item.offsets, shard.item.sizes) for shard in tensors.describe(name, tensor)]
+    for target in targets:
+        wanted = Box(target.item.offsets, target.item.sizes)
+        held = boxes.get(target.item.name)
+        if held is not None and wanted.volume and not any(overlap(wanted, box) == wanted for box in held):
+            raise ValueError(
+                f"{target.item.name}: the planner wants {list(wanted.sizes)} elements at {list(wanted.offsets)}, which "
+                "this rank does not hold: it cannot plan this strided placement; use snapstone.dcp.LoadPlanner"
+            )
