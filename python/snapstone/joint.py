@@ -136,7 +136,7 @@ class _JointLoad:
             self._vote("segments", lambda: self._make_segment(division))
         assert self._segment is not None
         self._rounds = Rounds(
-            self._reader, wanted, division, self._nodes, self._segment, self._reads, self._channel, self._fabric,
+            self._reader, self._targets, wanted, division, self._nodes, self._segment, self._reads, self._channel, self._fabric,
             self._deadline, self._verify, self._progress, self._trace,
         )  # fmt: skip
         self._rounds.run(self._vote)
@@ -153,7 +153,7 @@ class _JointLoad:
 
     def close(self) -> None:
         if self._rounds is not None:
-            self._rounds.close(self._targets)
+            self._rounds.close()
         if self._segment is not None:
             self._segment.close()
 

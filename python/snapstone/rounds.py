@@ -28,7 +28,7 @@ from .progress import Progress
 from .reader import Reader
 from .reads import Part, Reads, packed_strides
 from .segment import Segment
-from .tensors import Memory
+from .tensors import LocalShard, Memory
 from .trace import Trace
 
 __all__ = ["FIRST_VOTES", "Rounds", "Wanted", "bucket_bytes", "segment_bytes"]
@@ -74,6 +74,7 @@ class Rounds:
     def __init__(
         self,
         reader: Reader,
+        targets: Sequence[LocalShard],
         wanted: Wanted,
         division: Division,
         nodes: Sequence[int],
@@ -102,6 +103,7 @@ class Rounds:
         self._verify = verify
         self._progress = progress
         self._trace = trace
+        self._filled = (targets, alone, segment)  # stays alive while the kernel may write there
         self._jobs: list[Any] = []
         self._running: dict[int, Any] = {}
         self._alone_job: Any = None
@@ -119,10 +121,10 @@ class Rounds:
             self._take(k)
         self._finish(self._start_alone())
 
-    def close(self, targets: Any) -> None:
-        """Ends what still reads. `targets` stay alive while the kernel may write there."""
+    def close(self) -> None:
+        """Ends what still reads."""
         for job in self._jobs:
-            self._reader.abandon(job, (targets, self._alone, self._segment))
+            self._reader.abandon(job, self._filled)
         self._jobs = []
 
     def _keep_in_step(self) -> bytes:
@@ -163,8 +165,7 @@ class Rounds:
         return job
 
     def _finish(self, job: Any) -> None:
-        kept = (self._segment, self._alone, self._wanted)
-        self._reader.wait(job, kept, timeout_seconds=self._deadline.remaining())
+        self._reader.wait(job, self._filled, timeout_seconds=self._deadline.remaining())
         self._jobs.remove(job)
         self.bytes_read += job.bytes_read
         self._trace.add_job(job)

@@ -381,7 +381,7 @@ def _load_fails(rank: int, run: Path, failing: int, faults: str, timeout: float)
     if rank == failing and faults != "corrupt":
         _native.fault_arm(faults)
     target = blank(rank)
-    ended = attempt(lambda: ss.load(target, checkpoint_id=run / "step-1", timeout=timeout))
+    ended = attempt(lambda: ss.load(target, checkpoint_id=run / "step-1", strategy="direct", timeout=timeout))
     _native.fault_disarm()
     ended["leaked"] = leaked(before)
     ended["values"] = {name: item for name, item in target.items() if not isinstance(item, torch.Tensor)}
