@@ -136,9 +136,20 @@ class _JointLoad:
             self._vote("segments", lambda: self._make_segment(division))
         assert self._segment is not None
         self._rounds = Rounds(
-            self._reader, self._targets, wanted, division, self._nodes, self._segment, self._reads, self._channel, self._fabric,
-            self._deadline, self._verify, self._progress, self._trace,
-        )  # fmt: skip
+            self._reader,
+            self._targets,
+            wanted,
+            division,
+            self._nodes,
+            self._segment,
+            self._reads,
+            self._channel,
+            self._fabric,
+            self._deadline,
+            self._verify,
+            self._progress,
+            self._trace,
+        )
         self._rounds.run(self._vote)
         self._reads.finish()
         if self._progress is not None:

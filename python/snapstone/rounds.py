@@ -35,10 +35,10 @@ __all__ = ["FIRST_VOTES", "Rounds", "Wanted", "bucket_bytes", "segment_bytes"]
 
 FIRST_VOTES = ("rounds", "round-0")
 
-BUCKET_BYTES = 16 << 20  # of one round on one node
-BUCKET_BYTES_PER_NODE = 32 << 20  # where ranks vote on each round
-BUCKET_BYTES_MAX = 1 << 30
-REGIONS = 6
+BUCKET_BYTES = 8 << 20  # of one round on one node
+BUCKET_BYTES_PER_NODE = 16 << 20  # where ranks vote on each round
+BUCKET_BYTES_MAX = 256 << 20
+REGIONS = 8
 _BOARD_GRAIN_BYTES = 4096
 _WAIT_SECONDS = 0.1  # between looks at Ctrl-C and the deadline
 
