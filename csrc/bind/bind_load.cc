@@ -17,8 +17,20 @@ namespace {
 using pipeline::LoadJob;
 using pipeline::LoadPlan;
 
-// (chunk table bytes, number of its first data file, path of the index)
-using TableArguments = std::vector<std::tuple<py::bytes, std::uint32_t, std::string>>;
+// What Python holds of a chunk table, to pass it to one job after the other.
+struct Records {
+  std::shared_ptr<const pipeline::ChunkRecords> records;
+
+  explicit Records(const py::bytes& table) {
+    const std::string_view view(table);
+    pipeline::ChunkRecords copy(view.size() / sizeof(format::ChunkRecord));
+    std::memcpy(copy.data(), view.data(), copy.size() * sizeof(format::ChunkRecord));
+    records = std::make_shared<const pipeline::ChunkRecords>(std::move(copy));
+  }
+};
+
+// (records, number of its first data file, path of the index)
+using TableArguments = std::vector<std::tuple<Records, std::uint32_t, std::string>>;
 // (directory, name, recorded size)
 using FileArguments = std::vector<std::tuple<std::string, std::string, std::uint64_t>>;
 // (first chunk, count) of the chunks to read
@@ -43,13 +55,7 @@ pipeline::StoredShard make_shard(const ShardArguments& arguments) {
 
 LoadPlan make_plan(const TableArguments& table_arguments) {
   std::vector<pipeline::ChunkTable> tables;
-  for (const auto& [bytes, first_file, path] : table_arguments) {
-    const std::string_view view(bytes);
-    pipeline::ChunkTable table{{}, first_file, path};
-    table.records.resize(view.size() / sizeof(format::ChunkRecord));
-    std::memcpy(table.records.data(), view.data(), table.records.size() * sizeof(format::ChunkRecord));
-    tables.push_back(std::move(table));
-  }
+  for (const auto& [records, first_file, path] : table_arguments) tables.push_back({records.records, first_file, path});
   return LoadPlan(std::move(tables));
 }
 
@@ -147,6 +153,7 @@ std::string wait_for(const mem::Board& board, std::uint64_t value, double second
 }  // namespace
 
 void bind_load(py::module_& module) {
+  py::class_<Records>(module, "ChunkRecords", "A chunk table, for any number of jobs.").def(py::init<py::bytes>());
   auto job = py::class_<LoadJob, std::shared_ptr<LoadJob>>(
       module, "LoadJob", "Chunks being read into memory; see csrc/pipeline/load_job.h.");
   job.def(py::init(&make_load_job), py::arg("tables"), py::arg("files"), py::arg("contiguous"), py::arg("boxes"),

@@ -33,14 +33,15 @@ void check_box_fits(const BoxTarget& box, const StoredShard& shard, const std::s
 template <typename Visit>
 void LoadPlan::for_each_piece(const StoredShard& shard, ChunkWindow window, Visit visit) {
   const ChunkTable& table = tables_.at(shard.table);
-  if (shard.first_chunk > table.records.size() || shard.chunk_count > table.records.size() - shard.first_chunk) {
+  const ChunkRecords& records = *table.records;
+  if (shard.first_chunk > records.size() || shard.chunk_count > records.size() - shard.first_chunk) {
     throw CorruptError("tensor names chunks that are not in the table", table.path,
                        static_cast<std::int64_t>(shard.first_chunk));
   }
   std::uint64_t done = 0;
   for (std::uint64_t chunk = shard.first_chunk; chunk < shard.first_chunk + shard.chunk_count; ++chunk) {
     const std::uint64_t at = chunk == shard.first_chunk ? shard.at : 0;
-    const std::uint64_t raw = table.records[chunk].raw_bytes;
+    const std::uint64_t raw = records[chunk].raw_bytes;
     if (at >= raw || done == shard.nbytes) break;
     const std::uint64_t nbytes = std::min(raw - at, shard.nbytes - done);
     if (window.holds(chunk)) visit(chunk, static_cast<std::uint32_t>(at), done, done + nbytes);
@@ -77,7 +78,7 @@ void LoadPlan::add_box(const StoredShard& shard, BoxTarget box, ChunkWindow wind
 
 void LoadPlan::add_all_chunks() {
   for (std::uint32_t table = 0; table < tables_.size(); ++table) {
-    for (std::uint64_t chunk = 0; chunk < tables_[table].records.size(); ++chunk) {
+    for (std::uint64_t chunk = 0; chunk < tables_[table].records->size(); ++chunk) {
       wanted_.push_back({{table, chunk}, {}, false});
     }
   }

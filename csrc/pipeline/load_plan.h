@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -17,9 +18,12 @@
 
 namespace snapstone::pipeline {
 
-// One index file's chunk table; record.file counts from first_file in the job's list of data files.
+using ChunkRecords = std::vector<format::ChunkRecord>;
+
+// One index file's chunk table; record.file counts from first_file in the job's list of data files. Jobs of the same
+// checkpoint share the records, of which there can be millions.
 struct ChunkTable {
-  std::vector<format::ChunkRecord> records;
+  std::shared_ptr<const ChunkRecords> records;
   std::uint32_t first_file = 0;
   std::string path;  // of the index, for messages
 };
@@ -80,7 +84,9 @@ class LoadPlan {
   void finish(std::uint64_t request_bytes = kChunkBytesDefault);
 
   const ChunkTable& table(std::uint32_t table) const { return tables_[table]; }
-  const format::ChunkRecord& record(const ReadChunk& chunk) const { return tables_[chunk.table].records[chunk.chunk]; }
+  const format::ChunkRecord& record(const ReadChunk& chunk) const {
+    return (*tables_[chunk.table].records)[chunk.chunk];
+  }
   std::uint32_t file(const ReadChunk& chunk) const { return tables_[chunk.table].first_file + record(chunk).file; }
   const std::vector<ReadChunk>& chunks() const { return chunks_; }
   const std::vector<ReadRequest>& requests() const { return requests_; }

@@ -12,6 +12,7 @@ __all__: list[str] = [
     "Board",
     "CHUNK_BYTES_DEFAULT",
     "CHUNK_BYTES_MAX",
+    "ChunkRecords",
     "INDEX_HEADER_BYTES_MAX",
     "Layout",
     "LoadJob",
@@ -135,13 +136,19 @@ class SaveJob:
     @property
     def staged(self) -> bool: ...
 
+class ChunkRecords:
+    """
+    A chunk table, for any number of jobs.
+    """
+    def __init__(self, arg0: bytes) -> None: ...
+
 class LoadJob:
     """
     Chunks being read into memory; see csrc/pipeline/load_job.h.
     """
     def __init__(
         self,
-        tables: collections.abc.Sequence[tuple[bytes, typing.SupportsInt | typing.SupportsIndex, str]],
+        tables: collections.abc.Sequence[tuple[ChunkRecords, typing.SupportsInt | typing.SupportsIndex, str]],
         files: collections.abc.Sequence[tuple[str, str, typing.SupportsInt | typing.SupportsIndex]],
         contiguous: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
         boxes: collections.abc.Sequence[

@@ -129,6 +129,7 @@ class Reader:
         self._identity: tuple[int, ...] = ()  # of the manifest's file
         self._files: list[tuple[str, str, int]] = []
         self._tables: list[tuple[bytes, int, str]] = []
+        self._records: dict[int, Any] = {}  # of tables that were read through
         for writer, parsed in zip(self.manifest.writers, self.indexes, strict=True):
             self._tables.append((parsed.table, len(self._files), os.path.join(self.path, writer.index.name)))
             self._files.extend((self.path, entry.name, entry.nbytes) for entry in writer.data)
@@ -302,7 +303,9 @@ class Reader:
         used = []
         for table in tables:
             data, first_file, path = self._tables[table]
-            used.append((data, len(files), path))
+            if table not in self._records:
+                self._records[table] = _native.ChunkRecords(data)
+            used.append((self._records[table], len(files), path))
             files += self._files[first_file : first_file + len(self.indexes[table].files)]
         try:
             detailed = trace is not None and trace.detailed

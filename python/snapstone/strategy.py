@@ -57,8 +57,13 @@ def choose(strategy: str, needs: Sequence[Need], payload_bytes: int, rates: Sequ
         return _chosen("direct", f"{facts}: hardly any is needed twice")
     if union <= SMALL_BYTES:
         return _chosen("broadcast", f"{facts}: little enough for one reader")
-    alone = max(need.nbytes / rate.storage for need, rate in zip(needs, rates, strict=True))
-    read = union / sum(rate.storage for rate in rates)
+    speed: dict[str, float] = {}  # ranks of a node share its way to storage, whether or not they measured at one time
+    wanted: dict[str, int] = {}
+    for need, rate in zip(needs, rates, strict=True):
+        speed[need.node] = max(speed.get(need.node, 0.0), rate.storage)
+        wanted[need.node] = wanted.get(need.node, 0) + need.nbytes
+    alone = max(nbytes / speed[node] for node, nbytes in wanted.items())
+    read = union / sum(speed.values())
     # What a rank gets crosses the network once per node, and memory once per rank.
     arrive = union / min(rate.fabric for rate in rates) if nodes > 1 else 0.0
     copy = max(need.nbytes / rate.memory for need, rate in zip(needs, rates, strict=True))

@@ -13,13 +13,13 @@ namespace snapstone::pipeline {
 namespace {
 
 // Chunks of 10000 raw bytes, stored one after the other in data file 0.
-std::vector<format::ChunkRecord> records_of(std::size_t count) {
-  std::vector<format::ChunkRecord> records(count);
+std::shared_ptr<const ChunkRecords> records_of(std::size_t count) {
+  ChunkRecords records(count);
   for (std::size_t i = 0; i < count; ++i) {
     records[i].offset = i * 3 * kPageBytes;
     records[i].raw_bytes = records[i].stored_bytes = 10000;
   }
-  return records;
+  return std::make_shared<const ChunkRecords>(std::move(records));
 }
 
 class LoadPlanTest : public ::testing::Test {
@@ -113,7 +113,7 @@ TEST(LoadPlanRequests, neighbours_share_a_request_up_to_its_size_and_a_gap) {
     records[i].offset = offset;
     offset += kStored + (i == 4 ? gap : i == 5 ? gap + kPageBytes : 0);
   }
-  LoadPlan plan({{records, 0, "index"}});
+  LoadPlan plan({{std::make_shared<const ChunkRecords>(records), 0, "index"}});
   plan.add_all_chunks();
   plan.finish();
   std::vector<std::tuple<std::uint64_t, std::uint64_t, std::uint64_t>> requests;
@@ -132,7 +132,7 @@ TEST(LoadPlanRequests, files_do_not_share_a_request) {
     records[i].offset = i * kPageBytes;
     records[i].file = i;
   }
-  LoadPlan plan({{records, 0, "index"}});
+  LoadPlan plan({{std::make_shared<const ChunkRecords>(records), 0, "index"}});
   plan.add_all_chunks();
   plan.finish();
   ASSERT_EQ(plan.requests().size(), 2u);

@@ -112,7 +112,9 @@ class PipelineTest : public ::testing::Test {
     return {name, tensors.layout(), job->chunk_table()};
   }
 
-  LoadPlan plan_of(const Saved& saved) const { return LoadPlan({{saved.table, 0, "rank-00000.index"}}); }
+  LoadPlan plan_of(const Saved& saved) const {
+    return LoadPlan({{std::make_shared<const ChunkRecords>(saved.table), 0, "rank-00000.index"}});
+  }
   StoredShard shard_of(const Saved& saved, std::size_t tensor, std::uint64_t nbytes) const {
     const format::TensorPlace& place = saved.layout->places.at(tensor);
     return {0, place.first_chunk, place.chunk_count, place.at, nbytes};
