@@ -25,8 +25,7 @@ from .reads import Part, Window
 
 __all__ = ["Division", "Parcel", "Piece", "divide"]
 
-PIECE_BYTES_MAX = 16 << 20
-PIECE_BYTES_MIN = 1 << 20
+PIECE_BYTES_MAX = 8 << 20  # so many requests of one reader are in flight at once
 _ALIGNMENT = 64
 
 
@@ -110,7 +109,7 @@ def divide(
     readers = _Readers(sets, len(nodes), broadcast)
     for table in sorted(tables):
         readers.count_alone(tables[table], raw_bytes(table))
-    piece_bytes = min(PIECE_BYTES_MAX, max(PIECE_BYTES_MIN, bucket_bytes // len(nodes)))
+    piece_bytes = min(PIECE_BYTES_MAX, bucket_bytes)
     runs = {table: readers.runs(tables[table], raw_bytes(table), piece_bytes) for table in sorted(tables)}
     pieces: dict[tuple[int, int], list[Piece]] = {}
     alone: list[list[Window]] = []
