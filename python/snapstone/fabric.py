@@ -16,6 +16,7 @@ from .errors import RankFailedError
 __all__ = ["Fabric", "Message"]
 
 _WAIT_SECONDS_MAX = 24 * 3600.0  # what gloo and NCCL take for a timeout
+_NAMING_SECONDS = 2.0
 _orphans: list[Any] = []  # of transfers that failed: the backend may still write there
 
 
@@ -37,7 +38,9 @@ def _broken(*buffers: Any, peer: int | None = None) -> Iterator[None]:
 
 
 def _limit(deadline: Deadline) -> timedelta:
-    return timedelta(seconds=min(max(deadline.remaining(), 1e-3), _WAIT_SECONDS_MAX))
+    """Before the deadline, so that a rank that waits for a lost peer can name it while the others still listen."""
+    left = deadline.remaining()
+    return timedelta(seconds=min(max(left - min(_NAMING_SECONDS, left / 10), 1e-3), _WAIT_SECONDS_MAX))
 
 
 class Message(NamedTuple):
