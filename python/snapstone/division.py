@@ -13,6 +13,7 @@ Pure functions of what is stored and which parts of it each rank wants; every ra
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -193,7 +194,8 @@ def _pieces_of(position: int, part: Part, cut: Any, runs: list[_Run]) -> tuple[l
     found = []
     rest: list[Window] = []
     at = first
-    for run in runs[_first_after(runs, first) :]:
+    for position_of_run in range(bisect_right(runs, first, key=lambda run: run.end), len(runs)):
+        run = runs[position_of_run]
         if run.first_chunk >= last:
             break
         begin, end = max(run.first_chunk, first), min(run.end, last)
@@ -206,18 +208,6 @@ def _pieces_of(position: int, part: Part, cut: Any, runs: list[_Run]) -> tuple[l
     if at < last:
         rest.append((at, last - at))
     return found, rest
-
-
-def _first_after(runs: list[_Run], chunk: int) -> int:
-    """The first run that ends after `chunk`."""
-    low, high = 0, len(runs)
-    while low < high:
-        middle = (low + high) // 2
-        if runs[middle].end > chunk:
-            high = middle
-        else:
-            low = middle + 1
-    return low
 
 
 def _rounds(

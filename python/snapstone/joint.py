@@ -35,6 +35,7 @@ from .segment import Segment, node_name
 from .strategy import Need, Rates
 from .tensors import LocalShard, Memory
 from .trace import Trace
+from .voting import together
 
 __all__ = ["FIRST_VOTE", "fill_jointly"]
 
@@ -171,14 +172,7 @@ class _JointLoad:
     # Agreeing -------------------------------------------------------------------------------------------------------
 
     def _vote(self, label: str, step: Callable[[], bytes | None]) -> list[bytes]:
-        error: BaseException | None = None
-        payload: bytes | None = None
-        try:
-            payload = step()
-        except BaseException as failure:
-            error = failure
-        with self._trace.span("vote"):
-            return self._channel.vote(label, error, payload or b"", self._deadline)
+        return together(self._channel, label, self._deadline, self._trace, step)
 
     def _exchange_needs(self, wanted_strategy: str) -> list[Need]:
         """Raises ValueError, on every rank, when they do not want the same strategy."""

@@ -16,11 +16,11 @@ from .config import LoadOptions
 from .errors import IncompatibleCheckpointError
 from .fabric import Fabric
 from .joint import FIRST_VOTE, fill_jointly
-from .opening import open_together
 from .progress import Progress
 from .reader import Reader
 from .tensors import LocalShard
 from .trace import Trace
+from .voting import together
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -82,11 +82,11 @@ def load(
         operation = _Load(state_dict, options, group, channel, Fabric(process_group, group), trace)
         path = os.path.abspath(os.fspath(checkpoint_id))
         with trace.span("open"):
-            operation.reader = open_together(path, group, channel, operation.fabric, deadline)
-        votes = _together(channel, "plan", deadline, trace, operation.plan)
+            operation.reader = opening.open_together(path, group, channel, operation.fabric, deadline, trace)
+        votes = together(channel, "plan", deadline, trace, operation.plan)
         operation.refuse_unwanted(votes)
-        _together(channel, "read", deadline, trace, lambda: operation.read(deadline, progress))
-        _together(channel, "fill", deadline, trace, operation.finish)
+        together(channel, "read", deadline, trace, lambda: operation.read(deadline, progress))
+        together(channel, "fill", deadline, trace, operation.finish)
     except BaseException as error:
         channel.abort(_VOTES, error)
         raise
@@ -97,20 +97,6 @@ def load(
 
 
 _VOTES = (*opening.VOTES, "plan", "read", "fill")  # of one load, in this order
-
-
-def _together(
-    channel: Channel, label: str, deadline: Deadline, trace: Trace, step: Callable[[], bytes | None]
-) -> list[bytes]:
-    """One step of the load on every rank: all succeed, or all fail."""
-    error: BaseException | None = None
-    payload: bytes | None = None
-    try:
-        payload = step()
-    except BaseException as failure:
-        error = failure
-    with trace.span("vote"):
-        return channel.vote(label, error, payload or b"", deadline)
 
 
 class _Load:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Container
+from collections.abc import Container
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -18,6 +18,8 @@ from .fabric import Fabric
 from .index import Index
 from .manifest import Manifest
 from .reader import Reader, open_index
+from .trace import Trace
+from .voting import together
 
 __all__ = ["VOTES", "decode_indexes", "encode_indexes", "open_together"]
 
@@ -26,20 +28,13 @@ SHARED_FROM = 8  # writers; fewer indexes are faster read than exchanged
 _LENGTHS = struct.Struct("<QQQ")  # header, numbers, table
 
 
-def open_together(path: str, group: Group, channel: Channel, fabric: Fabric, deadline: Deadline) -> Reader:
+def open_together(
+    path: str, group: Group, channel: Channel, fabric: Fabric, deadline: Deadline, trace: Trace
+) -> Reader:
     """A reader of the same checkpoint on every rank. Every rank of the group calls.
 
     Raises what `Reader` raises on the rank where it happens, RankFailedError on the others.
     """
-
-    def vote(label: str, step: Callable[[], bytes]) -> list[bytes]:
-        error: BaseException | None = None
-        payload = b""
-        try:
-            payload = step()
-        except BaseException as failure:
-            error = failure
-        return channel.vote(label, error, payload, deadline)
 
     opened: list[Any] = []
 
@@ -47,7 +42,7 @@ def open_together(path: str, group: Group, channel: Channel, fabric: Fabric, dea
         opened.append(manifest.read(path))
         return str(opened[0].save_id).encode()
 
-    if len(set(vote("open", open_manifest))) > 1:
+    if len(set(together(channel, "open", deadline, trace, open_manifest))) > 1:
         raise CorruptCheckpointError("ranks read different checkpoints under one name", path=path)
     document: Manifest = opened[0]
     if group.world_size == 1 or len(document.writers) < SHARED_FROM:
@@ -62,7 +57,8 @@ def open_together(path: str, group: Group, channel: Channel, fabric: Fabric, dea
             )
             return b"".join(Columns.of(one).key for one in mine)
 
-    keys = [{vote[at : at + KEY_BYTES] for at in range(0, len(vote), KEY_BYTES)} for vote in vote("indexes", read_some)]
+    votes = together(channel, "indexes", deadline, trace, read_some)
+    keys = [{vote[at : at + KEY_BYTES] for at in range(0, len(vote), KEY_BYTES)} for vote in votes]
     told_before: set[bytes] = set().union(*keys[: group.rank])
     indexes: list[Any] = [None] * len(document.writers)
     columns: list[Any] = [None] * len(document.writers)

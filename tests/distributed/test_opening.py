@@ -22,6 +22,7 @@ from snapstone.dcp import LoadPlanner, StorageReader
 from snapstone.fabric import Fabric
 from snapstone.index import Index, Place, StoredTensor
 from snapstone.plan import Box, TensorItem
+from snapstone.trace import Trace
 
 WRITERS = 9
 
@@ -80,7 +81,7 @@ def _count_opens(rank: int, path: Path) -> int:
     manifest.read(str(path))
     of_manifest = _native.fault_seen("open")
     channel = group.channel("test")
-    reader = opening.open_together(str(path), group, channel, Fabric(None, group), Deadline(20))
+    reader = opening.open_together(str(path), group, channel, Fabric(None, group), Deadline(20), Trace("open", 0, 1))
     channel.close()
     assert reader.is_shared
     assert len(reader.shards["w"]) == WRITERS

@@ -126,14 +126,15 @@ class StorageReader(StorageReaderInterface):
             return Reader(path)
         group = Group.create(self._process_group)
         channel = group.channel("dcp.load")
-        deadline = Deadline(self.timeout_seconds)
+        deadline, trace = Deadline(self.timeout_seconds), Trace("open", group.rank, group.world_size)
         try:
-            return open_together(path, group, channel, Fabric(self._process_group, group), deadline)
+            return open_together(path, group, channel, Fabric(self._process_group, group), deadline, trace)
         except BaseException as error:
             channel.abort(OPENING_VOTES, error)
             raise
         finally:
             channel.close()
+            trace.close()
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self.rank = kwargs.get("rank")
