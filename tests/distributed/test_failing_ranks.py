@@ -123,9 +123,9 @@ def _a_slow_writer(rank: int, run: Path) -> dict[str, Any]:
     save(rank, run, 1)
     dist.barrier()
     if rank == 1:
-        _native.fault_arm("fallocate:1:errno=ENOSPC")
+        _native.fault_arm("fallocate:1:delay=500;fallocate:1:errno=ENOSPC")  # rank 2 is writing by then
     if rank == 2:
-        _native.fault_arm("uring_write:1:delay=600;pwrite:1:delay=600")
+        _native.fault_arm("uring_write:1:delay=2000;pwrite:1:delay=2000")
     ended = attempt(lambda: save(rank, run, 2))
     _native.fault_disarm()
     save(rank, run, 3)
@@ -136,7 +136,7 @@ def test_a_rank_that_writes_on_into_a_failed_save_hears_what_failed(tmp_path: Pa
     """Not that the directory is gone, which rank 0 has removed meanwhile."""
     results = values(run_ranks(3, _a_slow_writer, tmp_path))
     said(results, 1)
-    assert results[0]["seconds"] < 0.5 < results[2]["seconds"]
+    assert results[0]["seconds"] < 1.8 < results[2]["seconds"]
     assert sorted(os.listdir(tmp_path)) == ["step-1", "step-3"]
 
 
