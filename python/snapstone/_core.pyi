@@ -89,6 +89,8 @@ class SaveJob:
     """
     One data file being written; see csrc/pipeline/save_job.h.
     """
+
+    NO_RECORD: typing.ClassVar[int] = 4294967295
     def __init__(
         self,
         layout: Layout,
@@ -107,6 +109,12 @@ class SaveJob:
         rung: str,
         zstd_level: typing.SupportsInt | typing.SupportsIndex,
         item_bytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        base: tuple[
+            bytes,
+            typing.Annotated[numpy.typing.ArrayLike, numpy.uint32],
+            typing.Annotated[numpy.typing.ArrayLike, numpy.uint32],
+        ]
+        | None,
         slots: typing.SupportsInt | typing.SupportsIndex,
         eager: bool,
         trace: bool,
