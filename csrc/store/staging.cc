@@ -18,12 +18,14 @@
 //            removes it later.
 #include "store/staging.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <thread>
 #include <utility>
 
 #include "base/error.h"
+#include "os/copy.h"
 #include "store/names.h"
 
 namespace snapstone::store {
@@ -64,6 +66,23 @@ void remove_quietly(const os::Directory& parent, const std::string& name) noexce
   }
 }
 
+// Between two calls of `at`; also bounds how long one call of the kernel holds up an interrupt.
+constexpr std::uint64_t kCopyBytesMax = 64ull << 20;
+
+// Ranges that follow each other in one source as one, so that the kernel is entered once for them.
+std::vector<SourceRange> merge_neighbours(std::span<const SourceRange> ranges) {
+  std::vector<SourceRange> merged;
+  for (const SourceRange& range : ranges) {
+    if (!merged.empty() && merged.back().source == range.source &&
+        merged.back().offset + merged.back().nbytes == range.offset) {
+      merged.back().nbytes += range.nbytes;
+    } else if (range.nbytes != 0) {
+      merged.push_back(range);
+    }
+  }
+  return merged;
+}
+
 }  // namespace
 
 Staging::Staging(os::Directory parent, os::Directory directory, std::string save_id)
@@ -100,6 +119,37 @@ os::File Staging::create_file(const std::string& name, bool direct) const {
 
 void Staging::write_file(const std::string& name, std::span<const std::uint8_t> bytes) const {
   os::write_file_durably(directory_.fd.get(), directory_.path, name, bytes);
+}
+
+std::uint64_t Staging::copy_ranges(const std::string& name, std::span<const os::File> sources,
+                                   std::span<const SourceRange> ranges,
+                                   const std::function<void(std::uint64_t)>& at) const {
+  std::uint64_t total = 0;
+  for (const SourceRange& range : ranges) total += range.nbytes;
+  os::File file = create_file(name, false);
+  try {
+    os::preallocate(file, total);
+    std::uint64_t done = 0;
+    for (const auto& [source, offset, nbytes] : merge_neighbours(ranges)) {
+      for (std::uint64_t copied = 0; copied < nbytes;) {
+        const std::uint64_t count = std::min(nbytes - copied, kCopyBytesMax);
+        os::copy_range(sources[source], offset + copied, file, done, count);
+        copied += count;
+        done += count;
+        if (at) at(done);
+      }
+    }
+    os::sync(file);
+    file.fd.close(file.path);
+  } catch (...) {
+    try {
+      os::unlink_at(directory_, name);
+    } catch (const OsError&) {
+      // discard() takes it away with the directory.
+    }
+    throw;
+  }
+  return total;
 }
 
 void Staging::sync() const { os::sync_directory(directory_); }
