@@ -27,6 +27,7 @@ __all__: list[str] = [
     "check_chunk_table",
     "choose_rung",
     "digest_hex",
+    "digest_memory",
     "fault_arm",
     "fault_disarm",
     "fault_seen",
@@ -276,6 +277,13 @@ def choose_rung(directory: str) -> tuple:
 def digest_hex(data: bytes) -> str:
     """
     XXH3-128 of `data` as 32 hex digits, as xxh128sum prints it.
+    """
+
+def digest_memory(
+    address: typing.SupportsInt | typing.SupportsIndex, nbytes: typing.SupportsInt | typing.SupportsIndex
+) -> str:
+    """
+    The same of memory that the caller keeps alive.
     """
 
 def fault_arm(rules: str) -> None:
