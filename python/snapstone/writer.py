@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from . import _native, garbage, manifest, plan, state, tensors, values
+from .base import BaseCheckpoint, Memory, Stored, choose, link
 from .collective import Channel, Deadline, Group
 from .config import SaveOptions
 from .derive import find_derived
@@ -31,10 +32,12 @@ from .trace import Trace
 
 __all__ = ["VOTES", "Writer"]
 
-VOTES = ("plan", "assign", "open", "written")  # of one save, in this order; "assign" only for a new structure
+# Of one save, in this order; "assign" only for a new structure, "shared" only with a base.
+VOTES = ("plan", "assign", "open", "shared", "written")
 
 _cache = StructureCache()
 _keys = StructureKeys()
+_memory = Memory()
 
 
 class Writer:
@@ -52,6 +55,10 @@ class Writer:
         self._share: Share | None = None
         self._staging: Any = None
         self._structure: Structure | None = None
+        self._base: manifest.Base | None = None  # with one every rank votes "shared"
+        self._base_path = ""
+        self._used_bytes: dict[str, int] = {}  # of shared files, by all ranks
+        self._stored: Stored | None = None
         self._known: dict[str, Structure] = {}
         self._flattened = state.Flattened()
         self._error: BaseException | None = None
@@ -117,6 +124,18 @@ class Writer:
         assert self._structure is not None
         if self.options.derive:
             self._leave_out_derived(self._structure)
+        comparison = None
+        if self._base is not None:
+            with self.trace.span("compare"):
+                comparison = link(
+                    self._base_path,
+                    self._base.save_id,
+                    self._structure,
+                    self._staging,
+                    self.group.rank,
+                    _memory,
+                    self.trace.stats,
+                )
         self._share = Share(
             self._structure,
             self._shards,
@@ -126,6 +145,7 @@ class Writer:
             self.options,
             self.trace,
             keep_staged=keep_staged,
+            comparison=comparison,
         )
 
     def _leave_out_derived(self, structure: Structure) -> None:
@@ -155,7 +175,7 @@ class Writer:
                 "key": _keys.of(self._shards, self._flattened.paths, self._ties, self.options.chunk_bytes),
                 "known": list(self._known),
                 "boot": _native.boot_id(),
-                "target": [self.target.path, self.target.step, self.options.overwrite],
+                "target": [self.target.path, self.target.step, self.options.overwrite, self.options.base],
                 "objects": {name: _native.digest_hex(_json(entry)) for name, entry in self._objects.items()},
             }
         )
@@ -207,12 +227,18 @@ class Writer:
                 _native.reap(self.target.parent)
                 self.save_id = uuid.uuid4().hex
                 self.rung, _ = _native.choose_rung(self.target.parent)
+                base = choose(self.options.base, self.target.parent, self.options.full_every)
                 boots = sorted({hello["boot"] for hello in hellos})
                 self._staging = _native.Staging.create(self.target.parent, self.save_id, boots)
-                answer = _json({"save_id": self.save_id})
+                facts = None if base is None else {"path": base.path, **base.facts().to_json()}
+                answer = _json({"save_id": self.save_id, "base": facts})
             except BaseException as failure:
                 error = failure
-        self.save_id = json.loads(self._vote("open", error, answer)[0])["save_id"]
+        opened = json.loads(self._vote("open", error, answer)[0])
+        self.save_id = opened["save_id"]
+        if opened["base"] is not None:
+            self._base_path = opened["base"].pop("path")
+            self._base = manifest.Base(**opened["base"])
 
     def _check_same_target(self, hellos: list[Any]) -> None:
         """The same answer on every rank, so there is nothing to vote on."""
@@ -220,7 +246,7 @@ class Writer:
         for rank, hello in zip(others, hellos[1:], strict=True):
             if hello["target"] != wanted:
                 raise ValueError(
-                    f"ranks {first} and {rank} save different checkpoints: (path, step, overwrite) is {wanted} on one "
+                    f"ranks {first} and {rank} save different checkpoints: (path, step, overwrite, base) is {wanted} on one "
                     f"and {hello['target']} on the other; give the same everywhere"
                 )
 
@@ -262,43 +288,83 @@ class Writer:
         checkpoint.
         """
         error = self._error
-        entry: dict[str, Any] = {}
+        entry = b""
         try:
             if error is not None:
                 raise error
             assert self._share is not None
             self._wait_written(self._share, progress)
-            entry = self._share.write_index(self.save_id, self.group.world_size, self._objects).to_json()
-            with self.trace.span("sync"):
-                self._staging.sync()
+        except BaseException as failure:
+            error = failure
+        if self._base is not None:
+            self._agree_on_shared(error)
+        try:
+            if error is not None:
+                raise error
+            entry = self._write_rest()
             if self.group.rank != 0:
                 self._enter_commit()  # by its vote a rank gives the decision to rank 0
         except BaseException as failure:
             error = failure
+        try:
+            votes = self._vote_bytes("written", error, entry)
+        except RankFailedError:
+            if self.channel.lost and error is None and (committed := self._outcome_on_disk()):
+                return committed
+            raise
+        with self.trace.span("commit"):
+            document = self._commit([json.loads(vote) for vote in votes])
+        if self._stored is not None:
+            _memory.put(self.group.rank, self.save_id, self._stored)
+        return document
+
+    def _agree_on_shared(self, error: BaseException | None) -> None:
+        """How much of each shared file all ranks together use."""
+        used = {} if error is not None or self._share is None else self._share.used_bytes()
+        for vote in self._vote_bytes("shared", error, _json(used)):
+            for name, nbytes in json.loads(vote).items():
+                self._used_bytes[name] = self._used_bytes.get(name, 0) + nbytes
+
+    def _write_rest(self) -> bytes:
+        """What is left to write once the data file is there; what this rank's vote says."""
+        share = self._share
+        assert share is not None
+        share.drop_sparse_files(self._used_bytes)
+        entry, self._stored = share.write_index(
+            self.save_id, self.group.world_size, self.target.step, self._objects
+        )
+        with self.trace.span("sync"):
+            self._staging.sync()
+        return _json(
+            {
+                "writer": entry.to_json(),
+                "shared": [one.to_json() for one in share.shared],
+                "unchanged": None,
+            }
+        )
+
+    def _vote_bytes(self, label: str, error: BaseException | None, payload: bytes) -> list[bytes]:
         with self.trace.span("vote"):
             try:
-                votes = self._vote("written", error, _json(entry))
+                return self._vote(label, error, payload)
             except FileNotFoundError as gone:
                 # Rank 0 removes a failed save's directory from under the others: what failed before is the news.
                 if isinstance(gone.__cause__, RankFailedError):
                     raise gone.__cause__ from None
                 raise
-            except RankFailedError:
-                if self.channel.lost and error is None and (committed := self._outcome_on_disk()):
-                    return committed
-                raise
-        with self.trace.span("commit"):
-            return self._commit([json.loads(vote) for vote in votes])
 
     def _commit(self, entries: list[Any]) -> Manifest:
+        shared = manifest.shared_of(entry["shared"] for entry in entries)
         document = Manifest(
             save_id=self.save_id,
             step=self.target.step,
             world_size=self.group.world_size,
             nbytes=self._structure.payload_bytes if self._structure else 0,
-            writers=tuple(manifest.writer_of(entry) for entry in entries),
+            writers=tuple(manifest.writer_of(entry["writer"]) for entry in entries),
             metadata=self.target.metadata,
             environment={},
+            base=self._base if shared else None,
+            shared=shared,
         )
         if self.group.rank != 0:
             self._hear_outcome()
@@ -307,6 +373,8 @@ class Writer:
         try:
             self._enter_commit()
             data = document.to_bytes()
+            if self._base is not None:
+                self._staging.keep_shared([shared_argument(one) for one in shared])
             self._staging.commit(data, manifest.digest_line(data), self.target.name, self.options.overwrite)
         except BaseException as failure:
             error = self._explain(failure)
