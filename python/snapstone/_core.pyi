@@ -178,7 +178,7 @@ class LoadJob:
     def cancel(self) -> None: ...
     def problems(self) -> list:
         """
-        [(table, chunk, file, reason, expected, actual), ...] of a scrub
+        [(path of the index, path of the file, chunk, reason, expected, actual), ...] of wrong chunks
         """
     def rethrow(self) -> None:
         """
