@@ -10,24 +10,36 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _native, index, manifest, tensors
+from . import _native, manifest, tensors
 from .errors import CheckpointError
 from .index import CHUNK_DTYPE, StoredTensor
-from .manifest import FileEntry, Manifest
+from .manifest import Base, FileEntry, Manifest
 from .plan import TensorItem
 from .reader import files_of, open_index
 from .structure import Structure
 
-__all__ = ["BaseCheckpoint", "Comparison", "Memory", "SharedFile", "Stored", "choose", "compare", "link"]
+__all__ = [
+    "BaseCheckpoint",
+    "Before",
+    "Comparison",
+    "Memory",
+    "SharedFile",
+    "Stored",
+    "choose",
+    "compare",
+    "link",
+    "sharing_stats",
+]
 
 NO_RECORD: int = _native.SaveJob.NO_RECORD
 _XOR_CODECS = range(5, 9)
+_REMEMBERED_MAX = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +55,14 @@ class BaseCheckpoint:
 
     @property
     def depth(self) -> int:
-        """Delta saves since a full one."""
+        """Delta saves since a full one, the base included."""
         return self.manifest.base.depth if self.manifest.base else 0
 
-    def facts(self) -> manifest.Base:
+    def facts(self) -> Base:
         """What the manifest of a save that is compared with this checkpoint says of it."""
         name = os.path.basename(self.path)
         found = self.manifest
-        return manifest.Base(
-            found.save_id, found.step, name if _native.is_file_name(name) else found.save_id, self.depth + 1
-        )
+        return Base(found.save_id, found.step, name if _native.is_file_name(name) else found.save_id, self.depth + 1)
 
 
 def choose(wanted: str | None, run: str, full_every: int | None) -> BaseCheckpoint | None:
@@ -102,6 +112,16 @@ class SharedFile:
         return (self.in_base, self.source, os.path.basename(self.entry.name), self.entry.nbytes)
 
 
+class Before(NamedTuple):
+    """An earlier save's chunks beside those of a new one: whether there is one to compare with (bool), and its digest
+    (16 bytes), by chunk of the new layout.
+    """
+
+    step: int | None
+    known: Any
+    digests: Any
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """What one writer of a checkpoint stored: the files that its records count, and the records."""
@@ -111,6 +131,12 @@ class Stored:
     references: int
     contents: Sequence[StoredTensor]
     step: int | None
+
+    def before(self) -> Before:
+        """For a save of the same contents."""
+        table = np.frombuffer(self.table, CHUNK_DTYPE)
+        digests = table["digest"][: len(table) - self.references]
+        return Before(self.step, np.ones(len(digests), bool), digests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +155,11 @@ class Comparison:
         """As `SaveJob` takes them."""
         return self.records.tobytes(), self.references, self.record_of_chunk
 
-    def digests(self) -> tuple[Any, Any]:
-        """(whether the chunk has a record, its digest), by chunk."""
+    def before(self, step: int | None) -> Before:
         known = self.record_of_chunk != NO_RECORD
         digests = np.zeros(len(known), "V16")
         digests[known] = self.records["digest"][self.record_of_chunk[known]]
-        return known, digests
+        return Before(step, known, digests)
 
 
 @dataclass(slots=True)
@@ -143,12 +168,11 @@ class Memory:
 
     _entries: dict[tuple[int, str], Stored] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _ENTRIES_MAX = 4
 
     def put(self, rank: int, save_id: str, stored: Stored) -> None:
         with self._lock:
             self._entries[rank, save_id] = stored
-            while len(self._entries) > self._ENTRIES_MAX:
+            while len(self._entries) > _REMEMBERED_MAX:
                 del self._entries[next(iter(self._entries))]
 
     def find(self, rank: int, save_id: str) -> Stored | None:
@@ -163,22 +187,25 @@ class Memory:
 
 
 def link(
-    base: BaseCheckpoint, structure: Structure, staging: Any, rank: int, memory: Memory, stats: dict[str, Any]
+    path: str, save_id: str, structure: Structure, staging: Any, rank: int, memory: Memory, stats: dict[str, Any]
 ) -> Comparison | None:
     """What a rank compares with, all of whose files are linked into the staging directory. None, with a warning, when
     the base cannot be used after all: the rank saves its share in full then, since a checkpoint is worth more than its
     size.
     """
     try:
+        base = BaseCheckpoint.read(path)
+        if base.manifest.save_id != save_id:
+            raise CheckpointError("another checkpoint has taken its place", path=path)
         comparison = compare(base, structure, rank, memory)
-        if comparison.files:
-            files = [shared.link() for shared in comparison.files]
-            staging.link_shared(base.path, base.digest_line, files)
-            return comparison
+        if not comparison.files:
+            return None
+        staging.link_shared(path, base.digest_line, [shared.link() for shared in comparison.files])
     except (CheckpointError, OSError) as error:
         stats["base_unused"] = f"{type(error).__name__}: {error}"
-        warnings.warn(f"rank {rank} saves in full, without the base {base.path}: {error}", RuntimeWarning, stacklevel=2)
-    return None
+        warnings.warn(f"rank {rank} saves in full, without the base {path}: {error}", RuntimeWarning, stacklevel=2)
+        return None
+    return comparison
 
 
 def compare(base: BaseCheckpoint, structure: Structure, rank: int, memory: Memory) -> Comparison:
@@ -286,3 +313,19 @@ def _string_of(item: TensorItem) -> tuple[Any, int]:
             origin = origin * extent + offset
         return (item.name, item.dtype, item.shape), origin * tensors.dtype_bytes(item.dtype)
     return (item.name, item.dtype, item.shape, item.offsets, item.sizes), 0
+
+
+def sharing_stats(document: Manifest, used_bytes: Mapping[str, int]) -> dict[str, Any]:
+    """Of the checkpoint that a save with a base became: bytes of its own files, bytes that it uses of shared ones, how
+    much of those that is, and how much larger the directory is than what it needs.
+    """
+    own = sum(entry.nbytes for writer in document.writers for entry in writer.data)
+    linked = sum(entry.nbytes for entry in document.shared)
+    used = sum(used_bytes[entry.name] for entry in document.shared)
+    return {
+        "depth": document.base.depth if document.base else 0,
+        "own_bytes": own,
+        "shared_bytes": used,
+        "live_fraction": used / linked if linked else 1.0,
+        "amplification": (own + linked) / (own + used) if own + used else 1.0,
+    }

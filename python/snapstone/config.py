@@ -143,11 +143,13 @@ class SaveOptions:
 
 
 def _base(base: str | os.PathLike[str] | None) -> str | None:
-    if base is None or base == "auto":
-        return base
+    if base is None:
+        return None
+    if base == "auto":
+        return "auto"
     path = os.fspath(base)
-    if not isinstance(path, str) or not path:
-        raise ValueError(f"base={base!r}: use 'auto' or the path of a checkpoint")
+    if not path:
+        raise ValueError("base='': use 'auto' or the path of a checkpoint")
     return os.path.abspath(path)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import _native, garbage, index, manifest, tensors
-from .base import Comparison, SharedFile, Stored
+from .base import Before, Comparison, SharedFile, Stored
 from .collective import Deadline
 from .config import PIPELINE_SLOTS, SaveOptions
 from .errors import CheckpointError
@@ -139,6 +139,10 @@ class Share:
         """Of each chunk of the layout, after `wait_written`."""
         return self._records["digest"][: self._structure.layout.chunk_count]
 
+    def before(self, step: int | None) -> Before | None:
+        """The base's chunks; `step` is the base's."""
+        return self._comparison.before(step) if self._comparison else None
+
     def used_bytes(self) -> dict[str, int]:
         """Of shared files by name: the bytes of them that this rank's records use."""
         if self._comparison is None:
@@ -181,7 +185,9 @@ class Share:
     def write_index(
         self, save_id: str, world_size: int, step: int | None, objects: dict[str, Any]
     ) -> tuple[manifest.Writer, Stored]:
-        """Writes and syncs the index file; this rank's entry for the manifest, and what it has stored."""
+        """Writes and syncs the index file; this rank's entry for the manifest, and what it has stored: in files of its
+        own, then in shared ones.
+        """
         records = self._records
         shared, own = self._number_files(records)
         table = records.tobytes()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .base import Before
 from .index import StoredTensor
 from .state import LeafPath
 
@@ -27,19 +28,16 @@ def owned_names(paths: Mapping[str, LeafPath]) -> set[str]:
     }
 
 
-def owned_unchanged(
-    contents: Iterable[StoredTensor], owned: set[str], known: Any, before: Any, after: Any
-) -> bool | None:
+def owned_unchanged(contents: Iterable[StoredTensor], owned: set[str], before: Before, digests: Any) -> bool | None:
     """Whether all chunks with owned tensors have the digests that they had; None if there is nothing to compare.
 
-    `known`: by chunk, whether `before` has a digest of it. Chunks that owned tensors share with others count only where
-    there are no others.
+    Chunks that owned tensors share with others count only where there are no others.
     """
-    whole = np.zeros(len(after), bool)
-    mixed = np.zeros(len(after), bool)
+    whole = np.zeros(len(digests), bool)
+    mixed = np.zeros(len(digests), bool)
     for item, _, place, *_ in contents:
         (whole if item.name in owned else mixed)[place.first_chunk : place.first_chunk + place.chunk_count] = True
     compared = whole & ~mixed if (whole & ~mixed).any() else whole
-    if not compared.any() or not known[compared].all():
+    if not compared.any() or not before.known[compared].all():
         return None
-    return bool((before[compared] == after[compared]).all())
+    return bool((before.digests[compared] == digests[compared]).all())
