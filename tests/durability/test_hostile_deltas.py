@@ -28,7 +28,23 @@ from snapstone.errors import CorruptCheckpointError
 from snapstone.reader import Reader
 
 Change = Callable[[dict[str, Any]], Any]
-BAD_VALUES: list[Any] = [True, -1, 0, 1 << 63, 1.5, "x", "", "base", "base/", [], {}, [[]], [{}], {"name": "base/x"}]
+BAD_VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1 << 63,
+    1.5,
+    "x",
+    "",
+    "base",
+    "base/",
+    [],
+    {},
+    [[]],
+    [{}],
+    {"name": "base/x"},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -69,17 +85,22 @@ def test_the_forge_itself_makes_sound_deltas(source: Path, path: Path) -> None:
     small.assert_holds(path, 1)
 
 
+def may_stand(at: tuple[Any, ...], value: Any) -> bool:
+    if at == ("base", "step"):
+        return value is None or (type(value) is int and value < 1 << 63)
+    return (at == ("base",) and value is None) or (at == ("base", "name") and value in ("x", "base"))
+
+
 def test_any_value_of_base_and_shared_replaced_or_removed(source: Path, path: Path) -> None:
     Forge(source).write(path)
     sound = json.loads((path / MANIFEST).read_bytes())
     for at in [at for at in places(sound) if at[0] in ("base", "shared")]:
-        for value in (*BAD_VALUES, None):
+        for value in BAD_VALUES:
             document = deepcopy(sound)
             edit(document, at, lambda inside, key, value=value: inside.__setitem__(key, value))
             rewrite_manifest(path, lambda old, document=document: (old.clear(), old.update(document)))
             outcomes = try_everything(path)
-            allowed = (at == ("base",) and value is None) or at == ("base", "step") or at == ("base", "name")
-            assert allowed or outcomes["load"] is not None or value in (sound[at[0]], 1, "x"), (at, value)
+            assert (outcomes["load"] is None) == may_stand(at, value), (at, value)
         document = deepcopy(sound)
         edit(document, at, lambda inside, key: inside.__delitem__(key))
         rewrite_manifest(path, lambda old, document=document: (old.clear(), old.update(document)))
@@ -192,7 +213,7 @@ def test_counts_of_references_that_do_not_fit_are_refused(xor_source: Path, path
     forge.header["references"] = references
     forge.write(path)
     assert_refused(path, ss.CorruptCheckpointError)
-    with pytest.raises((reference_reader.FormatError, TypeError, OSError)):
+    with pytest.raises(reference_reader.FormatError):
         reference_reader.read(path)
 
 
