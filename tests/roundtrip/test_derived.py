@@ -211,9 +211,11 @@ def test_a_tensor_of_less_than_a_page_is_stored_as_itself(tmp_path: Path) -> Non
 def test_tied_parameters_are_derived_together_and_stay_tied(tmp_path: Path) -> None:
     master, parameter = pair()
     twin = parameter.clone()  # equal, but not the same memory
+    other, its_parameter = pair()
     state = {"m": master, "p": parameter, "tied": parameter, "twin": twin, "turned": parameter.T}
+    state |= {"other m": other, "other p": its_parameter}
     ss.save(state, checkpoint_id=tmp_path / "c", derive=True)
-    assert derived_names(tmp_path / "c") == {"p": "m", "tied": "m"}
+    assert derived_names(tmp_path / "c") == {"p": "m", "tied": "m", "other p": "other m"}
     found = ss.Checkpoint.open(tmp_path / "c").state_dict()
     assert nested_equal(found, state)
     assert found["p"].data_ptr() == found["tied"].data_ptr() != found["twin"].data_ptr()
