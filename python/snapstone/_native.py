@@ -33,6 +33,8 @@ from ._core import (
     scatter_pieces,
     snapshot,
     sync_directory,
+    try_hard_link,
+    try_reflink,
     try_rung,
     uring_compiled_in,
 )
@@ -68,6 +70,8 @@ __all__ = [
     "scatter_pieces",
     "snapshot",
     "sync_directory",
+    "try_hard_link",
+    "try_reflink",
     "try_rung",
     "uring_compiled_in",
 ]
