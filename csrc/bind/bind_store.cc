@@ -74,6 +74,15 @@ std::uint64_t copy_ranges(const Staging& staging, const std::string& name, const
   return staging.copy_ranges(name, files, ranges, at);
 }
 
+// (whether it is a shared file of the checkpoint, too; its name there; the link's name; nbytes)
+using SharedArguments = std::vector<std::tuple<bool, std::string, std::string, std::uint64_t>>;
+
+std::vector<store::SharedFile> make_shared_files(const SharedArguments& arguments) {
+  std::vector<store::SharedFile> files;
+  for (const auto& [in_base, source, name, nbytes] : arguments) files.push_back({in_base, source, name, nbytes});
+  return files;
+}
+
 void bind_staging(py::module_& module) {
   using Released = py::call_guard<py::gil_scoped_release>;
   py::class_<Staging>(module, "Staging", "One save's staging directory; see csrc/store/staging.h.")
@@ -94,6 +103,19 @@ void bind_staging(py::module_& module) {
            "A new file of the bytes of `ranges`, rows of (source, offset, nbytes); returns its size. `progress` gets "
            "the "
            "bytes copied so far.")
+      .def(
+          "link_shared",
+          [](Staging& staging, const std::string& checkpoint_path, const py::bytes& manifest_digest,
+             const SharedArguments& files) {
+            const auto digest = as_span(manifest_digest);
+            py::gil_scoped_release release;
+            staging.link_shared(checkpoint_path, digest, make_shared_files(files));
+          },
+          py::arg("checkpoint"), py::arg("manifest_digest"), py::arg("files"))
+      .def(
+          "keep_shared",
+          [](Staging& staging, const SharedArguments& files) { staging.keep_shared(make_shared_files(files)); },
+          py::arg("files"), Released())
       .def("sync", &Staging::sync, Released())
       .def(
           "commit",

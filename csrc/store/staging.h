@@ -12,12 +12,14 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "os/directory.h"
 #include "os/file.h"
+#include "store/shared_files.h"
 
 namespace snapstone::store {
 
@@ -49,6 +51,11 @@ class Staging {
   std::uint64_t copy_ranges(const std::string& name, std::span<const os::File> sources,
                             std::span<const SourceRange> ranges,
                             const std::function<void(std::uint64_t)>& at = {}) const;
+  // Links data files of an earlier checkpoint into `base/`; see shared_files.h.
+  void link_shared(const std::string& checkpoint_path, std::span<const std::uint8_t> manifest_digest,
+                   std::span<const SharedFile> files);
+  // The lead, before it commits: `base/` is what holds these files and nothing else, or is not there without any.
+  void keep_shared(std::span<const SharedFile> files);
   void sync() const;
 
   // Steps 5 to 8 of the protocol in staging.cc. `final_name` is a component of the parent directory. OsError(EEXIST) if
@@ -64,10 +71,12 @@ class Staging {
 
  private:
   Staging(os::Directory parent, os::Directory directory, std::string save_id);
+  void open_shared();
   void publish(const std::string& final_name, bool overwrite);
 
   os::Directory parent_;
   os::Directory directory_;
+  std::optional<os::Directory> shared_;
   std::string save_id_;
   bool published_ = false;  // renamed: what has the staging name now, if anything, is the replaced checkpoint
 };
