@@ -46,8 +46,6 @@ from .trace import Trace
 
 __all__ = ["compact"]
 
-_PAGE_BYTES = 4096
-
 
 def compact(
     path: str | os.PathLike[str],
@@ -88,8 +86,8 @@ def compact(
     if source.manifest.format_version[1] > FORMAT_MINOR:
         major, minor = source.manifest.format_version
         raise IncompatibleCheckpointError(
-            f"format {major}.{minor} is newer than this version writes (1.{FORMAT_MINOR}), which would lose what is new "
-            "in it; update snapstone",
+            f"format {major}.{minor} is newer than this version writes ({major}.{FORMAT_MINOR}): what is new in it would "
+            "be lost; update snapstone",
             path=source.path,
         )
     target = Target(source.path, source.manifest.step, source.manifest.metadata)
@@ -129,19 +127,19 @@ class _Plan(NamedTuple):
 
 
 def _plan(one: Index) -> _Plan:
-    """Every place that a record names, in the order of the first that does; records of one place stay of one place."""
+    """Each chunk once, in the order of the table; rows that are equal are one chunk."""
     records = np.frombuffer(one.table, CHUNK_DTYPE).copy()
-    places = np.stack([records[field].astype(np.uint64) for field in ("file", "offset", "stored_bytes")], axis=1)
-    _, first, of_record = np.unique(places, axis=0, return_index=True, return_inverse=True)
+    _, first, chunk = np.unique(records.view(f"V{CHUNK_DTYPE.itemsize}"), return_index=True, return_inverse=True)
     order = np.argsort(first)
-    ranges = places[first[order]]
-    ranges[:, 2] = -(-ranges[:, 2].astype(np.int64) // _PAGE_BYTES) * _PAGE_BYTES
-    ends = np.cumsum(ranges[:, 2])
+    chunks = records[first[order]]
+    nbytes = index.padded(chunks["stored_bytes"])
+    ends = np.cumsum(nbytes)
     position = np.empty(len(order), np.int64)
     position[order] = np.arange(len(order))
+    ranges = np.stack([chunks["file"].astype(np.uint64), chunks["offset"], nbytes], axis=1)
     records["file"] = 0
-    records["offset"] = (ends - ranges[:, 2])[position[of_record.reshape(-1)]]
-    return _Plan(ranges, records.tobytes(), int(ends[-1]) if len(ends) else 0)
+    records["offset"] = (ends - nbytes)[position[chunk]]
+    return _Plan(ranges, records.tobytes(), int(nbytes.sum()))
 
 
 class _Compaction:
@@ -209,13 +207,15 @@ class _Compaction:
         for old, new in zip(self._source.indexes, copy.indexes, strict=True):
             if (old.tensors, old.objects) != (new.tensors, new.objects):
                 raise CheckpointError("the copy would not hold the same tensors and values", path=self._source.path)
-        bar = Progress(lambda done, _: self._progress.at(self._copied + done), "verify", copy.stored_bytes)
-        with self._trace.span("verify", copy.stored_bytes):
-            problems = copy.scrub(timeout_seconds=self._deadline.remaining(), progress=bar)
+        bar = Progress(lambda done, _: self._progress.at(self._copied + done), "verify", self._copied)
+        with self._trace.span("verify", self._copied):
+            problems = self._scrub(copy, bar)
         if problems:
             # Where the bytes came from says whose they are; if nothing is wrong there, the copy itself went wrong.
-            problems = self._source.scrub(timeout_seconds=self._deadline.remaining()) or problems
-            raise max(problems, key=_depth)
+            raise max(self._scrub(self._source, None) or problems, key=_depth)
+
+    def _scrub(self, reader: Reader, bar: Progress | None) -> list[CorruptCheckpointError]:
+        return reader.scrub(reader.start_scrub(), timeout_seconds=self._deadline.remaining(), progress=bar)
 
     def check_time(self) -> None:
         if self._deadline.expired:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from . import manifest
+from . import index, manifest
 from .index import CHUNK_DTYPE, Index
 from .manifest import Manifest
 
 __all__ = ["Ancestor", "Change", "ancestors", "change"]
 
-_PAGE_BYTES = 4096
+_CARRIED_SUFFIX = ".carried.data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +60,14 @@ def ancestors(document: Manifest, indexes: Sequence[Index]) -> list[Ancestor]:
         records = np.frombuffer(one.table, CHUNK_DTYPE)
         for number, name in enumerate(one.files):
             if name in used:
-                of_file = records[records["file"] == number]
-                used[name].append(np.stack([of_file["offset"], of_file["stored_bytes"].astype(np.uint64)], axis=1))
+                used[name].append(records[records["file"] == number])
     found: dict[str | None, Ancestor] = {}
     for entry in document.shared:
         save_id = _origin(entry.name)
         # Two writers may use one place: what was one rank's is two ranks' after the world size changed.
-        places = np.unique(np.concatenate([np.empty((0, 2), np.uint64), *used[entry.name]]), axis=0)
-        nbytes = int(np.sum(-(-places[:, 1].astype(np.int64) // _PAGE_BYTES) * _PAGE_BYTES))
+        chunks = np.concatenate([np.empty(0, CHUNK_DTYPE), *used[entry.name]])
+        _, first = np.unique(chunks["offset"], return_index=True)
+        nbytes = int(index.padded(chunks["stored_bytes"][first]).sum())
         one_save = found.get(save_id, Ancestor(save_id, 0, 0, 0))
         found[save_id] = Ancestor(
             save_id, one_save.files + 1, one_save.nbytes + entry.nbytes, one_save.used_bytes + nbytes
@@ -88,8 +88,8 @@ def change(indexes: Sequence[Index]) -> Change:
     by_tensor: dict[str, int] = {}
     for one in indexes:
         records = np.frombuffer(one.table, CHUNK_DTYPE)[: len(one.table) // CHUNK_DTYPE.itemsize - one.references]
-        is_written = np.array([_is_written(name) for name in one.files] + [False])[records["file"]]
-        places, first = np.unique(records[["file", "offset"]], return_index=True)
+        is_written = np.array([_is_written(name) for name in one.files], bool)[records["file"]]
+        _, first = np.unique(records.view(f"V{CHUNK_DTYPE.itemsize}"), return_index=True)
         raw = records["raw_bytes"].astype(np.int64)
         nbytes += int(raw[first].sum())
         changed_bytes += int(raw[first][is_written[first]].sum())
@@ -107,4 +107,4 @@ def change(indexes: Sequence[Index]) -> Change:
 
 
 def _is_written(name: str) -> bool:
-    return not name.startswith(f"{manifest.BASE_NAME}/") and not name.endswith(manifest.CARRIED_SUFFIX)
+    return not name.startswith(f"{manifest.BASE_NAME}/") and not name.endswith(_CARRIED_SUFFIX)
