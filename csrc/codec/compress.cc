@@ -112,18 +112,26 @@ void decompress_frame(std::span<const std::uint8_t> stored, std::span<std::uint8
 
 }  // namespace
 
-bool known_codec(std::uint16_t codec) { return codec <= static_cast<std::uint16_t>(Codec::kZstdPlanes8); }
+bool known_codec(std::uint16_t codec) { return codec <= static_cast<std::uint16_t>(Codec::kXorZstdPlanes8); }
+
+bool is_xor_codec(std::uint16_t codec) {
+  return codec >= static_cast<std::uint16_t>(Codec::kXorZstd) && known_codec(codec);
+}
 
 unsigned plane_item_bytes(Codec codec) {
   switch (codec) {
     case Codec::kZstdPlanes2:
+    case Codec::kXorZstdPlanes2:
       return 2;
     case Codec::kZstdPlanes4:
+    case Codec::kXorZstdPlanes4:
       return 4;
     case Codec::kZstdPlanes8:
+    case Codec::kXorZstdPlanes8:
       return 8;
     case Codec::kNone:
     case Codec::kZstd:
+    case Codec::kXorZstd:
       break;
   }
   return 1;
@@ -154,6 +162,14 @@ const char* codec_name(Codec codec) {
       return "zstd-planes4";
     case Codec::kZstdPlanes8:
       return "zstd-planes8";
+    case Codec::kXorZstd:
+      return "xor-zstd";
+    case Codec::kXorZstdPlanes2:
+      return "xor-zstd-planes2";
+    case Codec::kXorZstdPlanes4:
+      return "xor-zstd-planes4";
+    case Codec::kXorZstdPlanes8:
+      return "xor-zstd-planes8";
   }
   return "unknown";
 }

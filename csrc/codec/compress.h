@@ -14,8 +14,13 @@ enum class Codec : std::uint16_t {
   kZstdPlanes2 = 2,  // byte planes of 2-, 4- and 8-byte items, then one zstd frame
   kZstdPlanes4 = 3,
   kZstdPlanes8 = 4,
+  kXorZstd = 5,  // the same of the raw bytes XOR those of a reference chunk
+  kXorZstdPlanes2 = 6,
+  kXorZstdPlanes4 = 7,
+  kXorZstdPlanes8 = 8,
 };
 bool known_codec(std::uint16_t codec);
+bool is_xor_codec(std::uint16_t codec);                // needs a reference chunk
 unsigned plane_item_bytes(Codec codec);                // 1 when the codec has no planes
 Codec zstd_codec_for_item_bytes(unsigned item_bytes);  // planes for 2, 4, 8; plain otherwise
 const char* codec_name(Codec codec);

@@ -120,8 +120,8 @@ class LoadJob::LaneRun {
       if (error_number != 0) throw OsError(error_number, "read", file.path, record.offset, record.stored_bytes);
       job_.progress(job_.take_in(chunk, slot.data() + (record.offset - request.offset), lane_, books_));
     } catch (const CorruptError& error) {
-      if (!job_.options_.collect_problems) throw;
       job_.note(chunk, error);
+      if (!job_.options_.collect_problems) throw;
     }
   }
 
@@ -212,8 +212,7 @@ CorruptError LoadJob::corrupt(const ReadChunk& chunk, const std::string& reason,
 void LoadJob::note(const ReadChunk& chunk, const CorruptError& error) {
   std::lock_guard lock(mutex_);
   if (problems_.size() < kProblemsMax) {
-    problems_.push_back(
-        {chunk.table, chunk.chunk, plan_.file(chunk), error.reason(), error.expected(), error.actual()});
+    problems_.push_back({chunk.table, chunk.chunk, error.path(), error.reason(), error.expected(), error.actual()});
   }
 }
 

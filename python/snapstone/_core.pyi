@@ -208,7 +208,7 @@ class LoadJob:
     def cancel(self) -> None: ...
     def problems(self) -> list:
         """
-        [(table, chunk, file, reason, expected, actual), ...] of a scrub
+        [(path of the index, path of the file, chunk, reason, expected, actual), ...] of wrong chunks
         """
     def rethrow(self) -> None:
         """
@@ -270,6 +270,7 @@ def check_chunk_table(
     file_nbytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     chunk_bytes_max: typing.SupportsInt | typing.SupportsIndex,
     path: str,
+    references: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
 def choose_rung(directory: str) -> tuple:
     """

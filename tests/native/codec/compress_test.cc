@@ -87,8 +87,12 @@ TEST(Codec, numbers_and_names_are_those_of_the_format) {
   EXPECT_EQ(static_cast<int>(Codec::kZstdPlanes2), 2);
   EXPECT_EQ(static_cast<int>(Codec::kZstdPlanes4), 3);
   EXPECT_EQ(static_cast<int>(Codec::kZstdPlanes8), 4);
-  EXPECT_TRUE(known_codec(4));
-  EXPECT_FALSE(known_codec(5));
+  EXPECT_TRUE(known_codec(8));
+  EXPECT_FALSE(known_codec(9));
+  EXPECT_FALSE(is_xor_codec(4));
+  EXPECT_TRUE(is_xor_codec(5));
+  EXPECT_TRUE(is_xor_codec(8));
+  EXPECT_FALSE(is_xor_codec(9));
   EXPECT_STREQ(codec_name(Codec::kZstdPlanes4), "zstd-planes4");
   for (const Codec codec : kZstdCodecs) {
     EXPECT_EQ(zstd_codec_for_item_bytes(plane_item_bytes(codec)), codec);
