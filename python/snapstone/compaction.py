@@ -86,8 +86,8 @@ def compact(
     if source.manifest.format_version[1] > FORMAT_MINOR:
         major, minor = source.manifest.format_version
         raise IncompatibleCheckpointError(
-            f"format {major}.{minor} is newer than this version writes ({major}.{FORMAT_MINOR}): what is new in it would "
-            "be lost; update snapstone",
+            f"format {major}.{minor} is newer than this version writes ({major}.{FORMAT_MINOR}): what is new would be "
+            "lost; update snapstone",
             path=source.path,
         )
     target = Target(source.path, source.manifest.step, source.manifest.metadata)

@@ -81,7 +81,7 @@ def _compacted(path: str) -> tuple[dict[str, Any], ExitCode]:
 def _show(row: dict[str, Any], exact: bool) -> None:
     path = printable(row["path"])
     if row["state"] == "failed":
-        emit(f"{path}: {painted('not compacted', 'bold red')}: {printable(row['problem'])}")
+        click.echo(f"snapstone: {path}: not compacted: {printable(row['problem'])}", err=True)
     elif row["state"] == "unchanged":
         emit(f"{path}: {painted('unchanged', 'green')}, it shares no files")
     else:
