@@ -18,10 +18,12 @@ from snapstone.reader import Reader
 PAGE_BYTES = 4096
 
 
-def save_delta(state: dict[str, Any], path: Path, base: Path, step: int | None = None) -> Path:
+def save_delta(
+    state: dict[str, Any], path: Path, base: Path, step: int | None = None, metadata: dict[str, Any] | None = None
+) -> Path:
     """Saves `state` at `path`, as far as its chunks are not those of the checkpoint at `base`."""
     full = path.with_name(f"full-of-{path.name}")
-    ss.save(state, checkpoint_id=full, step=step)
+    ss.save(state, checkpoint_id=full, step=step, metadata=metadata)
     make_delta(full, path, base)
     shutil.rmtree(full)
     return path
