@@ -69,7 +69,7 @@ class Staging:
         """
     def discard(self) -> None: ...
     def keep_shared(
-        self, files: collections.abc.Sequence[tuple[bool, str, str, typing.SupportsInt | typing.SupportsIndex]]
+        self, files: collections.abc.Sequence[tuple[str, typing.SupportsInt | typing.SupportsIndex]]
     ) -> None: ...
     def link_shared(
         self,
