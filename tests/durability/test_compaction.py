@@ -1,23 +1,18 @@
-"""Compaction: a checkpoint gets files of its own, or stays as it was.
+"""Compaction: a checkpoint gets files of its own, or stays as it was. test_compaction_faults.py has what can fail.
 
 Invariants:
   1. What `compact` returns has the tensors, values, step and metadata that it had, verifies, and shares no file.
-  2. Whatever call fails and wherever the process is killed: the name holds the old checkpoint or the new one, whole.
-  3. No other checkpoint changes, nor what it shares.
-  4. A byte that is not what was saved is named and not copied for good.
+  2. No other checkpoint changes, nor what it shares.
+  3. A byte that is not what was saved is named and not copied for good.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,69 +21,25 @@ import torch
 import snapstone as ss
 from distributed import ranks
 from durability import small
-from durability.deltas import make_delta, save_delta
-from durability.doomed import forked, how_it_ended
-from durability.seam import calls_of, faults, outcome_of
+from durability.chain import (
+    CHUNK_BYTES,
+    assert_step,
+    assert_unchanged,
+    contents,
+    flip_bit,
+    make_chain,
+    names_in,
+    shared_files,
+    state_at,
+)
+from durability.seam import calls_of
 from snapstone import _native, index
 from snapstone.compaction import _plan
 from snapstone.index import CHUNK_DTYPE
 
 PAGE_BYTES = 4096
-CHUNK_BYTES = 65536
-METADATA = {"metrics": {"loss": 0.5}}
-OF_A_COMPACTION = {"open", "mkdir", "copy_file_range", "fallocate", "fsync", "pwrite", "flock", "close", "renameat2"}
-MUST_NOT_FAIL = {"copy_file_range", "fallocate", "pwrite", "fsync", "close", "mkdir", "renameat2", "uring_read"}
 
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SNAPSTONE_CHUNK_BYTES", str(CHUNK_BYTES))
-
-
-def state_at(step: int) -> dict[str, Any]:
-    """One element of the large tensor changes each step, in turn in its first and in its second chunk."""
-    state = small.state(1)
-    state["large"] = state["large"].clone()
-    for earlier in range(2, step + 1):
-        state["large"][0 if earlier % 2 == 0 else -1] = float(earlier)
-    state["step"] = step
-    return state
-
-
-def make_chain(run: Path, length: int = 3) -> list[Path]:
-    """step-1 in full, each later one compared with the one before."""
-    paths = [run / f"step-{step}" for step in range(1, length + 1)]
-    ss.save(state_at(1), checkpoint_id=paths[0], step=1, metadata=METADATA)
-    for step in range(2, length + 1):
-        save_delta(state_at(step), paths[step - 1], paths[step - 2], step, METADATA)
-    return paths
-
-
-def assert_holds(path: Path, step: int) -> None:
-    assert small.load(path) == small.bits(state_at(step)), path
-    report = ss.verify(path)
-    assert report, report.problems
-
-
-def contents(path: Path) -> dict[str, tuple[int, bytes]]:
-    """Inode and bytes of every file."""
-    return {
-        str(file.relative_to(path)): (file.stat().st_ino, file.read_bytes())
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
-
-
-def shared_files(path: Path) -> list[Path]:
-    return sorted((path / "base").iterdir())
-
-
-def flip_bit(path: Path, at: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 0x10]))
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 # What comes out ------------------------------------------------------------------------------------------------------
@@ -96,10 +47,10 @@ def flip_bit(path: Path, at: int) -> None:
 
 def test_a_compacted_checkpoint_is_the_same_and_stands_alone(directory: Path) -> None:
     first, second, third = make_chain(directory)
-    before, others = ss.Checkpoint.open(third), contents(first) | contents(second)
+    before, others = ss.Checkpoint.open(third), contents(first, second)
     assert len(shared_files(third)) == 2
     after = ss.compact(third)
-    assert sorted(os.listdir(third)) == ["MANIFEST.json", "MANIFEST.xxh128", "rank-00000.data", "rank-00000.index"]
+    assert names_in(third) == ["MANIFEST.json", "MANIFEST.xxh128", "rank-00000.data", "rank-00000.index"]
     assert all(file.stat().st_nlink == 1 for file in third.iterdir())
     document = json.loads((third / "MANIFEST.json").read_bytes())
     assert {"base", "shared"} & document.keys() == set()
@@ -108,11 +59,11 @@ def test_a_compacted_checkpoint_is_the_same_and_stands_alone(directory: Path) ->
     assert [getattr(after, name) for name in same] == [getattr(before, name) for name in same]
     assert after.manifest.environment == before.manifest.environment
     assert after.stats["copied_bytes"] == (third / "rank-00000.data").stat().st_size
-    assert_holds(third, 3)
-    assert contents(first) | contents(second) == others
+    assert_step(third, 3)
+    assert contents(first, second) == others
     shutil.rmtree(first)
     shutil.rmtree(second)
-    assert_holds(third, 3)
+    assert_step(third, 3)
     assert small.leftovers(directory) == []
 
 
@@ -132,11 +83,11 @@ def test_only_what_is_used_is_copied_each_chunk_once_in_the_order_of_the_table(d
 
 def test_the_middle_of_a_chain_leaves_both_neighbours_alone(directory: Path) -> None:
     first, second, third = make_chain(directory)
-    others = contents(first) | contents(third)
+    others = contents(first, third)
     ss.compact(second)
-    assert contents(first) | contents(third) == others
+    assert contents(first, third) == others
     for path, step in ((first, 1), (second, 2), (third, 3)):
-        assert_holds(path, step)
+        assert_step(path, step)
 
 
 def test_a_checkpoint_that_shares_nothing_is_left_alone(directory: Path) -> None:
@@ -156,33 +107,44 @@ def test_compacting_twice_is_compacting_once(directory: Path) -> None:
     assert contents(path) == before
 
 
-def test_compressed_chunks_stay_as_they_are(directory: Path) -> None:
-    state = state_at(1) | {"zeros": torch.zeros(50_000)}
-    ss.save(state, checkpoint_id=directory / "a", codec="zstd")
-    ss.save(state | {"step": 2}, checkpoint_id=directory / "full", codec="zstd")
-    make_delta(directory / "full", directory / "b", directory / "a")
-    assert (directory / "b" / "rank-00000.data").stat().st_size == 0, "nothing changed"
-    ss.compact(directory / "b")
-    loaded = ss.Checkpoint.open(directory / "b").state_dict()
-    assert small.bits(loaded) == small.bits(state | {"step": 2})
-    assert ss.verify(directory / "b")
+@pytest.mark.parametrize("codec", ["zstd"])
+def test_compressed_chunks_stay_as_they_are(directory: Path, codec: str) -> None:
+    third = make_chain(directory, codec=codec)[-1]
+    before = ss.Checkpoint.open(third).reader.indexes[0]
+    ss.compact(third)
+    after = ss.Checkpoint.open(third).reader.indexes[0]
+    codecs = [np.frombuffer(one.table, CHUNK_DTYPE)["codec"].tolist() for one in (before, after)]
+    assert codecs[0] == codecs[1]
+    assert any(codecs[0])
+    assert_step(third, 3)
+
+
+def test_a_save_that_found_nothing_changed_gets_all_bytes(directory: Path) -> None:
+    (first,) = make_chain(directory, 1)
+    ss.save(state_at(1), checkpoint_id=directory / "same", base=first, on_unchanged="ignore")
+    assert (directory / "same" / "rank-00000.data").stat().st_size == 0
+    ss.compact(directory / "same")
+    assert_step(directory / "same", 1)
 
 
 def save_on_two_ranks(rank: int, run: str) -> None:
     for step in (1, 2):
         state = {f"large-{rank}": state_at(step)["large"] + rank, "both": torch.ones(20_000), "rank": rank}
-        ss.save(state, checkpoint_id=Path(run, f"full-{step}"), step=step)
+        for path, base in ((f"full-{step}", None), (f"delta-{step}", "delta-1" if step == 2 else None)):
+            ss.save(state, checkpoint_id=Path(run, path), step=step, base=base and Path(run, base))
 
 
 def test_every_writer_gets_a_data_file(tmp_path: Path) -> None:
-    ranks.values(ranks.run_ranks(2, save_on_two_ranks, str(tmp_path)))
-    path = tmp_path / "delta"
-    make_delta(tmp_path / "full-2", path, tmp_path / "full-1")
+    environment = {"SNAPSTONE_CHUNK_BYTES": str(CHUNK_BYTES)}
+    ranks.values(ranks.run_ranks(2, save_on_two_ranks, str(tmp_path), env=environment))
+    path = tmp_path / "delta-2"
+    assert len(shared_files(path)) == 2
     ss.compact(path)
     names = ["rank-00000.data", "rank-00000.index", "rank-00001.data", "rank-00001.index"]
-    assert sorted(os.listdir(path)) == ["MANIFEST.json", "MANIFEST.xxh128", *names]
+    assert names_in(path) == ["MANIFEST.json", "MANIFEST.xxh128", *names]
     assert ss.verify(path)
     expected, found = ss.Checkpoint.open(tmp_path / "full-2"), ss.Checkpoint.open(path)
+    assert (found.step, found.world_size) == (2, 2)
     for rank in range(2):
         assert found.objects(rank) == expected.objects(rank)
     assert small.bits(found.load_tensors()) == small.bits(expected.load_tensors())
@@ -236,12 +198,6 @@ def test_progress_counts_each_byte_twice(directory: Path) -> None:
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
-def assert_unchanged(path: Path, before: dict[str, tuple[int, bytes]]) -> None:
-    assert contents(path) == before
-    assert small.leftovers(path.parent) == []
-    assert small.open_files(path.parent) == []
-
-
 def test_a_flipped_bit_in_a_shared_file_is_named_and_not_copied(directory: Path) -> None:
     first, _, third = make_chain(directory)
     used = next(file for file in shared_files(third) if file.samefile(first / "rank-00000.data"))
@@ -270,10 +226,13 @@ def test_a_flipped_bit_in_an_own_file_is_named(directory: Path) -> None:
 def test_a_flipped_bit_that_nothing_uses_is_left_behind(directory: Path) -> None:
     """In the chunk of the first save that every later one has replaced."""
     first, second, _ = make_chain(directory)
-    flip_bit(first / "rank-00000.data", 100)
+    tables = [ss.Checkpoint.open(path).reader.indexes[0].table for path in (first, second)]
+    rows, later = (np.frombuffer(table, CHUNK_DTYPE) for table in tables)
+    replaced = next(row for row in rows if row["digest"].tobytes() not in {one.tobytes() for one in later["digest"]})
+    flip_bit(first / "rank-00000.data", int(replaced["offset"]) + 100)
     assert not ss.verify(first)
     ss.compact(second)
-    assert_holds(second, 2)
+    assert_step(second, 2)
 
 
 def test_a_copy_that_went_wrong_is_not_blamed_on_the_source(directory: Path) -> None:
@@ -408,124 +367,4 @@ def test_a_checkpoint_that_is_removed_meanwhile_stays_removed(directory: Path) -
     with pytest.raises(ss.CheckpointNotFoundError):
         ss.compact(path, progress=lambda done, total: shutil.rmtree(path) if done == total else None)
     assert not path.exists()
-    assert small.leftovers(directory) == []
-
-
-# Failing calls and killed processes ----------------------------------------------------------------------------------
-
-
-def restore(path: Path, pristine: Path) -> None:
-    """The delta checkpoint again, if it was compacted; its files are immutable, so names for them do."""
-    if not (path / "base").exists():
-        shutil.rmtree(path)
-        shutil.copytree(pristine, path, copy_function=os.link)
-
-
-def assert_old_or_new(run: Path, old: dict[str, tuple[int, bytes]], others: dict[str, tuple[int, bytes]]) -> bool:
-    """Whether step-3 was compacted; what a save or a compaction left goes with the next save."""
-    path = run / "step-3"
-    compacted = not (path / "base").exists()
-    assert compacted or contents(path) == old
-    assert_holds(path, 3)
-    assert contents(run / "step-1") | contents(run / "step-2") == others
-    for name in small.leftovers(run):
-        os.utime(run / name, (0, 0))
-    _native.reap(str(run))
-    assert small.leftovers(run) == []
-    return compacted
-
-
-@pytest.mark.parametrize(("rung", "name"), [("buffered", "EIO"), ("buffered", "ENOSPC"), ("uring", "EIO")])
-def test_one_failing_call_leaves_the_old_or_the_new_one(
-    use_rung: Callable[[str], Path], tmp_path: Path, rung: str, name: str
-) -> None:
-    run = use_rung(rung) / "run"
-    pristine = run.with_name("pristine")
-    path = make_chain(run)[-1]
-    shutil.copytree(path, pristine, copy_function=os.link)
-    old, others = contents(path), contents(run / "step-1") | contents(run / "step-2")
-    counts = calls_of(lambda: ss.compact(path))
-    assert counts.keys() >= OF_A_COMPACTION
-    failed = 0
-    for call in counts:
-        restore(path, pristine)
-        for fault in faults(call, f"errno={name}"):
-            error = outcome_of(lambda: ss.compact(path), getattr(errno, name))
-            reached = fault.stop()
-            failed += error is not None
-            # The last fsync is that of the parent once the replaced checkpoint is removed from it.
-            is_needed = call in MUST_NOT_FAIL and (call, fault.nth) != ("fsync", counts["fsync"])
-            assert error is not None or not reached or not is_needed, fault
-            compacted = assert_old_or_new(run, old, others)
-            assert compacted or error is not None, fault
-            assert small.open_files(run) == [], fault
-            restore(path, pristine)
-    assert failed >= 30
-    small.assert_slots_free()
-
-
-@pytest.mark.parametrize("name", ["EXDEV", "EINVAL", "ENOSYS", "EOPNOTSUPP"])
-def test_file_systems_that_cannot_copy_get_the_bytes_written(directory: Path, name: str) -> None:
-    path = make_chain(directory)[-1]
-    _native.fault_arm(f"copy_file_range:1+:errno={name}")
-    ss.compact(path)
-    _native.fault_disarm()
-    assert_holds(path, 3)
-
-
-def test_file_systems_that_cannot_exchange_refuse_and_keep_the_old_one(directory: Path) -> None:
-    path = make_chain(directory)[-1]
-    before = contents(path)
-    _native.fault_arm("renameat2:1+:errno=EINVAL")
-    with pytest.raises(OSError, match="renameat2") as caught:
-        ss.compact(path)
-    _native.fault_disarm()
-    assert caught.value.errno == errno.EINVAL
-    assert_unchanged(path, before)
-
-
-def compact_and_die(rank: int, run: str) -> list[int]:
-    """A process for each N that is killed at its Nth call, until one survives; their exit codes."""
-    codes = []
-    for nth in range(1, 500):
-        path = Path(run, f"n{nth}", "step-3")
-        copy_run(Path(run, "run"), path.parent)
-        pid, pipe = forked(lambda _, path=path, nth=nth: (_native.fault_arm(f"*:{nth}:kill"), ss.compact(path)))
-        os.close(pipe)
-        codes.append(how_it_ended(pid))
-        if codes[-1] != -signal.SIGKILL:
-            break
-    return codes
-
-
-def copy_run(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, copy_function=os.link)
-
-
-def test_killed_at_every_call_leaves_the_old_or_the_new_one(directory: Path) -> None:
-    make_chain(directory / "run")
-    (codes,) = ranks.values(ranks.run_ranks(1, compact_and_die, str(directory), store="none", timeout=100))
-    assert set(codes[:-1]) == {-signal.SIGKILL}
-    assert codes[-1] == 0
-    assert len(codes) > 40
-    outcomes = []
-    for nth in range(1, len(codes) + 1):
-        run = directory / f"n{nth}"
-        old = contents(directory / "run" / "step-3")
-        others = contents(directory / "run" / "step-1") | contents(directory / "run" / "step-2")
-        outcomes.append(assert_old_or_new(run, old, others))
-    assert outcomes == sorted(outcomes), "once committed, it stays committed"
-    assert outcomes.count(False) > 30
-    assert outcomes.count(True) > 3
-
-
-def test_what_a_killed_compaction_leaves_goes_with_the_next_one(directory: Path) -> None:
-    path = make_chain(directory)[-1]
-    dead = directory / f".staging-{'a' * 32}"
-    dead.mkdir(mode=0o700)
-    (dead / "OWNER").write_text(_native.boot_id() + "\n")
-    os.utime(dead, (time.time() - 10,) * 2)
-    if _native.file_system_facts(str(directory))["network"]:
-        pytest.skip("a network file system: other hosts may write here")
-    ss.compact(path)
     assert small.leftovers(directory) == []
