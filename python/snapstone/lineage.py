@@ -54,7 +54,7 @@ class Change:
 
 
 def ancestors(document: Manifest, indexes: Sequence[Index]) -> list[Ancestor]:
-    """The saves whose files a checkpoint links, in the order of the manifest's shared files."""
+    """The saves whose files a checkpoint links, those first of which it uses most."""
     used: dict[str, list[Any]] = {entry.name: [] for entry in document.shared}
     for one in indexes:
         records = np.frombuffer(one.table, CHUNK_DTYPE)
@@ -72,7 +72,7 @@ def ancestors(document: Manifest, indexes: Sequence[Index]) -> list[Ancestor]:
         found[save_id] = Ancestor(
             save_id, one_save.files + 1, one_save.nbytes + entry.nbytes, one_save.used_bytes + nbytes
         )
-    return list(found.values())
+    return sorted(found.values(), key=lambda one: (-one.used_bytes, one.save_id or ""))
 
 
 def _origin(name: str) -> str | None:

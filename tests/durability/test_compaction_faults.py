@@ -103,9 +103,9 @@ def test_file_systems_that_cannot_exchange_refuse_and_keep_the_old_one(directory
 
 
 def compact_and_die(rank: int, run: str) -> list[int]:
-    """A process for each N that is killed at its Nth call, until one survives; their exit codes."""
+    """A process for every second N that is killed at its Nth call, until one survives; their exit codes."""
     codes = []
-    for nth in range(1, 500):
+    for nth in range(1, 500, 2):
         path = Path(run, f"n{nth}", "step-3")
         copy_run(Path(run, "run"), path.parent)
         pid, pipe = forked(lambda _, path=path, nth=nth: (_native.fault_arm(f"*:{nth}:kill"), ss.compact(path)))
@@ -130,16 +130,16 @@ def test_killed_at_every_call_leaves_the_old_or_the_new_one(directory: Path) -> 
     (codes,) = ranks.values(ranks.run_ranks(1, compact_and_die, str(directory), store="none", timeout=100))
     assert set(codes[:-1]) == {-signal.SIGKILL}
     assert codes[-1] == 0
-    assert len(codes) > 40
+    assert len(codes) > 20
     run = directory / "run"
     old, others = contents(run / "step-3"), contents(run / "step-1", run / "step-2")
     outcomes = []
-    for nth in range(1, len(codes) + 1):
+    for nth in range(1, 2 * len(codes), 2):
         run = directory / f"n{nth}"
         outcomes.append(assert_old_or_new(run, renamed(old, run), renamed(others, run)))
     assert outcomes == sorted(outcomes), "once committed, it stays committed"
-    assert outcomes.count(False) > 30
-    assert outcomes.count(True) > 3
+    assert outcomes.count(False) > 15
+    assert outcomes.count(True) >= 2
 
 
 def test_what_a_killed_compaction_leaves_goes_with_the_next_one(directory: Path) -> None:
