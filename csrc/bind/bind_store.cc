@@ -24,11 +24,11 @@ py::bytes read_file(const std::string& directory_path, const std::string& name, 
 }
 
 void check_chunk_table(const py::bytes& table, const std::vector<std::uint64_t>& file_nbytes,
-                       std::uint64_t chunk_bytes_max, const std::string& path) {
+                       std::uint64_t chunk_bytes_max, const std::string& path, std::uint64_t references) {
   const auto bytes = as_span(table);
   std::vector<format::ChunkRecord> records(bytes.size() / sizeof(format::ChunkRecord));
   std::memcpy(records.data(), bytes.data(), records.size() * sizeof(format::ChunkRecord));
-  format::check_chunk_table(records, file_nbytes, chunk_bytes_max, path);
+  format::check_chunk_table(records, file_nbytes, chunk_bytes_max, path, references);
 }
 
 void bind_staging(py::module_& module) {
@@ -75,7 +75,7 @@ void bind_store(py::module_& module) {
       "sync_directory", [](const std::string& path) { os::sync_directory(os::open_directory(path)); }, py::arg("path"),
       Released());
   module.def("check_chunk_table", &check_chunk_table, py::arg("table"), py::arg("file_nbytes"),
-             py::arg("chunk_bytes_max"), py::arg("path"));
+             py::arg("chunk_bytes_max"), py::arg("path"), py::arg("references") = 0);
 }
 
 }  // namespace snapstone::bind

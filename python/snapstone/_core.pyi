@@ -240,6 +240,7 @@ def check_chunk_table(
     file_nbytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     chunk_bytes_max: typing.SupportsInt | typing.SupportsIndex,
     path: str,
+    references: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
 def choose_rung(directory: str) -> tuple:
     """
