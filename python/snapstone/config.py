@@ -91,6 +91,7 @@ class SaveOptions:
     host_memory_budget: int
     timeout_seconds: float
     chunk_bytes: int
+    derive: bool
 
     @classmethod
     def of(
@@ -101,6 +102,7 @@ class SaveOptions:
         allow_pickle: bool = False,
         host_memory_budget: int | None = None,
         timeout: timedelta | float | None = None,
+        derive: bool = False,
     ) -> SaveOptions:
         budget = (
             _integer("SNAPSTONE_HOST_MEMORY_BUDGET", HOST_MEMORY_BUDGET_DEFAULT)
@@ -125,6 +127,7 @@ class SaveOptions:
             host_memory_budget=budget,
             timeout_seconds=seconds_of(timeout),
             chunk_bytes=chunk_bytes,
+            derive=derive,
         )
 
 

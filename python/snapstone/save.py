@@ -45,6 +45,7 @@ def save(
     overwrite: bool = False,
     base: PathLike | Literal["auto"] | None = None,
     codec: str | None = None,
+    derive: bool = False,
     allow_pickle: bool = False,
     host_memory_budget: int | None = None,
     timeout: timedelta | float | None = None,
@@ -62,6 +63,8 @@ def save(
         overwrite: replace an existing checkpoint, which stays intact until the new one is committed.
         base: reserved for delta saves, which this version does not have.
         codec: None, "zstd" or "zstd:LEVEL".
+        derive: do not write bfloat16 and float16 tensors that are a float32 tensor of the state, rounded: parameters
+            beside their master weights. What is found is compared bit for bit first, and loads rebuild it.
         allow_pickle: pickle Python values that have no typed-JSON form.
         host_memory_budget: bytes of staging memory (SNAPSTONE_HOST_MEMORY_BUDGET, 1 GiB).
         timeout: seconds after which the save fails on every rank (SNAPSTONE_TIMEOUT, 1800 s).
@@ -74,7 +77,7 @@ def save(
         OSError: the file system refused; errno and filename are set.
         TypeError, ValueError: the state or an argument cannot be saved; the message names it and the remedy.
     """
-    make_options = partial(_options, base, overwrite, codec, allow_pickle, host_memory_budget, timeout)
+    make_options = partial(_options, base, overwrite, codec, derive, allow_pickle, host_memory_budget, timeout)
     writer = _open(state_dict, checkpoint_id, step, process_group, no_dist, metadata, make_options)
     try:
         writer.take(lambda: state.flatten(state_dict))
@@ -100,6 +103,7 @@ def async_save(
     overwrite: bool = False,
     base: PathLike | Literal["auto"] | None = None,
     codec: str | None = None,
+    derive: bool = False,
     allow_pickle: bool = False,
     host_memory_budget: int | None = None,
     timeout: timedelta | float | None = None,
@@ -119,7 +123,7 @@ def async_save(
         Exception: what `save` raises before bytes are written (`fence="now"`); everything later comes from the handle.
     """
     begin = time.monotonic()
-    make_options = partial(_options, base, overwrite, codec, allow_pickle, host_memory_budget, timeout)
+    make_options = partial(_options, base, overwrite, codec, derive, allow_pickle, host_memory_budget, timeout)
     writer = _open(state_dict, checkpoint_id, step, process_group, no_dist, metadata, make_options)
     taken: Mapping[str, Any] | None = None
     try:
@@ -222,6 +226,7 @@ def _options(
     base: object,
     overwrite: bool,
     codec: str | None,
+    derive: bool,
     allow_pickle: bool,
     host_memory_budget: int | None,
     timeout: timedelta | float | None,
@@ -234,6 +239,7 @@ def _options(
         allow_pickle=allow_pickle,
         host_memory_budget=host_memory_budget,
         timeout=timeout,
+        derive=derive,
     )
 
 

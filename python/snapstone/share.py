@@ -73,6 +73,7 @@ class Share:
                 rung,
                 options.zstd_level,
                 structure.item_bytes if options.zstd_level else [],
+                None,
                 slots,
                 keep_staged,
                 trace.detailed,

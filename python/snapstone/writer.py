@@ -18,6 +18,7 @@ from typing import Any
 from . import _native, garbage, manifest, plan, state, tensors, values
 from .collective import Channel, Deadline, Group
 from .config import SaveOptions
+from .derive import find_derived
 from .errors import CheckpointError, RankFailedError
 from .manifest import Manifest
 from .plan import TensorItem
@@ -114,6 +115,8 @@ class Writer:
             )
             self.rung, _ = _native.choose_rung(self.target.parent)
         assert self._structure is not None
+        if self.options.derive:
+            self._leave_out_derived(self._structure)
         self._share = Share(
             self._structure,
             self._shards,
@@ -124,6 +127,24 @@ class Writer:
             self.trace,
             keep_staged=keep_staged,
         )
+
+    def _leave_out_derived(self, structure: Structure) -> None:
+        """This rank's own decision, which its index tells; the state must not change yet."""
+        with self.trace.span("derive"):
+            found, nbytes = find_derived(self._shards, self._ties, structure.written)
+            self.trace.stats["derived_bytes"] = nbytes
+        if found:
+            items = [shard.item for shard in self._shards]
+            with self.trace.span("plan"), garbage.paused():
+                self._structure = make_structure(
+                    items,
+                    self._flattened.paths,
+                    self._ties,
+                    structure.written,
+                    structure.payload_bytes,
+                    self.options.chunk_bytes,
+                    found,
+                )
 
     def _describe(self) -> bytes:
         self._shards = describe_all(self._flattened)
