@@ -32,14 +32,18 @@ std::uint32_t ReferenceChain::reference(std::uint64_t record) const {
   if (!codec::is_xor_codec(records_[record].codec)) return format::kNoReference;
   const std::uint32_t found = record < references_.size() ? references_[record] : format::kNoReference;
   // Later records only: a chain ends, whatever the table says.
-  const bool fits = found > record && found < records_.size() &&
-                    records_[found].raw_bytes == records_[record].raw_bytes &&
-                    records_[found].stored_bytes <= records_[found].raw_bytes && records_[found].file < files_.size();
+  const bool fits =
+      found > record && found < records_.size() && records_[found].raw_bytes == records_[record].raw_bytes;
   if (!fits) {
-    throw CorruptError("chunk has no reference that fits", files_[records_[record].file].path,
-                       static_cast<std::int64_t>(record));
+    throw CorruptError("chunk has no reference that fits", path(record), static_cast<std::int64_t>(record));
   }
   return found;
+}
+
+const std::string& ReferenceChain::path(std::uint64_t record) const {
+  static const std::string unknown;
+  const std::uint32_t file = records_[record].file;
+  return file < files_.size() ? files_[file].path : unknown;
 }
 
 std::uint64_t ReferenceChain::length(std::uint64_t record) const {
@@ -80,6 +84,9 @@ std::uint64_t ReferenceChain::first_wrong(std::uint64_t record, std::uint8_t* sc
 std::span<const std::uint8_t> ReferenceChain::read_stored(std::uint64_t record, std::uint8_t* target,
                                                           LaneBooks& books) const {
   const format::ChunkRecord& wanted = records_[record];
+  if (wanted.file >= files_.size() || wanted.stored_bytes > wanted.raw_bytes) {
+    throw CorruptError("chunk record does not fit", path(record), static_cast<std::int64_t>(record));
+  }
   const os::File& file = files_[wanted.file];
   const std::uint64_t nbytes = round_up(wanted.stored_bytes, kPageBytes);
   const std::int64_t begin = now_ns();
@@ -104,8 +111,8 @@ void ReferenceChain::decode_one(std::uint64_t record, std::span<const std::uint8
       codec::decompress(stored, codec, raw);
     }
   } catch (const CorruptError& error) {
-    throw CorruptError(error.reason(), files_[records_[record].file].path, static_cast<std::int64_t>(record),
-                       error.expected(), error.actual());
+    throw CorruptError(error.reason(), path(record), static_cast<std::int64_t>(record), error.expected(),
+                       error.actual());
   }
   books.add(Stage::kDecode, begin, now_ns(), raw.size());
 }

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 
 #include "format/chunk_record.h"
 #include "os/file.h"
@@ -45,6 +46,7 @@ class ReferenceChain {
   std::uint64_t first_wrong(std::uint64_t record, std::uint8_t* scratch, LaneBooks& books) const;
 
  private:
+  const std::string& path(std::uint64_t record) const;  // of its file; empty if that is not there
   std::span<const std::uint8_t> read_stored(std::uint64_t record, std::uint8_t* target, LaneBooks& books) const;
   // Writes to `raw`, or with `onto` XORs to it.
   void decode_one(std::uint64_t record, std::span<const std::uint8_t> stored, std::span<std::uint8_t> raw, bool onto,
