@@ -114,8 +114,13 @@ void bind_staging(py::module_& module) {
           py::arg("checkpoint"), py::arg("manifest_digest"), py::arg("files"))
       .def(
           "keep_shared",
-          [](Staging& staging, const SharedArguments& files) { staging.keep_shared(make_shared_files(files)); },
-          py::arg("files"), Released())
+          [](Staging& staging, const std::vector<std::pair<std::string, std::uint64_t>>& kept) {
+            std::vector<store::SharedFile> files;
+            for (const auto& [name, nbytes] : kept) files.push_back({false, name, name, nbytes});
+            py::gil_scoped_release release;
+            staging.keep_shared(files);
+          },
+          py::arg("files"))
       .def("sync", &Staging::sync, Released())
       .def(
           "commit",

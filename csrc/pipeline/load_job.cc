@@ -120,8 +120,8 @@ class LoadJob::LaneRun {
       if (error_number != 0) throw OsError(error_number, "read", file.path, record.offset, record.stored_bytes);
       job_.progress(job_.take_in(chunk, slot.data() + (record.offset - request.offset), lane_, books_));
     } catch (const CorruptError& error) {
-      if (!job_.options_.collect_problems) throw;
       job_.note(chunk, error);
+      if (!job_.options_.collect_problems) throw;
     }
   }
 
@@ -188,8 +188,9 @@ void LoadJob::check_digest(const ReadChunk& chunk, std::span<const std::uint8_t>
 void LoadJob::blame_reference(const ReadChunk& chunk, Lane& lane, LaneBooks& books) const {
   const ReadChunk wrong{chunk.table, chain(chunk).first_wrong(chunk.chunk, scratch(chunk, lane), books)};
   if (wrong.chunk != chunk.chunk) {
-    throw corrupt(wrong, "reference of chunk " + std::to_string(chunk.chunk) + ": digest mismatch",
-                  codec::hex(plan_.record(wrong).digest));
+    throw CorruptError("reference chunk " + std::to_string(wrong.chunk) + ": digest mismatch",
+                       files_[plan_.file(wrong)].path, static_cast<std::int64_t>(chunk.chunk),
+                       codec::hex(plan_.record(wrong).digest));
   }
 }
 
@@ -226,8 +227,7 @@ CorruptError LoadJob::corrupt(const ReadChunk& chunk, const std::string& reason,
 void LoadJob::note(const ReadChunk& chunk, const CorruptError& error) {
   std::lock_guard lock(mutex_);
   if (problems_.size() < kProblemsMax) {
-    problems_.push_back(
-        {chunk.table, chunk.chunk, plan_.file(chunk), error.reason(), error.expected(), error.actual()});
+    problems_.push_back({chunk.table, chunk.chunk, error.path(), error.reason(), error.expected(), error.actual()});
   }
 }
 

@@ -6,9 +6,9 @@
 // Limits:    at most kQueueDepth requests per lane in memory, whatever the checkpoint's size, and two chunks of
 // scratch.
 //            References of chunks are read by the lane that needs them, one after the other.
-// Failure:   the first failure ends the job: OsError, or CorruptError naming file and chunk. With collect_problems
-//            every wrong chunk is noted (problems(), at most kProblemsMax) and the job goes on. The constructor throws
-//            std::invalid_argument for a plan that the files or the slots do not fit.
+// Failure:   the first failure ends the job: OsError, or CorruptError naming file and chunk. problems() has wrong
+//            chunks with their tables, at most kProblemsMax; with collect_problems all, as the job goes on. The
+//            constructor throws std::invalid_argument for a plan that the files or the slots do not fit.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ struct LoadOptions {
 struct Problem {
   std::uint32_t table;
   std::uint64_t chunk;
-  std::uint32_t file;
+  std::string path;  // of the data file, which several tables may use
   std::string reason;
   std::string expected;
   std::string actual;

@@ -89,6 +89,8 @@ class LoadPlan {
   const format::ChunkRecord& record(const ReadChunk& chunk) const {
     return (*tables_[chunk.table].records)[chunk.chunk];
   }
+  // By number: whether requests, or references of their chunks, are in the file. As long as the largest number is high.
+  std::vector<bool> files_needed() const;
   std::uint32_t file(const ReadChunk& chunk) const { return tables_[chunk.table].first_file + record(chunk).file; }
   const std::vector<ReadChunk>& chunks() const { return chunks_; }
   const std::vector<ReadRequest>& requests() const { return requests_; }

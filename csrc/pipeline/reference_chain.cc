@@ -60,8 +60,8 @@ std::span<const std::uint8_t> ReferenceChain::decode(std::uint64_t record, std::
     try {
       decode_one(at, read_stored(at, scratch + round_up(raw.size(), kPageBytes), books), raw, true, books);
     } catch (const CorruptError& error) {
-      throw CorruptError("reference of chunk " + std::to_string(record) + ": " + error.reason(), error.path(),
-                         error.chunk(), error.expected(), error.actual());
+      throw CorruptError("reference chunk " + std::to_string(at) + ": " + error.reason(), error.path(),
+                         static_cast<std::int64_t>(record), error.expected(), error.actual());
     }
   }
   return raw;

@@ -6,8 +6,8 @@
 // Ownership: views of a table and of its open files, which must outlive it.
 // Threads:   const, any; scratch belongs to one caller at a time.
 // Limits:    reads with blocking calls, one stored chunk at a time, into page-aligned scratch of the caller.
-// Failure:   CorruptError naming the file and the record that is wrong, as it is numbered in the table; OsError.
-//            Digests are the caller's to compare.
+// Failure:   CorruptError with the record that was asked for and the file that is wrong; the reason names the reference
+//            if the file is a reference's. OsError. Digests are the caller's to compare.
 #pragma once
 
 #include <cstdint>

@@ -67,7 +67,7 @@ class Staging:
         """
     def discard(self) -> None: ...
     def keep_shared(
-        self, files: collections.abc.Sequence[tuple[bool, str, str, typing.SupportsInt | typing.SupportsIndex]]
+        self, files: collections.abc.Sequence[tuple[str, typing.SupportsInt | typing.SupportsIndex]]
     ) -> None: ...
     def link_shared(
         self,
@@ -206,7 +206,7 @@ class LoadJob:
     def cancel(self) -> None: ...
     def problems(self) -> list:
         """
-        [(table, chunk, file, reason, expected, actual), ...] of a scrub
+        [(path of the index, path of the file, chunk, reason, expected, actual), ...] of wrong chunks
         """
     def rethrow(self) -> None:
         """

@@ -88,7 +88,8 @@ class Listing(Mapping[str, list[SavedShard]]):
 @dataclass(frozen=True, slots=True)
 class Columns:
     """The tensors of one index. `block` is JSON of what writers of the same tensors have in common, name, dtype, shape,
-    path and master of each; `key` is its digest. `numbers` (int64) has for each first_chunk, chunk_count, at, offsets, sizes.
+    path and master of each; `key` is its digest. `numbers` (int64) has for each first_chunk, chunk_count, at, offsets,
+    sizes.
     """
 
     key: bytes

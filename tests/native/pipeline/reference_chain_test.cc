@@ -56,8 +56,9 @@ TEST_P(ReferenceChainOnRung, a_reference_in_a_file_that_ends_early_is_named) {
   std::filesystem::resize_file(directory_ / file_name(0), last.offset + last.stored_bytes / 2);
   const CorruptError error = refusal(table, {.rung = GetParam()});
   EXPECT_EQ(error.path(), directory_ / file_name(0));
-  EXPECT_EQ(error.chunk(), static_cast<std::int64_t>(table.size() - 1));
-  EXPECT_EQ(error.reason(), "reference of chunk " + std::to_string(kChunks - 1) + ": file ends before the chunk does");
+  EXPECT_EQ(error.chunk(), static_cast<std::int64_t>(kChunks - 1));
+  EXPECT_EQ(error.reason(),
+            "reference chunk " + std::to_string(table.size() - 1) + ": file ends before the chunk does");
 }
 
 TEST_F(ReferenceChainTest, any_record_of_a_table_can_be_read) {
@@ -83,8 +84,8 @@ TEST_F(ReferenceChainTest, a_wrong_byte_in_a_reference_is_found_and_the_referenc
   flip(file_name(0), table[bad].offset + random_() % kRawBytes);
   const CorruptError error = refusal(table);
   EXPECT_EQ(error.path(), directory_ / file_name(0));
-  EXPECT_EQ(error.chunk(), static_cast<std::int64_t>(bad));
-  EXPECT_EQ(error.reason(), "reference of chunk " + std::to_string(kChunks - 7) + ": digest mismatch");
+  EXPECT_EQ(error.chunk(), static_cast<std::int64_t>(kChunks - 7));
+  EXPECT_EQ(error.reason(), "reference chunk " + std::to_string(bad) + ": digest mismatch");
 }
 
 TEST_F(ReferenceChainTest, a_reference_that_does_not_decode_is_named) {
@@ -94,8 +95,8 @@ TEST_F(ReferenceChainTest, a_reference_that_does_not_decode_is_named) {
     flip(file_name(version), table[bad].offset);  // the magic number of the frame
     const CorruptError error = refusal(table);
     EXPECT_EQ(error.path(), directory_ / file_name(version));
-    EXPECT_EQ(error.chunk(), static_cast<std::int64_t>(bad));
-    EXPECT_EQ(error.reason(), "reference of chunk 3: zstd: not a zstd frame");
+    EXPECT_EQ(error.chunk(), 3);
+    EXPECT_EQ(error.reason(), "reference chunk " + std::to_string(bad) + ": zstd: not a zstd frame");
   }
 }
 
@@ -143,6 +144,23 @@ TEST_F(ReferenceChainTest, references_that_lead_nowhere_or_back_are_refused) {
   }
 }
 
+TEST_F(ReferenceChainTest, files_of_references_are_needed_and_others_are_not) {
+  auto table = write_chain(make_versions(3, 2));
+  for (format::ChunkRecord& record : table) record.file = 2 * record.file + 1;
+  for (const bool referring : {true, false}) {
+    LoadPlan plan(
+        {{std::make_shared<const ChunkRecords>(table), 10, "rank-00000.index",
+          referring ? std::make_shared<const ChunkReferences>(format::chunk_references(table, 4)) : nullptr}});
+    Bytes loaded(kRawBytes);
+    plan.add_contiguous({0, 0, 1, 0, kRawBytes}, loaded.data());
+    plan.finish(kTestChunkBytes);
+    std::vector<bool> expected(16);
+    expected[11] = expected[13] = referring;
+    expected[15] = true;
+    EXPECT_EQ(plan.files_needed(), expected);
+  }
+}
+
 TEST_F(ReferenceChainTest, a_failing_read_of_a_reference_ends_the_job) {
   const auto versions = make_versions(kVersions, kChunks);
   const auto table = write_chain(versions);
@@ -167,6 +185,7 @@ TEST_F(ReferenceChainTest, without_verification_chains_are_decoded_all_the_same)
 TEST_F(ReferenceChainTest, a_scrub_checks_every_record_on_its_own) {
   const auto versions = make_versions(kVersions, kChunks);
   auto table = write_chain(versions);
+  const std::uint64_t alone = 2 * kChunks + 5;
   const auto problems = [&] {
     LoadPlan plan = chain_plan(table, kChunks);
     plan.add_all_chunks();
@@ -176,14 +195,13 @@ TEST_F(ReferenceChainTest, a_scrub_checks_every_record_on_its_own) {
     std::set<std::uint64_t> found;
     for (const Problem& problem : job->problems()) {
       found.insert(problem.chunk);
-      EXPECT_EQ(problem.file, table[problem.chunk].file);
-      EXPECT_FALSE(problem.reason.empty());
+      const bool of_reference = problem.reason.starts_with("reference chunk");
+      EXPECT_EQ(problem.path, directory_ / file_name(table[of_reference ? alone : problem.chunk].file));
     }
     return found;
   };
   EXPECT_EQ(problems(), std::set<std::uint64_t>());
   // A reference whose digest no chain compares.
-  const std::uint64_t alone = 2 * kChunks + 5;
   table[alone].digest[3] ^= 1;
   EXPECT_EQ(problems(), std::set<std::uint64_t>{alone});
   table[alone].digest[3] ^= 1;
