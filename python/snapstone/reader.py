@@ -349,7 +349,7 @@ class Reader:
         for table in tables:
             data, first_file, path = self._tables[table]
             if table not in self._records:
-                self._records[table] = _native.ChunkRecords(data)
+                self._records[table] = _native.ChunkRecords(data, self.indexes[table].references)
             used.append((self._records[table], len(files), path))
             files += self._files[first_file : first_file + len(self.indexes[table].files)]
         try:
