@@ -86,6 +86,13 @@ void bind_engine(py::module_& module) {
   module.def(
       "digest_hex", [](const py::bytes& bytes) { return codec::hex(codec::digest(as_span(bytes))); }, py::arg("data"),
       "XXH3-128 of `data` as 32 hex digits, as xxh128sum prints it.");
+  module.def(
+      "digest_memory",
+      [](std::uintptr_t address, std::size_t nbytes) {
+        return codec::hex(codec::digest({reinterpret_cast<const std::uint8_t*>(address), nbytes}));
+      },
+      py::arg("address"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>(),
+      "The same of memory that the caller keeps alive.");
   module.def("choose_rung", &choose_rung, py::arg("directory"), "(name, reasons why better rungs were passed over)");
   module.def(
       "try_rung",

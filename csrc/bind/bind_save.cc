@@ -1,5 +1,8 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
+#include <optional>
 #include <stdexcept>
 
 #include "base/limits.h"
@@ -18,6 +21,10 @@ using pipeline::SaveJob;
 using StridedArguments =
     std::unordered_map<std::uint32_t,
                        std::tuple<std::int64_t, std::uint64_t, std::vector<std::int64_t>, std::vector<std::int64_t>>>;
+
+using U32Array = py::array_t<std::uint32_t, py::array::c_style>;
+// (chunk records, the record that each refers to, the record of each chunk of the layout); NO_RECORD for none
+using BaseArguments = std::tuple<py::bytes, U32Array, U32Array>;
 
 std::shared_ptr<Layout> make_layout(const U64Array& nbytes, std::uint64_t chunk_bytes) {
   const std::span<const std::uint64_t> sizes(nbytes.data(), static_cast<std::size_t>(nbytes.size()));
@@ -54,22 +61,41 @@ pipeline::SaveSources make_sources(const Layout& layout, const U64Array& pointer
   return sources;
 }
 
+std::vector<std::uint32_t> as_vector(const U32Array& array) { return {array.data(), array.data() + array.size()}; }
+
+pipeline::SaveBase make_base(const BaseArguments& arguments) {
+  const auto& [table, references, record_of_chunk] = arguments;
+  const auto bytes = as_span(table);
+  pipeline::SaveBase base{std::vector<format::ChunkRecord>(bytes.size() / sizeof(format::ChunkRecord)),
+                          as_vector(references), as_vector(record_of_chunk)};
+  std::memcpy(base.records.data(), bytes.data(), base.records.size() * sizeof(format::ChunkRecord));
+  const auto known = [&](std::uint32_t record) {
+    return record < base.records.size() || record == pipeline::SaveBase::kNoRecord;
+  };
+  if (base.references.size() != base.records.size() || !std::ranges::all_of(base.references, known) ||
+      !std::ranges::all_of(base.record_of_chunk, known)) {
+    throw std::invalid_argument("the base names records that it does not have");
+  }
+  return base;
+}
+
 std::shared_ptr<SaveJob> make_save_job(std::shared_ptr<Layout> layout, const U64Array& pointers,
                                        const StridedArguments& strided, const store::Staging& staging,
                                        const std::string& name, const std::string& rung, int zstd_level,
-                                       std::vector<std::uint8_t> item_bytes, std::uint64_t slots, bool eager,
-                                       bool trace) {
+                                       std::vector<std::uint8_t> item_bytes, const std::optional<BaseArguments>& base,
+                                       std::uint64_t slots, bool eager, bool trace) {
   pipeline::SaveSources sources = make_sources(*layout, pointers, strided);
   pipeline::SaveOptions options{io::rung_from_name(rung), zstd_level != 0, zstd_level,
                                 std::move(item_bytes),    trace,           eager || zstd_level != 0};
   if (options.compress && options.item_bytes.size() != layout->places.size()) {
     throw std::invalid_argument("one item size per tensor is needed when compressing");
   }
+  pipeline::SaveBase save_base = base ? make_base(*base) : pipeline::SaveBase{};
   py::gil_scoped_release release;
   auto ring = pipeline::Engine::instance().ring(layout->chunk_bytes, std::max<std::uint64_t>(slots, 1));
   os::File file = staging.create_file(name, io::rung_is_direct(options.rung));
   return std::make_shared<SaveJob>(std::move(layout), std::move(sources), std::move(file), std::move(ring),
-                                   std::move(options));
+                                   std::move(options), std::move(save_base));
 }
 
 }  // namespace
@@ -87,8 +113,8 @@ void bind_save(py::module_& module) {
   auto job = py::class_<SaveJob, std::shared_ptr<SaveJob>>(
       module, "SaveJob", "One data file being written; see csrc/pipeline/save_job.h.");
   job.def(py::init(&make_save_job), py::arg("layout"), py::arg("pointers"), py::arg("strided"), py::arg("staging"),
-          py::arg("name"), py::arg("rung"), py::arg("zstd_level"), py::arg("item_bytes"), py::arg("slots"),
-          py::arg("eager"), py::arg("trace"))
+          py::arg("name"), py::arg("rung"), py::arg("zstd_level"), py::arg("item_bytes"), py::arg("base"),
+          py::arg("slots"), py::arg("eager"), py::arg("trace"))
       .def(
           "start", [](const std::shared_ptr<SaveJob>& self) { pipeline::Engine::instance().start(self); },
           py::call_guard<py::gil_scoped_release>())
@@ -104,6 +130,7 @@ void bind_save(py::module_& module) {
       .def("chunk_table", [](const SaveJob& self) {
         return as_bytes(self.chunk_table().data(), self.chunk_table().size() * sizeof(format::ChunkRecord));
       });
+  job.attr("NO_RECORD") = pipeline::SaveBase::kNoRecord;
   bind_job_methods(job);
 }
 

@@ -3,11 +3,13 @@
 // Guarantee: staged() means every source byte is in a slot (or further on) and its digest taken: the sources may
 //            change. finished() without an error means the data file is written, fsynced and closed, and chunk_table()
 //            describes it. Stored chunks go to the file in chunk order, so the same state gives the same file.
+// Base:      a chunk with the digest that the base's record has is not written: the table gets that record.
 // Ownership: source memory belongs to the caller and must stay mapped until staged() or finished(), whichever comes
 //            first.
 // Limits:    at most ring->slot_count() chunks in memory.
 // Failure:   OsError of the first failing call; the file is closed and left for the staging directory's owner to
-//            discard. The constructor preallocates a direct file, so a full disk is found before anything is staged.
+//            discard. Without a base the constructor preallocates a direct file, so a full disk is found before
+//            anything is staged; with one the file grows by what turns out to be needed.
 #pragma once
 
 #include <cstdint>
@@ -32,6 +34,16 @@ struct SaveSources {
   std::unordered_map<std::uint32_t, StridedView> strided;
 };
 
+// What an earlier save stored. The number of its file in a record is that of the new index: 0 is the file that this job
+// writes.
+struct SaveBase {
+  static constexpr std::uint32_t kNoRecord = UINT32_MAX;
+
+  std::vector<format::ChunkRecord> records;
+  std::vector<std::uint32_t> references;       // of each record: the one that its codec refers to, or kNoRecord
+  std::vector<std::uint32_t> record_of_chunk;  // of each chunk of the layout, or kNoRecord; empty without a base
+};
+
 struct SaveOptions {
   io::Rung rung = io::Rung::kBuffered;
   bool compress = false;
@@ -47,7 +59,7 @@ struct SaveOptions {
 class SaveJob : public Job {
  public:
   SaveJob(std::shared_ptr<const format::Layout> layout, SaveSources sources, os::File file,
-          std::shared_ptr<mem::SlotRing> ring, SaveOptions options);
+          std::shared_ptr<mem::SlotRing> ring, SaveOptions options, SaveBase base = {});
 
   // True also when the job ended before all was staged: then finished() is true.
   bool wait_staged(std::chrono::milliseconds timeout);
@@ -64,26 +76,37 @@ class SaveJob : public Job {
  private:
   class LaneRun;
 
-  void stage(std::uint64_t chunk, std::uint8_t* slot, LaneBooks& books);
-  std::uint64_t payload_bytes(std::uint64_t chunk) const;  // of tensors, without alignment gaps
+  // False when the base has the chunk. `expect_same`: try the digest alone before making the copy.
+  bool stage(std::uint64_t chunk, std::uint8_t* slot, bool expect_same, LaneBooks& books);
+  void copy_chunk(const format::ChunkPlan& chunk, std::uint8_t* slot, format::ChunkRecord& record, LaneBooks& books);
+  const std::uint8_t* contiguous_source(const format::ChunkPlan& chunk) const;  // nullptr: it has to be gathered
+  const format::ChunkRecord* base_record(std::uint64_t chunk) const;            // of the same size, or nullptr
+  std::uint64_t payload_bytes(std::uint64_t chunk) const;                       // of tensors, without alignment gaps
   void gather_pieces(const format::ChunkPlan& chunk, std::uint8_t* slot) const;
   // Compresses in place; returns the bytes to store.
   std::uint32_t encode(std::uint64_t chunk, std::uint8_t* slot, Lane& lane, LaneBooks& books);
-  // Blocks until all earlier chunks have their place; false when the job stopped.
-  bool place(std::uint64_t chunk, std::uint32_t stored_bytes);
+  // Where stored chunks have sizes of their own, they get their places in chunk order once all earlier sizes are known.
+  bool places_in_turn() const { return options_.compress || !base_.record_of_chunk.empty(); }
+  void announce(std::uint64_t chunk, std::uint32_t stored_bytes);  // 0: the base has it
+  bool wait_for_place(std::uint64_t chunk);                        // false when the job stopped
+  void reserve_for_placed();
 
   const std::shared_ptr<const format::Layout> layout_;
   const SaveSources sources_;
   os::File file_;
   const std::shared_ptr<mem::SlotRing> ring_;
   const SaveOptions options_;
+  const SaveBase base_;
   const bool direct_;
   std::vector<format::ChunkRecord> table_;
   std::atomic<std::uint64_t> next_chunk_{0};
   std::atomic<std::uint64_t> chunks_staged_{0};
   std::atomic<unsigned> writing_{0};  // requests of all lanes in the kernel
-  std::uint64_t next_place_ = 0;      // guarded by mutex_: the chunk whose turn it is
+  // Guarded by mutex_:
+  std::vector<std::int64_t> announced_;  // by chunk: bytes in the file, or kUnknown
+  std::uint64_t next_place_ = 0;         // the first chunk without a place
   std::uint64_t file_bytes_ = 0;
+  std::uint64_t reserved_bytes_ = 0;
 };
 
 }  // namespace snapstone::pipeline

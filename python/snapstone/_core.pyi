@@ -27,6 +27,7 @@ __all__: list[str] = [
     "check_chunk_table",
     "choose_rung",
     "digest_hex",
+    "digest_memory",
     "fault_arm",
     "fault_disarm",
     "fault_seen",
@@ -54,7 +55,26 @@ class Staging:
     def join(parent: str, save_id: str) -> Staging: ...
     def close(self) -> None: ...
     def commit(self, manifest: bytes, manifest_digest: bytes, final_name: str, overwrite: bool) -> None: ...
+    def copy_ranges(
+        self,
+        name: str,
+        sources: collections.abc.Sequence[tuple[str, str]],
+        ranges: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
+        progress: typing.Any = None,
+    ) -> int:
+        """
+        A new file of the bytes of `ranges`, rows of (source, offset, nbytes); returns its size. `progress` gets the bytes copied so far.
+        """
     def discard(self) -> None: ...
+    def keep_shared(
+        self, files: collections.abc.Sequence[tuple[str, typing.SupportsInt | typing.SupportsIndex]]
+    ) -> None: ...
+    def link_shared(
+        self,
+        checkpoint: str,
+        manifest_digest: bytes,
+        files: collections.abc.Sequence[tuple[bool, str, str, typing.SupportsInt | typing.SupportsIndex]],
+    ) -> None: ...
     def sync(self) -> None: ...
     def withdraw(self) -> None: ...
     def write_file(self, name: str, data: bytes) -> None: ...
@@ -89,6 +109,8 @@ class SaveJob:
     """
     One data file being written; see csrc/pipeline/save_job.h.
     """
+
+    NO_RECORD: typing.ClassVar[int] = 4294967295
     def __init__(
         self,
         layout: Layout,
@@ -107,6 +129,12 @@ class SaveJob:
         rung: str,
         zstd_level: typing.SupportsInt | typing.SupportsIndex,
         item_bytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        base: tuple[
+            bytes,
+            typing.Annotated[numpy.typing.ArrayLike, numpy.uint32],
+            typing.Annotated[numpy.typing.ArrayLike, numpy.uint32],
+        ]
+        | None,
         slots: typing.SupportsInt | typing.SupportsIndex,
         eager: bool,
         trace: bool,
@@ -250,6 +278,13 @@ def choose_rung(directory: str) -> tuple:
 def digest_hex(data: bytes) -> str:
     """
     XXH3-128 of `data` as 32 hex digits, as xxh128sum prints it.
+    """
+
+def digest_memory(
+    address: typing.SupportsInt | typing.SupportsIndex, nbytes: typing.SupportsInt | typing.SupportsIndex
+) -> str:
+    """
+    The same of memory that the caller keeps alive.
     """
 
 def fault_arm(rules: str) -> None:

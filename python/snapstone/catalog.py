@@ -19,8 +19,8 @@ import numpy as np
 
 from . import tensors
 from .errors import CorruptCheckpointError
-from .index import Index, Place, StoredTensor
-from .plan import Box, TensorItem
+from .index import MASTER_DTYPE, Index, Place, StoredTensor
+from .plan import Box, Ints, TensorItem
 from .reads import SavedShard
 
 __all__ = ["KEY_BYTES", "Catalog", "Columns", "Listing"]
@@ -47,6 +47,13 @@ class Listing(Mapping[str, list[SavedShard]]):
                     raise _disagreement(path, item.name, parsed.rank)
                 others.append(SavedShard(table, stored))
                 self.paths.setdefault(item.name, stored.path)
+        self.has_derived = False
+        for parsed in indexes:
+            for item, _, _, master, _ in parsed.tensors:
+                if master is not None:
+                    self.has_derived = True
+                    found = self._of[master][0].stored.item if master in self._of else None
+                    _check_master(path, item.name, item.shape, master, found)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._of)
@@ -80,8 +87,9 @@ class Listing(Mapping[str, list[SavedShard]]):
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The tensors of one index. `block` is JSON of what writers of the same tensors have in common, name, dtype, shape
-    and path of each; `key` is its digest. `numbers` (int64) has for each first_chunk, chunk_count, at, offsets, sizes.
+    """The tensors of one index. `block` is JSON of what writers of the same tensors have in common, name, dtype, shape,
+    path and master of each; `key` is its digest. `numbers` (int64) has for each first_chunk, chunk_count, at, offsets,
+    sizes.
     """
 
     key: bytes
@@ -90,9 +98,12 @@ class Columns:
 
     @classmethod
     def of(cls, parsed: Index) -> Columns:
-        rows = [(item.name, item.dtype, item.shape, path) for item, path, _ in parsed.tensors]
+        rows = [(item.name, item.dtype, item.shape, path, master) for item, path, _, master, _ in parsed.tensors]
         numbers = [
-            number for item, _, place in parsed.tensors for part in (place, item.offsets, item.sizes) for number in part
+            number
+            for item, _, place, _, _ in parsed.tensors
+            for part in (place, item.offsets, item.sizes)
+            for number in part
         ]
         block = json.dumps(rows, separators=(",", ":"))
         key = hashlib.blake2b(block.encode(), digest_size=KEY_BYTES).digest()
@@ -106,7 +117,7 @@ class _Block:
         self.rows: list[Any] = json.loads(block)
         self.tables = list(tables)
         self.numbers = np.stack(rows) if rows else np.empty((0, 0), np.int64)
-        widths = [_PLACE_WIDTH + 2 * len(shape) for _, _, shape, _ in self.rows]
+        widths = [_PLACE_WIDTH + 2 * len(shape) for _, _, shape, _, _ in self.rows]
         self.starts = [0, *accumulate(widths)]
 
     def overlapping(self, position: int, wanted: Box) -> list[SavedShard]:
@@ -119,7 +130,7 @@ class _Block:
         return self.shards(position, np.flatnonzero(overlap.all(axis=1)).tolist())
 
     def shards(self, position: int, writers: Iterable[int]) -> list[SavedShard]:
-        name, dtype, shape, path = self.rows[position]
+        name, dtype, shape, path, master = self.rows[position]
         numbers, rank = self._columns(position)
         shards = []
         for writer in writers:
@@ -127,7 +138,8 @@ class _Block:
             offsets, sizes = tuple(row[_PLACE_WIDTH : _PLACE_WIDTH + rank]), tuple(row[_PLACE_WIDTH + rank :])
             nbytes = math.prod(sizes) * tensors.dtype_bytes(dtype)
             item = TensorItem(name, dtype, tuple(shape), offsets, sizes, nbytes)
-            shards.append(SavedShard(self.tables[writer], StoredTensor(item, path, Place(*row[:_PLACE_WIDTH]))))
+            place = Place(*row[:_PLACE_WIDTH])
+            shards.append(SavedShard(self.tables[writer], StoredTensor(item, path, place, master)))
         return shards
 
     def _columns(self, position: int) -> tuple[Any, int]:
@@ -149,12 +161,18 @@ class Catalog(Mapping[str, list[SavedShard]]):
         self._of: dict[str, list[tuple[_Block, int]]] = {}
         self.paths: dict[str, Any] = {}
         for block in self._blocks:
-            for position, (name, dtype, shape, stored_path) in enumerate(block.rows):
+            for position, (name, dtype, shape, stored_path, _) in enumerate(block.rows):
                 others = self._of.setdefault(name, [])
                 if others and others[0][0].rows[others[0][1]][1:3] != [dtype, shape]:
                     raise _disagreement(path, name, block.tables[0])
                 others.append((block, position))
                 self.paths.setdefault(name, stored_path)
+        self.has_derived = False
+        for block in self._blocks:
+            for name, _, shape, _, master in block.rows:
+                if master is not None:
+                    self.has_derived = True
+                    _check_master(path, name, tuple(shape), master, self.describe(master) if master in self else None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._of)
@@ -175,7 +193,7 @@ class Catalog(Mapping[str, list[SavedShard]]):
 
     def describe(self, name: str) -> TensorItem:
         block, position = self._of[name][0]
-        _, dtype, shape, _ = block.rows[position]
+        _, dtype, shape, _, _ = block.rows[position]
         return TensorItem(name, dtype, tuple(shape), (0,) * len(shape), tuple(shape), 0)
 
     def near(self, name: str, wanted: Box) -> list[SavedShard]:
@@ -193,3 +211,14 @@ class Catalog(Mapping[str, list[SavedShard]]):
 
 def _disagreement(path: str, name: str, rank: int) -> CorruptCheckpointError:
     return CorruptCheckpointError("shards disagree on dtype or shape", path=path, tensor=name, rank=rank)
+
+
+def _check_master(path: str, name: str, shape: Ints, master: str, found: TensorItem | None) -> None:
+    """Raises CorruptCheckpointError unless the tensor that `name` is derived from can be it. No tensor of its dtype is
+    derived itself.
+    """
+    if found is None or (found.dtype, found.shape) != (MASTER_DTYPE, shape):
+        what = "not in the checkpoint" if found is None else f"{found.dtype}{list(found.shape)}"
+        raise CorruptCheckpointError(
+            f"derived from {master[:80]!r}, which is {what}, not {MASTER_DTYPE}{list(shape)}", path=path, tensor=name
+        )

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 
 from . import difference, manifest, state, tensors, values
+from .index import StoredTensor
 from .manifest import Manifest
 from .plan import TensorItem
 from .reader import Reader
@@ -154,7 +155,7 @@ class Checkpoint:
             place = (
                 item.dtype,
                 item.shape,
-                tuple((shard.table, shard.stored.place) for shard in self.reader.shards[name]),
+                tuple((shard.table, *_bytes_of(shard.stored)) for shard in self.reader.shards[name]),
             )
             if place in shared and item.nbytes:
                 loaded[name] = shared[place]
@@ -187,6 +188,11 @@ class Checkpoint:
         """
         theirs = other if isinstance(other, Checkpoint) else Checkpoint.open(other)
         return difference.compare(self, theirs, values=values)
+
+
+def _bytes_of(stored: StoredTensor) -> tuple[Any, ...]:
+    """Equal for shards of one writer that were tied: a writer derives from a master once."""
+    return (stored.place, stored.derived_from, stored.item.offsets if stored.derived_from else ())
 
 
 class TensorSlice:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,18 @@ from .config import FORMAT_MAJOR, FORMAT_MINOR
 from .errors import CorruptCheckpointError, IncompatibleCheckpointError
 from .plan import DIMENSIONS_MAX, TensorItem
 
-__all__ = ["CHUNK_DTYPE", "Index", "Place", "StoredTensor", "encode", "encode_tensors", "padded", "parse"]
+__all__ = [
+    "CHUNK_DTYPE",
+    "DERIVED_DTYPES",
+    "MASTER_DTYPE",
+    "Index",
+    "Place",
+    "StoredTensor",
+    "encode",
+    "encode_tensors",
+    "padded",
+    "parse",
+]
 
 MAGIC = b"SNAPSIDX"
 ALIGNMENT = 64
@@ -40,7 +52,10 @@ CHUNK_DTYPE = np.dtype(
         ("digest", "V16"),
     ]
 )
+MASTER_DTYPE = "float32"
+DERIVED_DTYPES = ("bfloat16", "float16")
 _HEAD = struct.Struct("<8sQ")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _INT64_MAX = (1 << 63) - 1
 
 
@@ -56,6 +71,8 @@ class StoredTensor(NamedTuple):
     item: TensorItem
     path: Any  # as state.encode_path wrote it; None when it is just [name]
     place: Place
+    derived_from: str | None = None  # the tensor whose elements it has, rounded; it has no place of its own then
+    xxh128: str | None = None  # of a derived shard's bytes; a catalog leaves it out
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +104,7 @@ def _compact(value: Any) -> str:
 def encode_tensors(tensors: Sequence[StoredTensor]) -> str:
     """The header's "tensors" list. It does not change while the structure of the state does not, so callers keep it."""
     rows = []
-    for item, path, place in tensors:
+    for item, path, place, derived_from, xxh128 in tensors:
         row: dict[str, Any] = {"name": item.name, "dtype": item.dtype, "shape": item.shape}
         if item.sizes != item.shape:
             row["offsets"] = item.offsets
@@ -95,6 +112,9 @@ def encode_tensors(tensors: Sequence[StoredTensor]) -> str:
         row["chunks"] = (place.first_chunk, place.chunk_count)
         if place.at:
             row["at"] = place.at
+        if derived_from is not None:
+            row["derived_from"] = derived_from
+            row["xxh128"] = xxh128
         if path is not None:
             row["path"] = path
         rows.append(row)
@@ -265,8 +285,20 @@ def _parse_tensor(row: Any, ends: list[int], dtype_bytes: Mapping[str, int]) -> 
     at = _integer(row.get("at", 0), name, _native.CHUNK_BYTES_MAX)
     if first >= len(ends) or count >= len(ends) - first:
         raise _Reject(f"{name!r}: chunks {first}+{count} are not in a table of {len(ends) - 1}")
+    place = Place(first, count, at)
+    item = TensorItem(name, dtype, shape, offsets, sizes, nbytes)
+    if "derived_from" in row or "xxh128" in row:
+        return StoredTensor(item, row.get("path"), place, *_derivation(row, item, place))
     if (nbytes == 0) != (count == 0) or (count and at + nbytes > ends[first + count] - ends[first]):
         raise _Reject(f"{name!r}: {nbytes} bytes cannot be in {count} chunks")
-    return StoredTensor(
-        TensorItem(name, dtype, shape, offsets, sizes, nbytes), row.get("path"), Place(first, count, at)
-    )
+    return StoredTensor(item, row.get("path"), place)
+
+
+def _derivation(row: Any, item: TensorItem, place: Place) -> tuple[str, str]:
+    """`derived_from` and `xxh128`, which stand together, in the place of bytes."""
+    master, digest = _text(row["derived_from"], "derived_from"), _text(row["xxh128"], "xxh128")
+    if not _DIGEST.fullmatch(digest):
+        raise _Reject(f"{item.name!r}: xxh128 is {digest[:80]!r}")
+    if item.dtype not in DERIVED_DTYPES or item.nbytes == 0 or place != (0, 0, 0):
+        raise _Reject(f"{item.name!r}: a shard of {item.nbytes} bytes of {item.dtype} at {place} cannot be derived")
+    return master, digest

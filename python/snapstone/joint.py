@@ -98,7 +98,8 @@ class _JointLoad:
         self._verify = verify
         self._progress = progress
         self._trace = trace or Trace("load", group.rank, group.world_size)
-        self._targets = [target for target in targets if target.item.nbytes or 0 not in target.item.sizes]
+        wanted = [target for target in targets if target.item.nbytes or 0 not in target.item.sizes]
+        self._targets = reader.masters_first(wanted)
         self._reads = Reads()  # what this rank reads for itself
         self._segment: Segment | None = None
         self._nodes: list[int] = []
@@ -216,7 +217,7 @@ class _JointLoad:
             for digest, lowest in sorted(first.items(), key=lambda entry: entry[1]):
                 ranks = frozenset(rank for rank, need in enumerate(needs) if need.digest == digest)
                 for name, offsets, sizes in json.loads(votes[lowest]):
-                    for part in self._reader.locate(name, Box(tuple(offsets), tuple(sizes))):
+                    for part in self._reader.parts_read(name, Box(tuple(offsets), tuple(sizes))):
                         number = numbers.setdefault(_key(part), len(wanted.parts))
                         if number == len(wanted.parts):
                             wanted.parts.append(part)

@@ -172,6 +172,7 @@ class _Load:
                     progress=bar,
                     trace=self.trace,
                 )
+                bar.at(needed)  # a master that is wanted itself is read once
         except BaseException as error:
             self.channel.abort([FIRST_VOTE], error)  # where it never came to that
             raise

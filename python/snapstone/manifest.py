@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,9 @@ __all__ = [
     "is_shared_file",
     "origin_of_shared",
     "read",
+    "read_with_digest",
     "shared_name",
+    "shared_of",
     "writer_of",
 ]
 
@@ -157,6 +159,12 @@ def shared_name(save_id: str, file_name: str) -> str:
     return name
 
 
+def shared_of(ranks: Iterable[Iterable[Any]]) -> tuple[FileEntry, ...]:
+    """The shared files of a checkpoint, from the file objects that each rank uses; raises as `writer_of` does."""
+    entries = {entry.name: entry for files in ranks for entry in map(_shared_file, files)}
+    return tuple(entries[name] for name in sorted(entries))
+
+
 def origin_of_shared(name: str) -> tuple[str, str]:
     """The inverse of `shared_name`: save_id and name of a file where it was written. ValueError for other names."""
     directory, _, component = name.partition("/")
@@ -167,7 +175,12 @@ def origin_of_shared(name: str) -> tuple[str, str]:
 
 
 def read(path: str) -> Manifest:
-    """Reads and checks the manifest of the checkpoint at `path`.
+    """The manifest of the checkpoint at `path`. Raises as `read_with_digest` does."""
+    return read_with_digest(path)[0]
+
+
+def read_with_digest(path: str) -> tuple[Manifest, bytes]:
+    """Reads and checks the manifest of the checkpoint at `path`; with it what DIGEST_NAME holds there.
 
     Raises:
         CheckpointNotFoundError: nothing is there.
@@ -189,8 +202,7 @@ def read(path: str) -> Manifest:
             actual=expected[:32].decode(),
         )
     try:
-        document = load_json(data)
-        return _parse(document, manifest_path)
+        return _parse(load_json(data), manifest_path), recorded
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(f"manifest: {type(error).__name__}: {error}", path=manifest_path) from None
 

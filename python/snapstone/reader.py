@@ -190,7 +190,7 @@ class Reader:
         reads = Reads()
         targets = list(targets)
         with garbage.paused():
-            for target in targets:
+            for target in self.masters_first(targets):
                 self._add_target(reads, target, cast)
         job = self.start(reads, verify=verify, trace=trace)
         self.wait(job, (targets, reads), timeout_seconds=timeout_seconds, progress=progress)
@@ -256,9 +256,10 @@ class Reader:
         return np.frombuffer(self.indexes[table].table, index.CHUNK_DTYPE)["raw_bytes"]
 
     def stored_nbytes(self, target: LocalShard) -> int:
-        """Of a target's elements in the saved dtype."""
+        """Of a target's elements in the saved dtype; where it is derived, the most that may be read for it."""
         item = target.item
-        return math.prod(item.sizes) * tensors.dtype_bytes(self.describe(item.name).dtype)
+        saved = index.MASTER_DTYPE if self._is_derived(item.name) else self.describe(item.name).dtype
+        return math.prod(item.sizes) * tensors.dtype_bytes(saved)
 
     def probe(self, scratch: torch.Tensor, names: Iterable[str], *, timeout_seconds: float = math.inf) -> int:
         """Reads chunks of one of the tensors into `scratch` (uint8), to see how fast that goes; returns the bytes."""
@@ -377,16 +378,19 @@ class Reader:
     def _add_target(self, reads: Reads, target: LocalShard, cast: bool) -> None:
         item, tensor = target
         first = self.shards.first(item.name)
-        if first.stored.item == item and item.nbytes and tensor.is_contiguous() and not tensors.needs_copy(tensor):
+        same = first.stored.item == item and item.nbytes and first.stored.derived_from is None
+        if same and tensor.is_contiguous() and not tensors.needs_copy(tensor):
             # The same shard in plain memory, which is nearly every tensor of a resumed run.
             reads.add_whole(first, tensor.data_ptr())
+            self._keep_master(reads, item.name, first.box, tensor)
             return
         for part, view in self.parts_of(target, reads, cast=cast):
             reads.add(part, tensors.memory_of(view))
 
     def parts_of(self, target: LocalShard, reads: Reads, *, cast: bool) -> list[tuple[Part, torch.Tensor]]:
         """What a target consists of: parts of saved shards, and the memory for each in the saved dtype, which may be a
-        buffer that `reads` converts at its end. Raises as `fill` does.
+        buffer that `reads` converts at its end. Of a derived shard these are parts of its master. Raises as `fill`
+        does.
         """
         item, tensor = target
         if item.nbytes == 0 and 0 in item.sizes:
@@ -399,12 +403,48 @@ class Reader:
                 path=self.path,
                 tensor=item.name,
             )
-        if saved.dtype != item.dtype or tensors.needs_copy(tensor):
-            buffer = torch.empty(item.sizes, dtype=tensors.dtype_named(saved.dtype))
-            reads.converted.append((tensor.detach(), buffer))
-            tensor = buffer
         wanted = Box(item.offsets, item.sizes)
-        return [(part, view_of(tensor, wanted, part.box)) for part in self.locate(item.name, wanted)]
+        memory = target_memory = tensor.detach()
+        if saved.dtype != item.dtype or tensors.needs_copy(tensor):
+            memory = torch.empty(item.sizes, dtype=tensors.dtype_named(saved.dtype))
+        self._keep_master(reads, item.name, wanted, memory)
+        parts = []
+        for part in self.locate(item.name, wanted):
+            view = view_of(memory, wanted, part.box)
+            master = part.shard.stored.derived_from
+            if master is None:
+                parts.append((part, view))
+                continue
+            exact = reads.masters.get((master, part.box))
+            if exact is None:
+                exact = torch.empty(part.box.sizes, dtype=tensors.dtype_named(index.MASTER_DTYPE))
+                parts += [(one, view_of(exact, part.box, one.box)) for one in self.locate(master, part.box)]
+            reads.converted.append((view, exact))
+        if memory is not target_memory:
+            reads.converted.append((target_memory, memory))
+        return parts
+
+    def masters_first(self, targets: Sequence[LocalShard]) -> Sequence[LocalShard]:
+        """An order in which a derived tensor finds its master's memory, where both are wanted."""
+        return sorted(targets, key=lambda one: self._is_derived(one.item.name)) if self.shards.has_derived else targets
+
+    def _is_derived(self, name: str) -> bool:
+        """Also of a tensor of which only some shards are."""
+        shards = self.shards[name] if self.shards.has_derived else ()
+        return any(shard.stored.derived_from is not None for shard in shards)
+
+    def _keep_master(self, reads: Reads, name: str, box: Box, memory: torch.Tensor) -> None:
+        """`memory` will hold the box of a tensor, in the saved dtype, when everything is read."""
+        if self.shards.has_derived and memory.dtype == tensors.dtype_named(index.MASTER_DTYPE):
+            reads.masters[name, box] = memory.detach()
+
+    def parts_read(self, name: str, wanted: Box) -> list[Part]:
+        """What `locate` finds, with parts of the masters in the place of derived ones."""
+        parts: list[Part] = []
+        for part in self.locate(name, wanted):
+            master = part.shard.stored.derived_from
+            parts += [part] if master is None else self.locate(master, part.box)
+        return parts
 
     def locate(self, name: str, wanted: Box) -> list[Part]:
         """The parts of saved shards that make up a box of a tensor, each element once.

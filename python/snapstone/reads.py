@@ -67,6 +67,7 @@ class Reads:
     rows: list[tuple[int, ...]] = field(default_factory=list)
     boxes: list[Any] = field(default_factory=list)
     converted: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (target, buffer read instead)
+    masters: dict[tuple[str, Box], torch.Tensor] = field(default_factory=dict)  # what is read of them into one memory
 
     def add_whole(self, shard: SavedShard, data_ptr: int, window: Window = EVERY_CHUNK) -> None:
         self.rows.append((shard.table, *shard.stored.place, shard.stored.item.nbytes, data_ptr, *window))

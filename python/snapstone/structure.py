@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import _native, index, plan, state, tensors
+from .derive import Derivation
 from .index import Place, StoredTensor
 from .plan import TensorItem
 from .tensors import LocalShard
@@ -26,7 +27,9 @@ class Structure:
     """What does not change from save to save while names, shapes, dtypes and placements stay: layout and index rows."""
 
     layout: Any
-    positions: list[int]  # of the shards to write, in the rank's list
+    written: list[int]  # positions in the rank's list of the shards that this rank's index has
+    positions: list[int]  # those of them whose bytes are laid out: neither tied to another one nor derived
+    contents: list[StoredTensor]  # of the data file: the index rows with chunks
     tensors_json: str
     payload_bytes: int  # of all ranks
     item_bytes: list[int]
@@ -92,10 +95,14 @@ def make_structure(
     positions: list[int],
     payload_bytes: int,
     chunk_bytes: int,
+    derived: Mapping[int, Derivation] | None = None,
 ) -> Structure:
-    """Lays out what this rank writes. Tied shards share one place when the same rank writes both."""
-    chosen = set(positions)
-    owners = [position for position in positions if ties[position] not in chosen or ties[position] == position]
+    """Lays out what this rank writes. Tied shards share one place when the same rank writes both; those of `derived`
+    have none.
+    """
+    derived = derived or {}
+    chosen = set(positions) - derived.keys()
+    owners = [p for p in positions if p in chosen and (ties[p] not in chosen or ties[p] == p)]
     layout = _native.Layout(np.array([items[position].nbytes for position in owners], dtype=np.uint64), chunk_bytes)
     first, count, at = (column.tolist() for column in layout.places())
     place_of = {position: Place(first[i], count[i], at[i]) for i, position in enumerate(owners)}
@@ -103,10 +110,15 @@ def make_structure(
     for position in positions:
         item = items[position]
         path = paths[item.name]
+        stored_path = None if path == (item.name,) else state.encode_path(path)
+        if position in derived:
+            stored.append(StoredTensor(item, stored_path, Place(0, 0, 0), *derived[position]))
+            continue
         place = place_of.get(position) or place_of[ties[position]]
-        stored.append(StoredTensor(item, None if path == (item.name,) else state.encode_path(path), place))
+        stored.append(StoredTensor(item, stored_path, place))
     item_bytes = [
         tensors.dtype_bytes(items[position].dtype) if tensors.is_floating(items[position].dtype) else 1
         for position in owners
     ]
-    return Structure(layout, owners, index.encode_tensors(stored), payload_bytes, item_bytes)
+    contents = [one for one in stored if one.place.chunk_count]
+    return Structure(layout, positions, owners, contents, index.encode_tensors(stored), payload_bytes, item_bytes)

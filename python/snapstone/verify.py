@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from . import _native, index, manifest
-from .errors import CheckpointError, CheckpointNotFoundError
+from . import _native, index, manifest, tensors
+from .errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from .progress import Progress
 from .reader import Reader
+from .tensors import LocalShard
 
 __all__ = ["VerifyReport", "verify"]
 
@@ -42,7 +44,7 @@ def verify(
 
     Args:
         level: "quick" checks manifest, indexes, and the presence and size of every file; "full" also reads every
-            byte of every data file and compares digests and padding.
+            byte of every data file and compares digests and padding, and rebuilds what is derived from other tensors.
         progress: True for a bar on a terminal, or a callback (bytes_done, bytes_total) of the data files.
 
     Raises:
@@ -65,6 +67,8 @@ def verify(
             return VerifyReport(level, checked, (_line(error),))
         with Progress(progress, "verify", job.bytes_read) as bar:
             problems += [_line(error) for error in reader.scrub(job, progress=bar)]
+        if not problems:
+            problems += _derived_problems(reader)
         checked += job.bytes_read
     return VerifyReport(level, checked, tuple(problems))
 
@@ -132,4 +136,29 @@ def _file_problems(reader: Reader) -> list[str]:
             problems.append(
                 f"{path}: {facts.st_size} bytes or not a regular file, expected {entry.nbytes} bytes{whose}"
             )
+    return problems
+
+
+def _derived_problems(reader: Reader) -> list[str]:
+    """Of shards that are derived: whether their masters still give the bytes that were saved."""
+    problems = []
+    for writer, parsed in zip(reader.manifest.writers, reader.indexes, strict=True):
+        for item, _, _, master, expected in parsed.tensors:
+            if master is None:
+                continue
+            rebuilt = LocalShard(item, torch.empty(item.sizes, dtype=tensors.dtype_named(item.dtype)))
+            try:
+                reader.fill([rebuilt])
+                actual = _native.digest_memory(rebuilt.tensor.data_ptr(), item.nbytes)
+                if actual != expected:
+                    raise CorruptCheckpointError(
+                        f"derived from {master!r}, which gives other bytes",
+                        path=os.path.join(reader.path, writer.index.name),
+                        tensor=item.name,
+                        rank=writer.rank,
+                        expected=expected,
+                        actual=actual,
+                    )
+            except CheckpointError as error:
+                problems.append(_line(error))
     return problems

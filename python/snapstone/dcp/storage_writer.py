@@ -276,7 +276,7 @@ class StorageWriter(StorageWriterInterface):
         try:
             share.start()
             share.wait_written(saving.deadline, Progress(False, "save", 0))
-            entry = share.write_index(saving.note.save_id, saving.note.world_size, objects)
+            entry, _ = share.write_index(saving.note.save_id, saving.note.world_size, saving.target.step, objects)
             saving.staging.sync()
         finally:
             share.close()
