@@ -150,16 +150,17 @@ class Comparison:
     records: Any
     references: Any
     record_of_chunk: Any
+    step: int | None  # of the base
 
     def arguments(self) -> tuple[bytes, Any, Any]:
         """As `SaveJob` takes them."""
         return self.records.tobytes(), self.references, self.record_of_chunk
 
-    def before(self, step: int | None) -> Before:
+    def before(self) -> Before:
         known = self.record_of_chunk != NO_RECORD
         digests = np.zeros(len(known), "V16")
         digests[known] = self.records["digest"][self.record_of_chunk[known]]
-        return Before(step, known, digests)
+        return Before(self.step, known, digests)
 
 
 @dataclass(slots=True)
@@ -271,7 +272,7 @@ def _comparison(base: BaseCheckpoint, every: Sequence[Stored], record_of_chunk: 
     renumbered = np.zeros(len(files) + 1, np.uint32)
     renumbered[kept] = np.arange(1, len(kept) + 1)
     records["file"] = renumbered[records["file"]]
-    return Comparison([files[number - 1] for number in kept], records, references, record_of_chunk)
+    return Comparison([files[number - 1] for number in kept], records, references, record_of_chunk, base.manifest.step)
 
 
 def _shared_file(base: BaseCheckpoint, entry: FileEntry) -> SharedFile:

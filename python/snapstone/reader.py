@@ -417,8 +417,9 @@ class Reader:
                 continue
             exact = reads.masters.get((master, part.box))
             if exact is None:
+                of_master = self.locate(master, part.box)  # before memory is made for what may not be there
                 exact = torch.empty(part.box.sizes, dtype=tensors.dtype_named(index.MASTER_DTYPE))
-                parts += [(one, view_of(exact, part.box, one.box)) for one in self.locate(master, part.box)]
+                parts += [(one, view_of(exact, part.box, one.box)) for one in of_master]
             reads.converted.append((view, exact))
         if memory is not target_memory:
             reads.converted.append((target_memory, memory))
@@ -437,6 +438,12 @@ class Reader:
         """`memory` will hold the box of a tensor, in the saved dtype, when everything is read."""
         if self.shards.has_derived and memory.dtype == tensors.dtype_named(index.MASTER_DTYPE):
             reads.masters[name, box] = memory.detach()
+
+    def empty(self, item: plan.TensorItem) -> torch.Tensor:
+        """Memory for a box. Raises as `fill` does where that is in no saved shard: a header can claim any size."""
+        if 0 not in item.sizes:
+            self.parts_read(item.name, Box(item.offsets, item.sizes))
+        return torch.empty(item.sizes, dtype=tensors.dtype_named(item.dtype))
 
     def parts_read(self, name: str, wanted: Box) -> list[Part]:
         """What `locate` finds, with parts of the masters in the place of derived ones."""

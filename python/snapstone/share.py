@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from . import _native, garbage, index, manifest, tensors
-from .base import Before, Comparison, SharedFile, Stored
+from .base import Before, Comparison, Memory, SharedFile, Stored
 from .collective import Deadline
 from .config import PIPELINE_SLOTS, SaveOptions
 from .errors import CheckpointError
-from .index import CHUNK_DTYPE, padded
+from .index import CHUNK_DTYPE, StoredTensor, padded
 from .manifest import FileEntry
 from .progress import Progress
 from .stall import learn_rates, predict_stall
@@ -139,9 +139,16 @@ class Share:
         """Of each chunk of the layout, after `wait_written`."""
         return self._records["digest"][: self._structure.layout.chunk_count]
 
-    def before(self, step: int | None) -> Before | None:
-        """The base's chunks; `step` is the base's."""
-        return self._comparison.before(step) if self._comparison else None
+    @property
+    def contents(self) -> list[StoredTensor]:
+        return self._structure.contents
+
+    def before(self, memory: Memory) -> Before | None:
+        """What the chunks were in the base, or else in the last save."""
+        if self._comparison is not None:
+            return self._comparison.before()
+        last = memory.last(self._rank, self.contents)
+        return last.before() if last else None
 
     def used_bytes(self) -> dict[str, int]:
         """Of shared files by name: the bytes of them that this rank's records use."""

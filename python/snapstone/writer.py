@@ -10,7 +10,6 @@ import json
 import os
 import threading
 import uuid
-import warnings
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
@@ -26,7 +25,7 @@ from .manifest import Manifest
 from .outcome import Outcome
 from .progress import Progress
 from .share import Share
-from .staleness import owned_names, owned_unchanged
+from .staleness import heed_unchanged, owned_unchanged
 from .structure import Structure, StructureCache, StructureKeys, describe_all, make_structure
 from .target import Target
 from .tensors import LocalShard
@@ -312,49 +311,21 @@ class Writer:
 
     def _write_rest(self) -> bytes:
         """What is left to write once the data file is there; what this rank's vote says."""
-        share = self._share
+        share, step = self._share, self.target.step
         assert share is not None
+        before = share.before(_memory)
+        unchanged = owned_unchanged(share.contents, self._flattened.paths, before, step, share.digests)
         share.drop_sparse_files(self._used_bytes)
-        entry, self._stored = share.write_index(self.save_id, self.group.world_size, self.target.step, self._objects)
+        entry, self._stored = share.write_index(self.save_id, self.group.world_size, step, self._objects)
         with self.trace.span("sync"):
             self._staging.sync()
         return _json(
             {
                 "writer": entry.to_json(),
                 "shared": [one.to_json() for one in self._stored.files[len(entry.data) :]],
-                "unchanged": self._owned_unchanged(),
+                "unchanged": unchanged,
             }
         )
-
-    def _owned_unchanged(self) -> bool | None:
-        """Whether this rank's part of the optimizers' state is what it was at an earlier step; None: it cannot tell."""
-        step = self.target.step
-        if self.options.on_unchanged == "ignore" or step is None:
-            return None
-        assert self._share is not None
-        assert self._structure is not None
-        contents = self._structure.contents
-        if self._base is not None:
-            before = self._share.before(self._base.step)
-        else:
-            last = _memory.last(self.group.rank, contents)
-            before = last.before() if last else None
-        if before is None or before.step is None or before.step >= step:
-            return None
-        return owned_unchanged(contents, owned_names(self._flattened.paths), before, self._share.digests)
-
-    def _heed_unchanged(self, found: list[bool | None]) -> None:
-        """The same on every rank."""
-        if True not in found or False in found:
-            return
-        message = (
-            f"step {self.target.step}: nothing that an optimizer owns has changed since an earlier step. Was a stale "
-            'copy of the state saved? on_unchanged="ignore" if this is meant'
-        )
-        if self.options.on_unchanged == "raise":
-            raise CheckpointError(message, path=self.target.path)
-        if self.group.rank == 0:
-            warnings.warn(f"{self.target.path}: {message}", RuntimeWarning, stacklevel=2)
 
     def _vote_bytes(self, label: str, error: BaseException | None, payload: bytes) -> list[bytes]:
         with self.trace.span("vote"):
@@ -367,7 +338,13 @@ class Writer:
                 raise
 
     def _commit(self, entries: list[Any]) -> Manifest:
-        self._heed_unchanged([entry["unchanged"] for entry in entries])
+        heed_unchanged(
+            [entry["unchanged"] for entry in entries],
+            self.options.on_unchanged,
+            self.target.step,
+            self.target.path,
+            warn=self.group.rank == 0,
+        )
         shared = manifest.shared_of(entry["shared"] for entry in entries)
         document = Manifest(
             save_id=self.save_id,
