@@ -41,6 +41,8 @@ __all__: list[str] = [
     "scatter_pieces",
     "snapshot",
     "sync_directory",
+    "try_hard_link",
+    "try_reflink",
     "try_rung",
     "uring_compiled_in",
 ]
@@ -348,6 +350,16 @@ def snapshot(state: dict, guards: list, tensor_types: tuple) -> tuple:
     """
 
 def sync_directory(path: str) -> None: ...
+def try_hard_link(directory: str) -> None:
+    """
+    Raises OSError where a file cannot have two names.
+    """
+
+def try_reflink(directory: str) -> None:
+    """
+    Raises OSError where two files cannot share blocks.
+    """
+
 def try_rung(directory: str, rung: str) -> str:
     """
     Empty when the rung works there, else why not.

@@ -248,22 +248,6 @@ class Reader:
             for index_path, path, chunk, reason, expected, actual in job.problems()
         ]
 
-    @cached_property
-    def shared_nbytes(self) -> int:
-        """Bytes, with padding, of the chunks that this checkpoint uses of earlier saves' files, each counted once."""
-        used: dict[str, list[Any]] = {}
-        for writer, parsed in zip(self.manifest.writers, self.indexes, strict=True):
-            if len(parsed.files) > len(writer.data):
-                table = np.frombuffer(parsed.table, index.CHUNK_DTYPE)
-                for number in range(len(writer.data), len(parsed.files)):
-                    used.setdefault(parsed.files[number], []).append(table[table["file"] == number])
-        total = 0
-        for tables in used.values():
-            _, first = np.unique(np.concatenate([rows["offset"] for rows in tables]), return_index=True)
-            stored = np.concatenate([rows["stored_bytes"] for rows in tables])[first]
-            total += int(index.padded(stored).sum())
-        return total
-
     def file_of(self, shard: SavedShard) -> str:
         """The name of the file in which a shard begins, from the checkpoint's directory on; of one without bytes, that
         of its index.
