@@ -5,7 +5,8 @@
 //     CALL:NTH[+]:ACTION        fsync:2:errno=EIO   pwrite:3+:errno=ENOSPC   write:1:short=512   renameat2:1:kill
 // CALL is the name given to point() (table in os/call.h) or '*'; NTH counts matching calls of this process from 1; '+'
 // means that call and all later ones. ACTION: errno=NAME|NUMBER, short=BYTES, kill (SIGKILL to this process),
-// delay=MILLISECONDS. Threads: any.
+// delay=MILLISECONDS. Only pread, pwrite, copy_file_range and io_uring completions have a count for `short` to limit.
+// Threads: any.
 #pragma once
 
 #include <atomic>

@@ -6,6 +6,7 @@
 
 #include "base/limits.h"
 #include "bind/bind.h"
+#include "format/chunk_table.h"
 #include "mem/board.h"
 #include "os/directory.h"
 #include "pipeline/engine.h"
@@ -20,11 +21,15 @@ using pipeline::LoadPlan;
 // What Python holds of a chunk table, to pass it to one job after the other.
 struct Records {
   std::shared_ptr<const pipeline::ChunkRecords> records;
+  std::shared_ptr<const pipeline::ChunkReferences> references;
 
-  explicit Records(const py::bytes& table) {
+  Records(const py::bytes& table, std::uint64_t reference_count) {
     const std::string_view view(table);
     pipeline::ChunkRecords copy(view.size() / sizeof(format::ChunkRecord));
     std::memcpy(copy.data(), view.data(), copy.size() * sizeof(format::ChunkRecord));
+    if (reference_count > 0) {
+      references = std::make_shared<const pipeline::ChunkReferences>(format::chunk_references(copy, reference_count));
+    }
     records = std::make_shared<const pipeline::ChunkRecords>(std::move(copy));
   }
 };
@@ -55,7 +60,9 @@ pipeline::StoredShard make_shard(const ShardArguments& arguments) {
 
 LoadPlan make_plan(const TableArguments& table_arguments) {
   std::vector<pipeline::ChunkTable> tables;
-  for (const auto& [records, first_file, path] : table_arguments) tables.push_back({records.records, first_file, path});
+  for (const auto& [records, first_file, path] : table_arguments) {
+    tables.push_back({records.records, first_file, path, records.references});
+  }
   return LoadPlan(std::move(tables));
 }
 
@@ -76,14 +83,48 @@ void add_targets(LoadPlan& plan, const U64Array& contiguous, const BoxArguments&
   }
 }
 
-std::vector<os::File> open_files(const FileArguments& arguments, bool direct) {
-  std::vector<os::File> files;
-  for (const auto& [directory_path, name, nbytes] : arguments) {
-    const os::Directory directory = os::open_directory(directory_path);
-    files.push_back(os::open_for_read(directory.fd.get(), directory.path, name, direct));
-    const std::uint64_t actual = os::file_nbytes(files.back());
+// Opens files by names of one component, or of two: a directory inside the checkpoint, which is never a link, and the
+// file. Neighbours share the directories.
+class FileOpener {
+ public:
+  explicit FileOpener(bool direct) : direct_(direct) {}
+
+  os::File open(const std::string& directory_path, const std::string& name) {
+    if (directory_.path != directory_path) {
+      inner_ = {};
+      directory_ = os::open_directory(directory_path);
+    }
+    const std::size_t slash = name.find('/');
+    if (slash == std::string::npos) {
+      return os::open_for_read(directory_.fd.get(), directory_.path, name, direct_);
+    }
+    if (const std::string inner_name = name.substr(0, slash); inner_name != inner_name_ || !inner_.fd) {
+      inner_ = os::open_directory_at(directory_, inner_name);
+      inner_name_ = inner_name;
+    }
+    return os::open_for_read(inner_.fd.get(), inner_.path, name.substr(slash + 1), direct_);
+  }
+
+ private:
+  const bool direct_;
+  os::Directory directory_;
+  os::Directory inner_;
+  std::string inner_name_;
+};
+
+// The files that the plan needs; the others, of which a checkpoint with many saves before it has many, stay closed.
+std::vector<os::File> open_files(const FileArguments& arguments, const LoadPlan& plan, bool direct) {
+  std::vector<bool> needed = plan.files_needed();
+  needed.resize(arguments.size());  // LoadJob refuses chunks in others
+  std::vector<os::File> files(arguments.size());
+  FileOpener opener(direct);
+  for (std::size_t i = 0; i < files.size(); ++i) {
+    if (!needed[i]) continue;
+    const auto& [directory_path, name, nbytes] = arguments[i];
+    files[i] = opener.open(directory_path, name);
+    const std::uint64_t actual = os::file_nbytes(files[i]);
     if (actual != nbytes) {
-      throw CorruptError("data file has the wrong size", files.back().path, CorruptError::kNoChunk,
+      throw CorruptError("data file has the wrong size", files[i].path, CorruptError::kNoChunk,
                          std::to_string(nbytes) + " bytes", std::to_string(actual) + " bytes");
     }
   }
@@ -102,7 +143,7 @@ std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileA
     add_targets(plan, contiguous, boxes);
   }
   plan.finish();
-  std::vector<os::File> files = open_files(file_arguments, io::rung_is_direct(options.rung));
+  std::vector<os::File> files = open_files(file_arguments, plan, io::rung_is_direct(options.rung));
   const std::uint64_t slot_bytes = std::max(round_up(plan.request_bytes_max(), kPageBytes), kChunkBytesDefault);
   const std::uint64_t slots_in_limit = std::min(slots_max, kLoadStagingBytesMax / slot_bytes);
   const std::uint64_t slots =
@@ -114,8 +155,8 @@ std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileA
 py::list problems(const LoadJob& job) {
   py::list result;
   for (const pipeline::Problem& problem : job.problems()) {
-    result.append(
-        py::make_tuple(problem.table, problem.chunk, problem.file, problem.reason, problem.expected, problem.actual));
+    result.append(py::make_tuple(job.plan().table(problem.table).path, problem.path, problem.chunk, problem.reason,
+                                 problem.expected, problem.actual));
   }
   return result;
 }
@@ -153,7 +194,10 @@ std::string wait_for(const mem::Board& board, std::uint64_t value, double second
 }  // namespace
 
 void bind_load(py::module_& module) {
-  py::class_<Records>(module, "ChunkRecords", "A chunk table, for any number of jobs.").def(py::init<py::bytes>());
+  py::class_<Records>(module, "ChunkRecords",
+                      "A chunk table that check_chunk_table() accepted, for any number of jobs; the last `references` "
+                      "records are reference chunks.")
+      .def(py::init<py::bytes, std::uint64_t>(), py::arg("table"), py::arg("references") = 0);
   auto job = py::class_<LoadJob, std::shared_ptr<LoadJob>>(
       module, "LoadJob", "Chunks being read into memory; see csrc/pipeline/load_job.h.");
   job.def(py::init(&make_load_job), py::arg("tables"), py::arg("files"), py::arg("contiguous"), py::arg("boxes"),
@@ -164,7 +208,8 @@ void bind_load(py::module_& module) {
       .def_property_readonly("bytes_needed", [](const LoadJob& self) { return self.plan().bytes_needed(); })
       .def_property_readonly("bytes_read", [](const LoadJob& self) { return self.plan().bytes_read(); })
       .def_property_readonly("chunk_count", [](const LoadJob& self) { return self.plan().chunks().size(); })
-      .def("problems", &problems, "[(table, chunk, file, reason, expected, actual), ...] of a scrub");
+      .def("problems", &problems,
+           "[(path of the index, path of the file, chunk, reason, expected, actual), ...] of wrong chunks");
   bind_job_methods(job);
   py::class_<mem::Board>(module, "Board", "Counters of processes that share memory; see csrc/mem/board.h.")
       .def(py::init([](std::uint64_t address, std::size_t count) {

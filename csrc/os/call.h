@@ -1,8 +1,8 @@
 // The one way csrc/os/ enters the kernel: fault seam, then the call, then again on EINTR.
 //
 // Reads of /proc (boot id, memory, limits) stay outside the seam: they answer "unknown" and never fail a caller.
-// Seam names (base/fault_hook.h) and what passes them; fallocate, ftruncate, fsync, pwrite, pread, flock, mmap and
-// madvise are the calls of those names.
+// Seam names (base/fault_hook.h) and what passes them; fallocate, ftruncate, fsync, pwrite, pread, copy_file_range,
+// flock, mmap and madvise are the calls of those names.
 //
 // clang-format off
 //     open        openat with any flags: files, directories, O_TMPFILE

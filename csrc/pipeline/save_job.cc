@@ -1,5 +1,6 @@
 #include "pipeline/save_job.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <deque>
@@ -21,25 +22,38 @@ namespace {
 constexpr std::chrono::milliseconds kSlotPoll{20};
 constexpr unsigned kDeviceBusy = 16;  // requests in flight: at 12 GB/s and 1 MiB each they last for 1.4 ms
 constexpr std::chrono::microseconds kStandByPoll{500};
+constexpr std::int64_t kUnknown = -1;
+constexpr std::uint64_t kReserveBytes = 64 << 20;
 
 }  // namespace
 
 SaveJob::SaveJob(std::shared_ptr<const format::Layout> layout, SaveSources sources, os::File file,
-                 std::shared_ptr<mem::SlotRing> ring, SaveOptions options)
+                 std::shared_ptr<mem::SlotRing> ring, SaveOptions options, SaveBase base)
     : Job(options.trace),
       layout_(std::move(layout)),
       sources_(std::move(sources)),
       file_(std::move(file)),
       ring_(std::move(ring)),
       options_(std::move(options)),
+      base_(std::move(base)),
       direct_(file_.direct),
       table_(layout_->chunks.size()) {
   if (ring_->slot_bytes() < layout_->chunk_bytes) {
     throw std::invalid_argument("slots of " + std::to_string(ring_->slot_bytes()) + " bytes cannot hold chunks of " +
                                 std::to_string(layout_->chunk_bytes));
   }
+  base_.check(layout_->chunks.size());
+  if (options_.compress) {
+    encoder_.emplace(
+        *layout_, base_,
+        EncodeOptions{options_.zstd_level, options_.item_bytes, options_.xor_tensors, options_.keyframe_every});
+  }
+  if (places_in_turn()) announced_.assign(layout_->chunks.size(), kUnknown);
   // Buffered writes end in the page cache; on tmpfs reserving would write every page once more.
-  if (direct_ && layout_->file_bytes > 0) os::preallocate(file_, layout_->file_bytes);
+  if (direct_ && layout_->file_bytes > 0 && base_.empty()) {
+    os::preallocate(file_, layout_->file_bytes);
+    reserved_bytes_ = layout_->file_bytes;
+  }
 }
 
 bool SaveJob::wait_staged(std::chrono::milliseconds timeout) {
@@ -98,8 +112,8 @@ class SaveJob::LaneRun {
       spare_ = {};
       return false;
     }
-    job_.stage(chunk, spare_.data(), books_);
-    staged_.emplace_back(chunk, std::move(spare_));
+    last_was_same_ = !job_.stage(chunk, spare_.data(), last_was_same_, books_);
+    if (!last_was_same_) staged_.emplace_back(chunk, std::move(spare_));
     return true;
   }
 
@@ -112,11 +126,11 @@ class SaveJob::LaneRun {
     auto [chunk, slot] = std::move(staged_.front());
     staged_.pop_front();
     format::ChunkRecord& record = job_.table_[chunk];
-    if (job_.options_.compress) {
-      const std::uint32_t stored = job_.encode(chunk, slot.data(), lane_, books_);
-      if (!job_.place(chunk, stored)) return;
-    } else {
+    if (job_.options_.compress) job_.announce(chunk, job_.encode(chunk, slot.data(), lane_, books_));
+    if (!job_.places_in_turn()) {
       record.offset = job_.layout_->chunks[chunk].offset;
+    } else if (!job_.wait_for_place(chunk)) {
+      return;
     }
     const auto nbytes = static_cast<std::uint32_t>(round_up(record.stored_bytes, kPageBytes));
     std::memset(slot.data() + record.stored_bytes, 0, nbytes - record.stored_bytes);
@@ -152,33 +166,58 @@ class SaveJob::LaneRun {
   std::deque<std::pair<std::uint64_t, mem::Slot>> staged_;
   mem::Slot spare_;
   bool claimed_all_ = false;
+  bool last_was_same_ = true;  // as the chunk before it was, the next one is expected to be
 };
 
 void SaveJob::work(Lane& lane, LaneBooks& books) {
   if (next_chunk_.load() < layout_->chunks.size()) LaneRun(*this, lane, books).run();
 }
 
-void SaveJob::stage(std::uint64_t index, std::uint8_t* slot, LaneBooks& books) {
-  const format::ChunkPlan& chunk = layout_->chunks[index];
-  format::ChunkRecord& record = table_[index];
-  record.raw_bytes = record.stored_bytes = chunk.raw_bytes;
-  const std::int64_t begin = now_ns();
+const std::uint8_t* SaveJob::contiguous_source(const format::ChunkPlan& chunk) const {
   const format::Piece& piece = layout_->pieces[chunk.first_piece];
   const std::uint8_t* source = sources_.contiguous[piece.tensor];
-  if (chunk.piece_count == 1 && source != nullptr) {
-    record.digest = codec::copy_and_digest({source + piece.begin, chunk.raw_bytes}, slot);
-    books.add(Stage::kStage, begin, now_ns(), chunk.raw_bytes);
-  } else {
-    gather_pieces(chunk, slot);
-    const std::int64_t gathered = now_ns();
-    record.digest = codec::digest({slot, chunk.raw_bytes});
-    books.add(Stage::kStage, begin, gathered, chunk.raw_bytes);
-    books.add(Stage::kDigest, gathered, now_ns(), chunk.raw_bytes);
+  return chunk.piece_count == 1 && source != nullptr ? source + piece.begin : nullptr;
+}
+
+bool SaveJob::stage(std::uint64_t index, std::uint8_t* slot, bool expect_same, LaneBooks& books) {
+  const format::ChunkPlan& chunk = layout_->chunks[index];
+  const format::ChunkRecord* base = base_.record(index, chunk.raw_bytes);
+  const std::uint8_t* source = contiguous_source(chunk);
+  format::ChunkRecord record{};
+  record.raw_bytes = record.stored_bytes = chunk.raw_bytes;
+  bool same = false;
+  if (base != nullptr && expect_same && source != nullptr) {
+    const std::int64_t begin = now_ns();
+    same = codec::digest({source, chunk.raw_bytes}) == base->digest;
+    books.add(Stage::kDigest, begin, now_ns(), chunk.raw_bytes);
   }
+  if (!same) {
+    copy_chunk(chunk, slot, record, books);
+    same = base != nullptr && record.digest == base->digest;
+  }
+  table_[index] = same ? *base : record;
+  if (same) progress(payload_bytes(index));
+  if (same || (places_in_turn() && !options_.compress)) announce(index, same ? 0 : record.stored_bytes);
   if (chunks_staged_.fetch_add(1) + 1 == layout_->chunks.size()) {
     std::lock_guard lock(mutex_);
     changed_->notify_all();
   }
+  return !same;
+}
+
+void SaveJob::copy_chunk(const format::ChunkPlan& chunk, std::uint8_t* slot, format::ChunkRecord& record,
+                         LaneBooks& books) {
+  const std::int64_t begin = now_ns();
+  if (const std::uint8_t* source = contiguous_source(chunk)) {
+    record.digest = codec::copy_and_digest({source, chunk.raw_bytes}, slot);
+    books.add(Stage::kStage, begin, now_ns(), chunk.raw_bytes);
+    return;
+  }
+  gather_pieces(chunk, slot);
+  const std::int64_t gathered = now_ns();
+  record.digest = codec::digest({slot, chunk.raw_bytes});
+  books.add(Stage::kStage, begin, gathered, chunk.raw_bytes);
+  books.add(Stage::kDigest, gathered, now_ns(), chunk.raw_bytes);
 }
 
 std::uint64_t SaveJob::payload_bytes(std::uint64_t index) const {
@@ -207,49 +246,71 @@ void SaveJob::gather_pieces(const format::ChunkPlan& chunk, std::uint8_t* slot) 
 }
 
 std::uint32_t SaveJob::encode(std::uint64_t index, std::uint8_t* slot, Lane& lane, LaneBooks& books) {
-  const format::ChunkPlan& chunk = layout_->chunks[index];
-  format::ChunkRecord& record = table_[index];
-  const std::int64_t begin = now_ns();
-  // Packed chunks mix item sizes, so they get no byte planes.
-  const unsigned item_bytes =
-      chunk.piece_count == 1 ? options_.item_bytes[layout_->pieces[chunk.first_piece].tensor] : 1;
-  const codec::Codec codec = codec::zstd_codec_for_item_bytes(item_bytes);
-  std::uint8_t* target = lane.scratch(layout_->chunk_bytes);
-  const auto stored = codec::compress({slot, chunk.raw_bytes}, codec, options_.zstd_level, target);
-  if (stored) {
-    std::memcpy(slot, target, *stored);
-    record.codec = static_cast<std::uint16_t>(codec);
-    record.stored_bytes = static_cast<std::uint32_t>(*stored);
-  }
-  books.add(Stage::kEncode, begin, now_ns(), chunk.raw_bytes);
-  return record.stored_bytes;
+  const EncodedChunk encoded = encoder_->encode(index, slot, lane.scratch(encoder_->scratch_bytes()), books);
+  table_[index].codec = static_cast<std::uint16_t>(encoded.codec);
+  table_[index].stored_bytes = encoded.stored_bytes;
+  return encoded.stored_bytes;
 }
 
-bool SaveJob::place(std::uint64_t chunk, std::uint32_t stored_bytes) {
-  std::unique_lock lock(mutex_);
-  changed_->wait(lock, [&] { return next_place_ == chunk || stopped(); });
-  if (stopped()) return false;
-  table_[chunk].offset = file_bytes_;
-  file_bytes_ += round_up(stored_bytes, kPageBytes);
-  ++next_place_;
+std::span<const std::uint32_t> SaveJob::encode_us() const {
+  return encoder_ ? std::span<const std::uint32_t>(encoder_->encode_us()) : std::span<const std::uint32_t>();
+}
+
+void SaveJob::announce(std::uint64_t chunk, std::uint32_t stored_bytes) {
+  std::lock_guard lock(mutex_);
+  announced_[chunk] = static_cast<std::int64_t>(round_up(stored_bytes, kPageBytes));
+  while (next_place_ < announced_.size() && announced_[next_place_] != kUnknown) {
+    if (announced_[next_place_] > 0) table_[next_place_].offset = file_bytes_;
+    file_bytes_ += static_cast<std::uint64_t>(announced_[next_place_]);
+    ++next_place_;
+  }
+  reserve_for_placed();
   changed_->notify_all();
-  return true;
+}
+
+bool SaveJob::wait_for_place(std::uint64_t chunk) {
+  std::unique_lock lock(mutex_);
+  changed_->wait(lock, [&] { return next_place_ > chunk || stopped(); });
+  return next_place_ > chunk;
+}
+
+// Each reservation waits for the writes in flight, so there should be few: the second one takes what the chunks that
+// have a place let expect of the rest.
+void SaveJob::reserve_for_placed() {
+  if (!direct_ || file_bytes_ <= reserved_bytes_) return;
+  const std::uint64_t expected = file_bytes_ / next_place_ * announced_.size();
+  const std::uint64_t wanted =
+      reserved_bytes_ == 0 ? file_bytes_ + kReserveBytes : std::max(file_bytes_ + kReserveBytes, expected);
+  std::uint64_t nbytes = std::min(wanted, layout_->file_bytes);
+  try {
+    os::preallocate(file_, nbytes);
+  } catch (const OsError& error) {
+    if (nbytes == file_bytes_ || (error.error_number() != ENOSPC && error.error_number() != EDQUOT)) throw;
+    nbytes = file_bytes_;
+    os::preallocate(file_, nbytes);
+  }
+  reserved_bytes_ = nbytes;
 }
 
 void SaveJob::finish() {
   const std::int64_t begin = now_ns();
-  if (options_.compress) {
-    os::truncate(file_, file_bytes_);  // preallocated for the raw size
-  } else {
+  if (!places_in_turn()) {
     file_bytes_ = layout_->file_bytes;
+  } else if (reserved_bytes_ > file_bytes_) {
+    os::truncate(file_, file_bytes_);
   }
   os::sync(file_);
   file_.fd.close(file_.path);
+  base_.append_references(table_);
+  base_.files.clear();
   LaneBooks books(0, trace());
   books.add(Stage::kSync, begin, now_ns(), file_bytes_);
   merge(books);
 }
 
-void SaveJob::abandon() noexcept { file_.fd = os::UniqueFd(); }
+void SaveJob::abandon() noexcept {
+  file_.fd = os::UniqueFd();
+  base_.files.clear();
+}
 
 }  // namespace snapstone::pipeline

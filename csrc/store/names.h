@@ -10,6 +10,7 @@ namespace snapstone::store {
 inline constexpr const char* kManifestName = "MANIFEST.json";
 inline constexpr const char* kManifestDigestName = "MANIFEST.xxh128";
 inline constexpr const char* kOwnerName = "OWNER";  // only inside a staging directory; removed before the commit
+inline constexpr const char* kSharedName = "base";  // directory of shared files, inside a checkpoint
 
 bool is_save_id(std::string_view text);  // 32 lower-case hex digits
 std::string staging_name(std::string_view save_id);

@@ -2,10 +2,12 @@
 // directory that reap() removes later; what the other steps leave is said with them.
 //
 //   1. lead: mkdir `.staging-<save_id>` (0700), flock it shared, write OWNER.
+//      all, with a base: hard-link its data files into `base/`, so that it may go meanwhile.
 //   2. all:  create data and index files O_EXCL|O_NOFOLLOW, write, fsync each once, close.
-//   3. all:  fsync the staging directory: the entries of step 2 are durable.
+//   3. all:  fsync `base/` and the staging directory: the entries of step 2 are durable.
 //   4. all:  vote; any error or silence ends the save here and the lead discards.
-//   5. lead: write MANIFEST.json and MANIFEST.xxh128, fsync each; unlink OWNER.
+//   5. lead: unlink what is in `base/` and not used, check the rest, fsync `base/`; write MANIFEST.json and
+//      MANIFEST.xxh128, fsync each; unlink OWNER.
 //   6. lead: fsync the staging directory.
 //   7. lead: rename to the final name. THE COMMIT POINT. A crash leaves the old state or the committed one.
 //            absent target: renameat2(RENAME_NOREPLACE). overwrite: renameat2(RENAME_EXCHANGE), so the old checkpoint
@@ -18,12 +20,14 @@
 //            removes it later.
 #include "store/staging.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <thread>
 #include <utility>
 
 #include "base/error.h"
+#include "os/copy.h"
 #include "store/names.h"
 
 namespace snapstone::store {
@@ -64,6 +68,23 @@ void remove_quietly(const os::Directory& parent, const std::string& name) noexce
   }
 }
 
+// Between two calls of `at`; also bounds how long one call of the kernel holds up an interrupt.
+constexpr std::uint64_t kCopyBytesMax = 64ull << 20;
+
+// Ranges that follow each other in one source as one, so that the kernel is entered once for them.
+std::vector<SourceRange> merge_neighbours(std::span<const SourceRange> ranges) {
+  std::vector<SourceRange> merged;
+  for (const SourceRange& range : ranges) {
+    if (!merged.empty() && merged.back().source == range.source &&
+        merged.back().offset + merged.back().nbytes == range.offset) {
+      merged.back().nbytes += range.nbytes;
+    } else if (range.nbytes != 0) {
+      merged.push_back(range);
+    }
+  }
+  return merged;
+}
+
 }  // namespace
 
 Staging::Staging(os::Directory parent, os::Directory directory, std::string save_id)
@@ -102,7 +123,68 @@ void Staging::write_file(const std::string& name, std::span<const std::uint8_t> 
   os::write_file_durably(directory_.fd.get(), directory_.path, name, bytes);
 }
 
-void Staging::sync() const { os::sync_directory(directory_); }
+std::uint64_t Staging::copy_ranges(const std::string& name, std::span<const os::File> sources,
+                                   std::span<const SourceRange> ranges,
+                                   const std::function<void(std::uint64_t)>& at) const {
+  std::uint64_t total = 0;
+  for (const SourceRange& range : ranges) total += range.nbytes;
+  os::File file = create_file(name, false);
+  try {
+    os::preallocate(file, total);
+    std::uint64_t done = 0;
+    for (const auto& [source, offset, nbytes] : merge_neighbours(ranges)) {
+      for (std::uint64_t copied = 0; copied < nbytes;) {
+        const std::uint64_t count = std::min(nbytes - copied, kCopyBytesMax);
+        os::copy_range(sources[source], offset + copied, file, done, count);
+        copied += count;
+        done += count;
+        if (at) at(done);
+      }
+    }
+    os::sync(file);
+    file.fd.close(file.path);
+  } catch (...) {
+    try {
+      os::unlink_at(directory_, name);
+    } catch (const OsError&) {
+      // discard() takes it away with the directory.
+    }
+    throw;
+  }
+  return total;
+}
+
+void Staging::open_shared() {
+  if (shared_) return;
+  try {
+    os::make_directory_at(directory_, kSharedName);
+  } catch (const OsError& error) {
+    if (error.error_number() != EEXIST) throw;
+  }
+  shared_ = os::open_directory_at(directory_, kSharedName);
+}
+
+void Staging::link_shared(const std::string& checkpoint_path, std::span<const std::uint8_t> manifest_digest,
+                          std::span<const SharedFile> files) {
+  open_shared();
+  link_shared_files(checkpoint_path, manifest_digest, files, *shared_);
+}
+
+void Staging::keep_shared(std::span<const SharedFile> files) {
+  if (files.empty()) {
+    shared_.reset();
+    os::remove_tree_at(directory_, kSharedName);
+    return;
+  }
+  open_shared();
+  keep_shared_files(*shared_, files);
+  os::sync_directory(*shared_);
+}
+
+void Staging::sync() const {
+  if (shared_) os::sync_directory(*shared_);
+  os::sync_directory(directory_);
+}
 
 void Staging::commit(std::span<const std::uint8_t> manifest, std::span<const std::uint8_t> manifest_digest,
                      const std::string& final_name, bool overwrite) {
@@ -143,6 +225,7 @@ void Staging::publish(const std::string& final_name, bool overwrite) {
 }
 
 void Staging::close() noexcept {
+  shared_.reset();
   directory_.fd = os::UniqueFd();
   parent_.fd = os::UniqueFd();
 }

@@ -4,21 +4,31 @@
 //            complete and durable under its final name. A crash at any moment leaves the previous state or the
 //            committed one, and a `.staging-` or `.trash-` directory at most.
 // Ownership: holds the directory open with a shared flock, which tells reap() that the save is alive.
-// Threads:   create_file() and write_file() from any thread; the rest from one at a time.
+// Threads:   create_file(), write_file() and copy_ranges() from any thread; the rest from one at a time.
 // Failure:   OsError. If step 8 is what failed, the new checkpoint is in place but may not survive a crash; with
 //            overwrite the old one keeps the staging name, untouched. discard() is best effort and noexcept; after the
 //            rename it does nothing.
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "os/directory.h"
 #include "os/file.h"
+#include "store/shared_files.h"
 
 namespace snapstone::store {
+
+// Bytes of a file that was written before: `source` counts in the list given with it.
+struct SourceRange {
+  std::uint64_t source;
+  std::uint64_t offset;
+  std::uint64_t nbytes;
+};
 
 class Staging {
  public:
@@ -35,6 +45,17 @@ class Staging {
   os::File create_file(const std::string& name, bool direct) const;
   void write_file(const std::string& name,
                   std::span<const std::uint8_t> bytes) const;  // durable but for the directory entry
+  // A file of the ranges' bytes, one range after the other; returns its size. Durable but for the directory entry.
+  // Calls `at` with the bytes copied so far, after each 64 MiB at the latest; what it throws ends the copy. On failure
+  // the file is removed again.
+  std::uint64_t copy_ranges(const std::string& name, std::span<const os::File> sources,
+                            std::span<const SourceRange> ranges,
+                            const std::function<void(std::uint64_t)>& at = {}) const;
+  // Links data files of an earlier checkpoint into `base/`; see shared_files.h.
+  void link_shared(const std::string& checkpoint_path, std::span<const std::uint8_t> manifest_digest,
+                   std::span<const SharedFile> files);
+  // The lead, before it commits: `base/` is what holds these files and nothing else, or is not there without any.
+  void keep_shared(std::span<const SharedFile> files);
   void sync() const;
 
   // Steps 5 to 8 of the protocol in staging.cc. `final_name` is a component of the parent directory. OsError(EEXIST) if
@@ -50,10 +71,12 @@ class Staging {
 
  private:
   Staging(os::Directory parent, os::Directory directory, std::string save_id);
+  void open_shared();
   void publish(const std::string& final_name, bool overwrite);
 
   os::Directory parent_;
   os::Directory directory_;
+  std::optional<os::Directory> shared_;
   std::string save_id_;
   bool published_ = false;  // renamed: what has the staging name now, if anything, is the replaced checkpoint
 };

@@ -55,7 +55,26 @@ class Staging:
     def join(parent: str, save_id: str) -> Staging: ...
     def close(self) -> None: ...
     def commit(self, manifest: bytes, manifest_digest: bytes, final_name: str, overwrite: bool) -> None: ...
+    def copy_ranges(
+        self,
+        name: str,
+        sources: collections.abc.Sequence[tuple[str, str]],
+        ranges: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
+        progress: typing.Any = None,
+    ) -> int:
+        """
+        A new file of the bytes of `ranges`, rows of (source, offset, nbytes); returns its size. `progress` gets the bytes copied so far.
+        """
     def discard(self) -> None: ...
+    def keep_shared(
+        self, files: collections.abc.Sequence[tuple[str, typing.SupportsInt | typing.SupportsIndex]]
+    ) -> None: ...
+    def link_shared(
+        self,
+        checkpoint: str,
+        manifest_digest: bytes,
+        files: collections.abc.Sequence[tuple[bool, str, str, typing.SupportsInt | typing.SupportsIndex]],
+    ) -> None: ...
     def sync(self) -> None: ...
     def withdraw(self) -> None: ...
     def write_file(self, name: str, data: bytes) -> None: ...
@@ -90,6 +109,8 @@ class SaveJob:
     """
     One data file being written; see csrc/pipeline/save_job.h.
     """
+
+    NO_RECORD: typing.ClassVar[int] = 4294967295
     def __init__(
         self,
         layout: Layout,
@@ -108,6 +129,12 @@ class SaveJob:
         rung: str,
         zstd_level: typing.SupportsInt | typing.SupportsIndex,
         item_bytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        base: tuple[
+            bytes,
+            typing.Annotated[numpy.typing.ArrayLike, numpy.uint32],
+            typing.Annotated[numpy.typing.ArrayLike, numpy.uint32],
+        ]
+        | None,
         slots: typing.SupportsInt | typing.SupportsIndex,
         eager: bool,
         trace: bool,
@@ -179,7 +206,7 @@ class LoadJob:
     def cancel(self) -> None: ...
     def problems(self) -> list:
         """
-        [(table, chunk, file, reason, expected, actual), ...] of a scrub
+        [(path of the index, path of the file, chunk, reason, expected, actual), ...] of wrong chunks
         """
     def rethrow(self) -> None:
         """
@@ -241,6 +268,7 @@ def check_chunk_table(
     file_nbytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     chunk_bytes_max: typing.SupportsInt | typing.SupportsIndex,
     path: str,
+    references: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
 def choose_rung(directory: str) -> tuple:
     """

@@ -28,7 +28,8 @@ class Checkpoint:
     Attributes:
         path: the directory. step, metadata, metrics (`metadata["metrics"]`), format_version, save_id, world_size:
             from the manifest.
-        nbytes: bytes of all tensors. own_nbytes: bytes of the data files in this directory.
+        nbytes: bytes of all tensors. own_nbytes: bytes of the data files that this save wrote. shared_nbytes: bytes of
+            the chunks that it took over from earlier saves, as they are stored, padding included; opens the indexes.
         stats: what the save or load that returned this object did.
         missing_keys, unexpected_keys: of a load with strict=False.
     """
@@ -105,6 +106,10 @@ class Checkpoint:
     @property
     def own_nbytes(self) -> int:
         return sum(entry.nbytes for writer in self.manifest.writers for entry in writer.data)
+
+    @property
+    def shared_nbytes(self) -> int:
+        return self.reader.shared_nbytes if self.manifest.shared else 0
 
     @property
     def reader(self) -> Reader:

@@ -5,6 +5,7 @@ Every knob stands in `docs/tuning.md` with its name, default and when to touch i
 
 from __future__ import annotations
 
+import operator
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,7 @@ TIMEOUT_SECONDS_DEFAULT = 1800.0
 # A save that nobody waits for needs no more slots than the device takes at once.
 PIPELINE_SLOTS = 128
 ZSTD_LEVEL_DEFAULT = 3
+ON_UNCHANGED = ("warn", "raise", "ignore")
 STRATEGIES = ("auto", "direct", "scatter", "broadcast")
 
 
@@ -92,6 +94,9 @@ class SaveOptions:
     timeout_seconds: float
     chunk_bytes: int
     derive: bool
+    base: str | None  # an absolute path, or "auto"
+    full_every: int | None
+    on_unchanged: str
 
     @classmethod
     def of(
@@ -103,6 +108,9 @@ class SaveOptions:
         host_memory_budget: int | None = None,
         timeout: timedelta | float | None = None,
         derive: bool = False,
+        base: str | os.PathLike[str] | None = None,
+        full_every: int | None = None,
+        on_unchanged: str = "warn",
     ) -> SaveOptions:
         budget = (
             _integer("SNAPSTONE_HOST_MEMORY_BUDGET", HOST_MEMORY_BUDGET_DEFAULT)
@@ -128,7 +136,36 @@ class SaveOptions:
             timeout_seconds=seconds_of(timeout),
             chunk_bytes=chunk_bytes,
             derive=derive,
+            base=_base(base),
+            full_every=_full_every(full_every),
+            on_unchanged=_on_unchanged(on_unchanged),
         )
+
+
+def _base(base: str | os.PathLike[str] | None) -> str | None:
+    if base is None:
+        return None
+    if base == "auto":
+        return "auto"
+    path = os.fspath(base)
+    if not path:
+        raise ValueError("base='': use 'auto' or the path of a checkpoint")
+    return os.path.abspath(path)
+
+
+def _full_every(saves: int | None) -> int | None:
+    if saves is None:
+        return None
+    number = operator.index(saves)
+    if number < 1:
+        raise ValueError(f"full_every={saves}: must be at least 1")
+    return number
+
+
+def _on_unchanged(choice: str) -> str:
+    if choice not in ON_UNCHANGED:
+        raise ValueError(f"on_unchanged={choice!r}: use 'warn', 'raise' or 'ignore'")
+    return choice
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -75,10 +75,13 @@ def _compare_tensor(first: Checkpoint, second: Checkpoint, name: str, values: bo
         return Change(name, before, after, nbytes, nbytes, None)
     chunks = _chunks(first, name), _chunks(second, name)
     nbytes = first.get_slice(name).nbytes
+    differing = []
     if chunks[0] is not None and chunks[1] is not None and chunks[0].keys() == chunks[1].keys():
-        changed_bytes = sum(size for key, (size, digest) in chunks[0].items() if chunks[1][key][1] != digest)
-        if changed_bytes == 0:
+        differing = [key for key, digest in chunks[0].items() if chunks[1][key] != digest]
+        if not differing:
             return None
+    if differing and not any(key.is_packed for key in differing):
+        changed_bytes = sum(key.nbytes for key in differing)
         largest = _largest(first.get_tensor(name), second.get_tensor(name)) if values else None
         return Change(name, before, after, nbytes, changed_bytes, largest)
     left, right = first.get_tensor(name), second.get_tensor(name)
@@ -87,20 +90,35 @@ def _compare_tensor(first: Checkpoint, second: Checkpoint, name: str, values: bo
     return Change(name, before, after, nbytes, nbytes, _largest(left, right) if values else None)
 
 
-def _chunks(checkpoint: Checkpoint, name: str) -> dict[Any, tuple[int, bytes]] | None:
-    """(shard box, chunk position, bytes) -> (bytes, digest); None for a tensor that shares its chunk with others."""
-    found: dict[Any, tuple[int, bytes]] = {}
+class _Chunk(NamedTuple):
+    """Where a chunk stands in a tensor. What two checkpoints store under equal keys is the same bytes of the tensor;
+    of a packed chunk, which other tensors are in too, only if the digests are equal.
+    """
+
+    offsets: tuple[int, ...]  # of the shard
+    sizes: tuple[int, ...]
+    position: int
+    nbytes: int
+    at: int
+    is_packed: bool
+
+
+def _chunks(checkpoint: Checkpoint, name: str) -> dict[_Chunk, bytes] | None:
+    """The digests of a tensor's chunks; None where chunks do not hold all its bytes."""
+    found: dict[_Chunk, bytes] = {}
     for shard in checkpoint.reader.shards[name]:
         place, item = shard.stored.place, shard.stored.item
         one = checkpoint.reader.indexes[shard.table]
         table = np.frombuffer(one.table, dtype=index.CHUNK_DTYPE)[
             place.first_chunk : place.first_chunk + place.chunk_count
         ]
-        if int(table["raw_bytes"].sum()) != item.nbytes:
+        nbytes = int(table["raw_bytes"].sum())
+        if nbytes < item.nbytes:
             return None
-        for position, record in enumerate(table):
-            raw_bytes = int(record["raw_bytes"])
-            found[(item.offsets, item.sizes, position, raw_bytes)] = (raw_bytes, record["digest"].tobytes())
+        sizes = table["raw_bytes"].tolist()
+        for position, (raw_bytes, digest) in enumerate(zip(sizes, table["digest"], strict=True)):
+            key = _Chunk(item.offsets, item.sizes, position, raw_bytes, place.at, nbytes != item.nbytes)
+            found[key] = digest.tobytes()
     return found
 
 

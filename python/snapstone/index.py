@@ -33,11 +33,13 @@ __all__ = [
     "StoredTensor",
     "encode",
     "encode_tensors",
+    "padded",
     "parse",
 ]
 
 MAGIC = b"SNAPSIDX"
 ALIGNMENT = 64
+PAGE_BYTES = 4096
 FILE_BYTES_MAX = 2 * _native.INDEX_HEADER_BYTES_MAX  # header and table: as much again, for 25 million chunks
 CHUNK_DTYPE = np.dtype(
     [
@@ -75,6 +77,10 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Index:
+    """`files`: this writer's own data files, then those of earlier saves that its records use, which are named with
+    their directory. The last `references` records are reference chunks only: no shard is in them.
+    """
+
     save_id: str
     rank: int
     world_size: int
@@ -83,6 +89,12 @@ class Index:
     tensors: tuple[StoredTensor, ...]
     objects: Mapping[str, Any]  # name -> {"path": ..., "value": typed JSON}
     table: bytes  # of CHUNK_DTYPE records
+    references: int = 0
+
+
+def padded(stored_bytes: Any) -> Any:
+    """Sizes of chunks (an array of integers) with the zeros up to the next page, as uint64."""
+    return (stored_bytes.astype(np.uint64) + (PAGE_BYTES - 1)) // PAGE_BYTES * PAGE_BYTES
 
 
 def _compact(value: Any) -> str:
@@ -119,19 +131,19 @@ def encode(
     tensors_json: str,
     objects: Mapping[str, Any],
     table: bytes,
+    references: int = 0,
 ) -> bytes:
     """The bytes of an index file."""
-    head = _compact(
-        {
-            "format_version": f"{FORMAT_MAJOR}.{FORMAT_MINOR}",
-            "save_id": save_id,
-            "rank": rank,
-            "world_size": world_size,
-            "files": list(files),
-            "chunk_bytes": chunk_bytes,
-            "chunk_count": len(table) // CHUNK_DTYPE.itemsize,
-        }
-    )
+    facts = {
+        "format_version": f"{FORMAT_MAJOR}.{FORMAT_MINOR}",
+        "save_id": save_id,
+        "rank": rank,
+        "world_size": world_size,
+        "files": list(files),
+        "chunk_bytes": chunk_bytes,
+        "chunk_count": len(table) // CHUNK_DTYPE.itemsize,
+    }
+    head = _compact(facts | {"references": references} if references else facts)
     header = f'{head[:-1]},"tensors":{tensors_json},"objects":{_compact(objects)}}}'.encode("ascii")
     padding = -(_HEAD.size + len(header)) % ALIGNMENT
     return b"".join((_HEAD.pack(MAGIC, len(header)), header, bytes(padding), table))
@@ -220,6 +232,7 @@ def _parse(data: bytes, dtype_bytes: Mapping[str, int]) -> Index:
         raise _Reject("padding after the header is not zero")
     if len(data) - table_begin != chunk_count * CHUNK_DTYPE.itemsize:
         raise _Reject(f"{len(data) - table_begin} bytes cannot be a table of {chunk_count} chunks")
+    references = _integer(header.get("references", 0), "references", chunk_count)
     files = header["files"]
     if type(files) is not list or not all(type(name) is str for name in files):
         raise _Reject("files is not a list of names")
@@ -230,7 +243,7 @@ def _parse(data: bytes, dtype_bytes: Mapping[str, int]) -> Index:
     if type(rows) is not list:
         raise _Reject("tensors is not a list")
     table = data[table_begin:]
-    raw_bytes = np.frombuffer(table, CHUNK_DTYPE)["raw_bytes"]
+    raw_bytes = np.frombuffer(table, CHUNK_DTYPE)["raw_bytes"][: chunk_count - references]
     ends = [0, *np.cumsum(raw_bytes, dtype=np.uint64).tolist()]
     return Index(
         save_id=_text(header["save_id"], "save_id"),
@@ -241,11 +254,12 @@ def _parse(data: bytes, dtype_bytes: Mapping[str, int]) -> Index:
         tensors=tuple(_parse_tensor(row, ends, dtype_bytes) for row in rows),
         objects=objects,
         table=table,
+        references=references,
     )
 
 
 def _parse_tensor(row: Any, ends: list[int], dtype_bytes: Mapping[str, int]) -> StoredTensor:
-    """`ends[i]` is the sum of the raw sizes of the first i chunks."""
+    """`ends[i]` is the sum of the raw sizes of the first i chunks, of those that shards may be in."""
     if type(row) is not dict:
         raise _Reject("a tensor is not an object")
     name = row["name"]

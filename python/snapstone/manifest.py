@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import _native
@@ -21,28 +21,38 @@ from .errors import (
 from .index import load_json
 
 __all__ = [
+    "BASE_NAME",
     "DCP_MARKER_NAME",
     "DIGEST_NAME",
     "MANIFEST_NAME",
     "NOT_REGULAR_ERRNOS",
+    "Base",
     "FileEntry",
     "Manifest",
     "Writer",
     "digest_line",
     "is_checkpoint",
     "is_file_of_checkpoint",
+    "is_shared_file",
+    "origin_of_shared",
     "read",
+    "read_with_digest",
+    "shared_name",
+    "shared_of",
     "writer_of",
 ]
 
 MANIFEST_NAME = "MANIFEST.json"
 DIGEST_NAME = "MANIFEST.xxh128"
+BASE_NAME = "base"  # the directory of shared files
 # Saves through torch.distributed.checkpoint leave it for trainers that look for it to find finished checkpoints.
 DCP_MARKER_NAME = ".metadata"
 _DIGEST_BYTES_MAX = 4096
-# What opening and reading say of a link, FIFO, socket, device or directory in the place of a file.
-NOT_REGULAR_ERRNOS = (errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EISDIR)
-_RANK_FILE = re.compile(r"rank-\d{5,}\.(data|index)")
+# What opening and reading say of a link, FIFO, socket, device or directory in the place of a file, and of anything else
+# in the place of a directory.
+NOT_REGULAR_ERRNOS = (errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.ENOTDIR)
+_RANK_FILE = re.compile(r"rank-\d{5,}\.(data|carried\.data|index)", re.ASCII)
+_SHARED_FILE = re.compile(r"([0-9a-f]{32})\.(rank-\d{5,}\.(?:carried\.)?data)", re.ASCII)
 _HEX128 = re.compile(r"[0-9a-f]{32}\Z")
 
 
@@ -71,7 +81,22 @@ class Writer:
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """What a delta save was compared with, for people. `depth`: delta saves since a full one, this one included."""
+
+    save_id: str
+    step: int | None
+    name: str  # of its directory
+    depth: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"save_id": self.save_id, "step": self.step, "name": self.name, "depth": self.depth}
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
+    """`shared` are the data files of earlier saves that stand in BASE_NAME, with names that begin with it."""
+
     save_id: str
     step: int | None
     world_size: int
@@ -80,9 +105,15 @@ class Manifest:
     metadata: Mapping[str, Any]  # typed JSON
     environment: Mapping[str, Any]
     format_version: tuple[int, int] = (FORMAT_MAJOR, FORMAT_MINOR)
+    base: Base | None = None
+    shared: tuple[FileEntry, ...] = ()
+    shared_by_name: Mapping[str, FileEntry] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shared_by_name", {entry.name: entry for entry in self.shared})
 
     def to_bytes(self) -> bytes:
-        document = {
+        document: dict[str, Any] = {
             "format": "snapstone",
             "format_version": ".".join(map(str, self.format_version)),
             "save_id": self.save_id,
@@ -90,9 +121,12 @@ class Manifest:
             "world_size": self.world_size,
             "nbytes": self.nbytes,
             "writers": [writer.to_json() for writer in self.writers],
-            "metadata": self.metadata,
-            "environment": self.environment,
         }
+        if self.base is not None:
+            document["base"] = self.base.to_json()
+        if self.shared:
+            document["shared"] = [entry.to_json() for entry in self.shared]
+        document |= {"metadata": self.metadata, "environment": self.environment}
         data = (json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
         _parse(load_json(data), MANIFEST_NAME)  # what no reader takes must not be committed
         return data
@@ -113,8 +147,40 @@ def is_file_of_checkpoint(name: str) -> bool:
     return name in (MANIFEST_NAME, DIGEST_NAME, DCP_MARKER_NAME) or _RANK_FILE.fullmatch(name) is not None
 
 
+def is_shared_file(component: str) -> bool:
+    """Whether this version writes files of such names into BASE_NAME."""
+    return _SHARED_FILE.fullmatch(component) is not None
+
+
+def shared_name(save_id: str, file_name: str) -> str:
+    """The name that data file `file_name` of a save has in the checkpoints of later ones, from their directory on."""
+    name = f"{BASE_NAME}/{save_id}.{file_name}"
+    origin_of_shared(name)
+    return name
+
+
+def shared_of(ranks: Iterable[Iterable[Any]]) -> tuple[FileEntry, ...]:
+    """The shared files of a checkpoint, from the file objects that each rank uses; raises as `writer_of` does."""
+    entries = {entry.name: entry for files in ranks for entry in map(_shared_file, files)}
+    return tuple(entries[name] for name in sorted(entries))
+
+
+def origin_of_shared(name: str) -> tuple[str, str]:
+    """The inverse of `shared_name`: save_id and name of a file where it was written. ValueError for other names."""
+    directory, _, component = name.partition("/")
+    match = _SHARED_FILE.fullmatch(component)
+    if directory != BASE_NAME or match is None:
+        raise ValueError(f"{name[:160]!r} is not the name of a shared file")
+    return match[1], match[2]
+
+
 def read(path: str) -> Manifest:
-    """Reads and checks the manifest of the checkpoint at `path`.
+    """The manifest of the checkpoint at `path`. Raises as `read_with_digest` does."""
+    return read_with_digest(path)[0]
+
+
+def read_with_digest(path: str) -> tuple[Manifest, bytes]:
+    """Reads and checks the manifest of the checkpoint at `path`; with it what DIGEST_NAME holds there.
 
     Raises:
         CheckpointNotFoundError: nothing is there.
@@ -136,8 +202,7 @@ def read(path: str) -> Manifest:
             actual=expected[:32].decode(),
         )
     try:
-        document = load_json(data)
-        return _parse(document, manifest_path)
+        return _parse(load_json(data), manifest_path), recorded
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(f"manifest: {type(error).__name__}: {error}", path=manifest_path) from None
 
@@ -179,19 +244,23 @@ def _parse(document: Any, manifest_path: str) -> Manifest:
     world_size = _count(document["world_size"])
     if len(writers) != world_size or any(writer.rank != rank for rank, writer in enumerate(writers)):
         raise ValueError(f"writers are not ranks 0 to {world_size - 1}")
+    shared = tuple(_shared_file(entry) for entry in _typed(document.get("shared", []), list))
     names = [entry.name for writer in writers for entry in (writer.index, *writer.data)]
+    names += [entry.name for entry in shared]
     if len(set(names)) != len(names):
         raise ValueError("two files have the same name")
-    step = document["step"]
+    base = document.get("base")
     return Manifest(
         save_id=_hex(document["save_id"]),
-        step=None if step is None else _signed(step),
+        step=_step(document["step"]),
         world_size=world_size,
         nbytes=_count(document["nbytes"]),
         writers=writers,
         metadata=_typed(document["metadata"], dict),
         environment=_typed(document["environment"], dict),
         format_version=version,
+        base=None if base is None else _base(base),
+        shared=shared,
     )
 
 
@@ -210,10 +279,32 @@ def writer_of(entry: Any) -> Writer:
 
 
 def _file(entry: Any) -> FileEntry:
-    name = _typed(entry["name"], str)
+    return FileEntry(_file_name(entry["name"]), _count(entry["nbytes"]), _hex(entry["xxh128"]))
+
+
+def _shared_file(entry: Any) -> FileEntry:
+    directory, _, component = _typed(entry["name"], str).partition("/")
+    if directory != BASE_NAME:
+        raise ValueError(f"shared file {entry['name'][:80]!r} is not in {BASE_NAME!r}")
+    return FileEntry(f"{BASE_NAME}/{_file_name(component)}", _count(entry["nbytes"]), _hex(entry["xxh128"]))
+
+
+def _base(entry: Any) -> Base:
+    depth = _count(entry["depth"])
+    if depth == 0:
+        raise ValueError("depth of a delta save is 0")
+    return Base(_hex(entry["save_id"]), _step(entry["step"]), _file_name(entry["name"]), depth)
+
+
+def _file_name(value: Any) -> str:
+    name: str = _typed(value, str)
     if not _native.is_file_name(name):
         raise ValueError(f"file name {name[:80]!r} is not allowed")
-    return FileEntry(name, _count(entry["nbytes"]), _hex(entry["xxh128"]))
+    return name
+
+
+def _step(value: Any) -> int | None:
+    return None if value is None else _signed(value)
 
 
 def _typed(value: Any, kind: type) -> Any:

@@ -77,8 +77,8 @@ def encode_indexes(indexes: list[Index], told_before: Container[bytes]) -> bytes
         columns = Columns.of(parsed)
         block = None if columns.key in told_before or columns.key in told else columns.block
         told.add(columns.key)
-        facts = (parsed.save_id, parsed.rank, parsed.world_size, parsed.files, parsed.chunk_bytes, parsed.objects)
-        header = json.dumps([columns.key.hex(), block, *facts], separators=(",", ":")).encode()
+        facts = (parsed.save_id, parsed.rank, parsed.world_size, parsed.files, parsed.chunk_bytes, parsed.references)
+        header = json.dumps([columns.key.hex(), block, facts, parsed.objects], separators=(",", ":")).encode()
         numbers = columns.numbers.tobytes()
         parts += [_LENGTHS.pack(len(header), len(numbers), len(parsed.table)), header, numbers, parsed.table]
     return b"".join(parts)
@@ -93,8 +93,9 @@ def decode_indexes(data: bytes, blocks: dict[bytes, str]) -> tuple[list[Index], 
         borders = pairwise(accumulate(lengths, initial=at + _LENGTHS.size))
         header, numbers, table = (data[begin:end] for begin, end in borders)
         at += _LENGTHS.size + sum(lengths)
-        key, block, save_id, rank, world_size, files, chunk_bytes, objects = json.loads(header)
+        key, block, facts, objects = json.loads(header)
+        save_id, rank, world_size, files, chunk_bytes, references = facts
         block = blocks.setdefault(bytes.fromhex(key), block)
         columns.append(Columns(bytes.fromhex(key), block, np.frombuffer(numbers, np.int64)))
-        indexes.append(Index(save_id, rank, world_size, tuple(files), chunk_bytes, (), objects, table))
+        indexes.append(Index(save_id, rank, world_size, tuple(files), chunk_bytes, (), objects, table, references))
     return indexes, columns

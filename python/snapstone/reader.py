@@ -29,11 +29,11 @@ from .index import Index
 from .manifest import Manifest
 from .plan import Box
 from .progress import Progress
-from .reads import Part, Reads, view_of
+from .reads import Part, Reads, SavedShard, view_of
 from .tensors import LocalShard
 from .trace import Trace
 
-__all__ = ["Reader", "open_index", "run_job"]
+__all__ = ["Reader", "files_of", "open_index", "run_job"]
 
 _DTYPE_BYTES: Mapping[str, int] = {name: tensors.dtype_bytes(name) for name in tensors.dtype_names()}
 _DRAIN_SECONDS = 1.0  # after a failure, for requests that the kernel still has
@@ -69,14 +69,34 @@ def open_index(directory: str, document: Manifest, writer: manifest.Writer) -> I
     """The index of one writer, checked."""
     path = os.path.join(directory, writer.index.name)
     parsed = index.parse(_read_index(directory, writer, path), path=path, dtype_bytes=_DTYPE_BYTES)
-    expected = (document.save_id, writer.rank, document.world_size, tuple(entry.name for entry in writer.data))
-    actual = (parsed.save_id, parsed.rank, parsed.world_size, parsed.files)
+    own = tuple(entry.name for entry in writer.data)
+    expected = (document.save_id, writer.rank, document.world_size, own)
+    actual = (parsed.save_id, parsed.rank, parsed.world_size, parsed.files[: len(own)])
     if expected != actual:
         raise CorruptCheckpointError(
             "index belongs to another save, rank or file", path=path, rank=writer.rank, expected=expected, actual=actual
         )
-    _native.check_chunk_table(parsed.table, [entry.nbytes for entry in writer.data], parsed.chunk_bytes, path)
+    shared = set(parsed.files[len(own) :])
+    if len(shared) != len(parsed.files) - len(own) or not shared <= document.shared_by_name.keys():
+        raise CorruptCheckpointError(
+            "index uses a shared file that the manifest does not name, or names one twice",
+            path=path,
+            rank=writer.rank,
+            actual=next((name[:80] for name in shared if name not in document.shared_by_name), None),
+        )
+    sizes = [entry.nbytes for entry in files_of(document, writer, parsed)]
+    try:
+        _native.check_chunk_table(parsed.table, sizes, parsed.chunk_bytes, path, parsed.references)
+    except CorruptCheckpointError as error:
+        error.rank = writer.rank
+        raise
     return parsed
+
+
+def files_of(document: Manifest, writer: manifest.Writer, parsed: Index) -> list[manifest.FileEntry]:
+    """The files that the chunk records of an index count, in their order."""
+    shared = parsed.files[len(writer.data) :]
+    return [*writer.data, *(document.shared_by_name[name] for name in shared)]
 
 
 def _read_index(directory: str, writer: manifest.Writer, path: str) -> bytes:
@@ -132,7 +152,8 @@ class Reader:
         self._records: dict[int, Any] = {}  # of tables that were read through
         for writer, parsed in zip(self.manifest.writers, self.indexes, strict=True):
             self._tables.append((parsed.table, len(self._files), os.path.join(self.path, writer.index.name)))
-            self._files.extend((self.path, entry.name, entry.nbytes) for entry in writer.data)
+            entries = files_of(self.manifest, writer, parsed)
+            self._files.extend((self.path, entry.name, entry.nbytes) for entry in entries)
 
     def describe(self, name: str) -> plan.TensorItem:
         """dtype and global shape of a stored tensor (offsets and sizes are those of its first shard)."""
@@ -207,7 +228,7 @@ class Reader:
             )
         except CorruptCheckpointError as error:
             self._check_identity()
-            raise self._name_tensor(error) from None
+            raise self._name_tensor(error, job) from None
 
     def _check_identity(self) -> None:
         """Raises CheckpointError if another checkpoint stands in the place of this one, so that files which were just
@@ -255,13 +276,17 @@ class Reader:
                     return int(job.bytes_needed)
         return 0
 
-    def scrub(
-        self, *, timeout_seconds: float = math.inf, progress: Progress | None = None
-    ) -> list[CorruptCheckpointError]:
-        """Reads every chunk of every file and checks digests and padding; what is wrong, named."""
+    def start_scrub(self) -> Any:
+        """A job that reads every chunk that this checkpoint uses, for `scrub`; `bytes_read` says how much that is."""
         every = list(range(len(self._tables)))
         job = self._make_job(every, np.empty((0, 8), np.uint64), [], verify=True, scrub=True, trace=None)
         job.start()
+        return job
+
+    def scrub(
+        self, job: Any, *, timeout_seconds: float = math.inf, progress: Progress | None = None
+    ) -> list[CorruptCheckpointError]:
+        """Waits until `job` has checked digests and padding of all chunks; what is wrong, named."""
         run_job(
             job,
             None,
@@ -270,26 +295,45 @@ class Reader:
             path=self.path,
             on_progress=progress.at if progress else lambda done: None,
         )
-        problems = []
-        for table, chunk, file, reason, expected, actual in job.problems():
-            directory, name, _ = self._files[file]
-            problems.append(
-                CorruptCheckpointError(
-                    reason,
-                    path=os.path.join(directory, name),
-                    chunk=chunk,
-                    tensor=self._tensor_of(table, chunk),
-                    rank=self.indexes[table].rank,
-                    expected=expected or None,
-                    actual=actual or None,
-                )
+        numbers = self._table_numbers
+        return [
+            CorruptCheckpointError(
+                reason,
+                path=path,
+                chunk=chunk,
+                tensor=self._tensor_of(numbers[index_path], chunk),
+                rank=self.indexes[numbers[index_path]].rank,
+                expected=expected or None,
+                actual=actual or None,
             )
-        return problems
+            for index_path, path, chunk, reason, expected, actual in job.problems()
+        ]
 
-    @property
-    def stored_bytes(self) -> int:
-        """Of all data files."""
-        return sum(nbytes for _, _, nbytes in self._files)
+    @cached_property
+    def shared_nbytes(self) -> int:
+        """Bytes, with padding, of the chunks that this checkpoint uses of earlier saves' files, each counted once."""
+        used: dict[str, list[Any]] = {}
+        for writer, parsed in zip(self.manifest.writers, self.indexes, strict=True):
+            if len(parsed.files) > len(writer.data):
+                table = np.frombuffer(parsed.table, index.CHUNK_DTYPE)
+                for number in range(len(writer.data), len(parsed.files)):
+                    used.setdefault(parsed.files[number], []).append(table[table["file"] == number])
+        total = 0
+        for tables in used.values():
+            _, first = np.unique(np.concatenate([rows["offset"] for rows in tables]), return_index=True)
+            stored = np.concatenate([rows["stored_bytes"] for rows in tables])[first]
+            total += int(index.padded(stored).sum())
+        return total
+
+    def file_of(self, shard: SavedShard) -> str:
+        """The name of the file in which a shard begins, from the checkpoint's directory on; of one without bytes, that
+        of its index.
+        """
+        first_chunk, chunk_count, _ = shard.stored.place
+        if chunk_count == 0:
+            return self.manifest.writers[shard.table].index.name
+        record = np.frombuffer(self.indexes[shard.table].table, index.CHUNK_DTYPE)[first_chunk]
+        return self.indexes[shard.table].files[int(record["file"])]
 
     @cached_property
     def rung(self) -> str:
@@ -299,22 +343,37 @@ class Reader:
     def _make_job(
         self, tables: list[int], rows: Any, boxes: list[Any], *, verify: bool, scrub: bool, trace: Trace | None
     ) -> Any:
-        """`tables`: those that rows and boxes number, so that no other file is opened."""
+        """`tables`: those that rows and boxes number. Of their files the job opens those that its chunks are in."""
         files: list[tuple[str, str, int]] = []
         used = []
         for table in tables:
             data, first_file, path = self._tables[table]
             if table not in self._records:
-                self._records[table] = _native.ChunkRecords(data)
+                self._records[table] = _native.ChunkRecords(data, self.indexes[table].references)
             used.append((self._records[table], len(files), path))
             files += self._files[first_file : first_file + len(self.indexes[table].files)]
         try:
             detailed = trace is not None and trace.detailed
             return _native.LoadJob(used, files, rows, boxes, self.rung, verify, scrub, PIPELINE_SLOTS, detailed)
         except FileNotFoundError as error:
-            raise IncompleteCheckpointError("data file is missing", path=error.filename) from None
+            raise IncompleteCheckpointError(
+                "data file is missing", path=error.filename, rank=self._rank_of(error.filename, tables)
+            ) from None
+        except CorruptCheckpointError as error:
+            if error.rank is None:
+                error.rank = self._rank_of(error.path, tables)
+            raise
         except OSError as error:
-            raise _not_regular(error, "data file") or error from None
+            refusal = _not_regular(error, "data file")
+            if refusal is None:
+                raise
+            refusal.rank = self._rank_of(error.filename, tables)
+            raise refusal from None
+
+    @cached_property
+    def _table_numbers(self) -> dict[str, int]:
+        """By the path of the index."""
+        return {path: table for table, (_, _, path) in enumerate(self._tables)}
 
     def _add_target(self, reads: Reads, target: LocalShard, cast: bool) -> None:
         item, tensor = target
@@ -422,17 +481,24 @@ class Reader:
     def _tensor_of(self, table: int, chunk: int) -> str | None:
         return self.shards.tensor_of(table, chunk)
 
-    def _name_tensor(self, error: CorruptCheckpointError) -> CorruptCheckpointError:
+    def _name_tensor(self, error: CorruptCheckpointError, job: Any) -> CorruptCheckpointError:
         """Adds tensor and rank to an error of the native half, which knows only file and chunk."""
-        for table, (_, first_file, index_path) in enumerate(self._tables):
-            names = [os.path.join(directory, name) for directory, name, _ in self._files[first_file:]][
-                : len(self.indexes[table].files)
-            ]
-            if error.path == index_path or error.path in names:
+        for index_path, path, chunk, reason, _, _ in job.problems():
+            if (path, chunk, reason) == (error.path, error.chunk, error.args[0]):
+                table = self._table_numbers[index_path]
                 error.rank = self.indexes[table].rank
-                if error.chunk is not None and error.tensor is None:
-                    error.tensor = self._tensor_of(table, error.chunk)
+                error.tensor = self._tensor_of(table, chunk)
         return error
+
+    def _rank_of(self, path: str | None, tables: Iterable[int]) -> int | None:
+        """The first of the ranks with these tables that uses a file, or a file in a directory, or has an index."""
+        for table in tables:
+            _, first_file, index_path = self._tables[table]
+            files = self._files[first_file : first_file + len(self.indexes[table].files)]
+            paths = {os.path.join(directory, name) for directory, name, _ in files}
+            if path == index_path or path in paths or path in {os.path.dirname(one) for one in paths} - {self.path}:
+                return self.indexes[table].rank
+        return None
 
 
 def _not_regular(error: OSError, what: str) -> CorruptCheckpointError | None:

@@ -45,7 +45,9 @@ def save(
     overwrite: bool = False,
     base: PathLike | Literal["auto"] | None = None,
     codec: str | None = None,
+    full_every: int | None = None,
     derive: bool = False,
+    on_unchanged: Literal["warn", "raise", "ignore"] = "warn",
     allow_pickle: bool = False,
     host_memory_budget: int | None = None,
     timeout: timedelta | float | None = None,
@@ -61,10 +63,16 @@ def save(
         no_dist: save alone even though torch.distributed is initialised.
         metadata: Python values for the manifest, readable without the tensors.
         overwrite: replace an existing checkpoint, which stays intact until the new one is committed.
-        base: reserved for delta saves, which this version does not have.
+        base: an earlier checkpoint, on the same file system: what it holds already is not written again but linked
+            into this one, which stays whole when the base is removed. "auto": the one committed last in the directory
+            of this checkpoint, if any. A rank that cannot link files saves its share in full, with a warning.
         codec: None, "zstd" or "zstd:LEVEL".
+        full_every: with a base, make every Nth save a full one all the same.
         derive: do not write bfloat16 and float16 tensors that are a float32 tensor of the state, rounded: parameters
             beside their master weights. What is found is compared bit for bit first, and loads rebuild it.
+        on_unchanged: what to do when the step is higher than in the base, or in the save before, and not one tensor of
+            an optimizer's state has changed, as when a stale copy of the state is saved: "raise" fails the save on
+            every rank.
         allow_pickle: pickle Python values that have no typed-JSON form.
         host_memory_budget: bytes of staging memory (SNAPSTONE_HOST_MEMORY_BUDGET, 1 GiB).
         timeout: seconds after which the save fails on every rank (SNAPSTONE_TIMEOUT, 1800 s).
@@ -73,11 +81,23 @@ def save(
     Raises:
         FileExistsError: the target exists and `overwrite` is False, or it is not a checkpoint.
         RankFailedError: another rank raised, died or missed the deadline.
-        CheckpointError: the deadline passed.
+        CheckpointError: the deadline passed; the base that was named cannot be read; nothing has changed, with
+            on_unchanged="raise".
         OSError: the file system refused; errno and filename are set.
         TypeError, ValueError: the state or an argument cannot be saved; the message names it and the remedy.
     """
-    make_options = partial(_options, base, overwrite, codec, derive, allow_pickle, host_memory_budget, timeout)
+    make_options = partial(
+        SaveOptions.of,
+        overwrite=overwrite,
+        base=base,
+        codec=codec,
+        full_every=full_every,
+        derive=derive,
+        on_unchanged=on_unchanged,
+        allow_pickle=allow_pickle,
+        host_memory_budget=host_memory_budget,
+        timeout=timeout,
+    )
     writer = _open(state_dict, checkpoint_id, step, process_group, no_dist, metadata, make_options)
     try:
         writer.take(lambda: state.flatten(state_dict))
@@ -103,7 +123,9 @@ def async_save(
     overwrite: bool = False,
     base: PathLike | Literal["auto"] | None = None,
     codec: str | None = None,
+    full_every: int | None = None,
     derive: bool = False,
+    on_unchanged: Literal["warn", "raise", "ignore"] = "warn",
     allow_pickle: bool = False,
     host_memory_budget: int | None = None,
     timeout: timedelta | float | None = None,
@@ -123,7 +145,18 @@ def async_save(
         Exception: what `save` raises before bytes are written (`fence="now"`); everything later comes from the handle.
     """
     begin = time.monotonic()
-    make_options = partial(_options, base, overwrite, codec, derive, allow_pickle, host_memory_budget, timeout)
+    make_options = partial(
+        SaveOptions.of,
+        overwrite=overwrite,
+        base=base,
+        codec=codec,
+        full_every=full_every,
+        derive=derive,
+        on_unchanged=on_unchanged,
+        allow_pickle=allow_pickle,
+        host_memory_budget=host_memory_budget,
+        timeout=timeout,
+    )
     writer = _open(state_dict, checkpoint_id, step, process_group, no_dist, metadata, make_options)
     taken: Mapping[str, Any] | None = None
     try:
@@ -220,27 +253,6 @@ def _finish(writer: Writer, progress: ProgressWanted) -> Checkpoint:
         document = writer.finish(bar)
     writer.trace.close()
     return Checkpoint.committed(writer.target.path, document, writer.trace.stats)
-
-
-def _options(
-    base: object,
-    overwrite: bool,
-    codec: str | None,
-    derive: bool,
-    allow_pickle: bool,
-    host_memory_budget: int | None,
-    timeout: timedelta | float | None,
-) -> SaveOptions:
-    if base is not None:
-        raise ValueError(f"base={base!r}: delta saves are not in this version; leave it out")
-    return SaveOptions.of(
-        overwrite=overwrite,
-        codec=codec,
-        allow_pickle=allow_pickle,
-        host_memory_budget=host_memory_budget,
-        timeout=timeout,
-        derive=derive,
-    )
 
 
 def _open(

@@ -1,15 +1,19 @@
-"""Share: what one rank writes of a checkpoint, its data file and its index."""
+"""Share: what one rank writes of a checkpoint, its data files and its index."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from . import _native, garbage, index, manifest, tensors
+from .base import Before, Comparison, Memory, SharedFile, Stored
 from .collective import Deadline
 from .config import PIPELINE_SLOTS, SaveOptions
 from .errors import CheckpointError
+from .index import CHUNK_DTYPE, StoredTensor, padded
 from .manifest import FileEntry
 from .progress import Progress
 from .stall import learn_rates, predict_stall
@@ -25,10 +29,11 @@ _DRAIN_SECONDS = 1.0  # after a failure, for requests that the kernel still has
 
 class Share:
     """Step 2 of the protocol in `csrc/store/staging.cc` for one rank: `start`, `wait_staged`, `wait_written`,
-    `write_index`, `close`.
+    with a comparison `drop_sparse_files`, `write_index`, `close`.
 
-    `shards` are all of the rank's; the structure names those that it writes. With `keep_staged` the whole state gets
-    staging memory if the budget allows. OSError when the file cannot be made or the disk is full.
+    `shards` are all of the rank's; the structure names those that it writes. What the comparison finds is not written;
+    its files are linked. With `keep_staged` the whole state gets staging memory if the budget allows. OSError when the
+    file cannot be made or the disk is full.
     """
 
     def __init__(
@@ -42,8 +47,12 @@ class Share:
         trace: Trace,
         *,
         keep_staged: bool,
+        comparison: Comparison | None = None,
     ) -> None:
         self._structure = structure
+        self._comparison = comparison
+        self._carried_bytes = 0
+        self._records: Any = None
         self._staging = staging
         self._rank = rank
         self._trace = trace
@@ -73,6 +82,7 @@ class Share:
                 rung,
                 options.zstd_level,
                 structure.item_bytes if options.zstd_level else [],
+                comparison.arguments() if comparison else None,
                 slots,
                 keep_staged,
                 trace.detailed,
@@ -81,6 +91,10 @@ class Share:
     @property
     def data_name(self) -> str:
         return f"rank-{self._rank:05d}.data"
+
+    @property
+    def _carried_name(self) -> str:
+        return f"rank-{self._rank:05d}.carried.data"
 
     @property
     def staged(self) -> bool:
@@ -116,30 +130,126 @@ class Share:
                 raise CheckpointError("the data file was not written in time", path=self._staging.path, rank=self._rank)
         self._job.rethrow()
         progress.at(self._job.bytes_done)
+        self._records = np.frombuffer(self._job.chunk_table(), CHUNK_DTYPE).copy()
         self._trace.add_job(self._job)
         learn_rates(self._trace.stats)
 
-    def write_index(self, save_id: str, world_size: int, objects: dict[str, Any]) -> manifest.Writer:
-        """Writes and syncs the index file; this rank's entry for the manifest."""
-        table = self._job.chunk_table()
+    @property
+    def digests(self) -> Any:
+        """Of each chunk of the layout, after `wait_written`."""
+        return self._records["digest"][: self._structure.layout.chunk_count]
+
+    @property
+    def contents(self) -> list[StoredTensor]:
+        return self._structure.contents
+
+    def before(self, memory: Memory) -> Before | None:
+        """What the chunks were in the base, or else in the last save."""
+        if self._comparison is not None:
+            return self._comparison.before()
+        last = memory.last(self._rank, self.contents)
+        return last.before() if last else None
+
+    def used_bytes(self) -> dict[str, int]:
+        """Of shared files by name: the bytes of them that this rank's records use."""
+        if self._comparison is None:
+            return {}
+        places = np.unique(self._records[["file", "offset", "stored_bytes"]])
+        nbytes = np.bincount(
+            places["file"], padded(places["stored_bytes"]), minlength=len(self._comparison.files) + 1
+        ).astype(int)
+        return {
+            shared.entry.name: used
+            for shared, used in zip(self._comparison.files, nbytes[1:].tolist(), strict=True)
+            if used
+        }
+
+    def drop_sparse_files(self, used_bytes: Mapping[str, int]) -> None:
+        """Copies this rank's chunks out of shared files of which less than half is used, into a file of its own.
+
+        `used_bytes`: by all ranks.
+        """
+        if self._comparison is None:
+            return
+        sparse = [
+            number
+            for number, shared in enumerate(self._comparison.files, 1)
+            if 2 * used_bytes.get(shared.entry.name, 0) < shared.entry.nbytes
+        ]
+        rows = np.flatnonzero(np.isin(self._records["file"], sparse))
+        if not len(rows):
+            return
+        places, place_of_row = np.unique(self._records[["file", "offset", "stored_bytes"]][rows], return_inverse=True)
+        sizes = padded(places["stored_bytes"])
+        ranges = np.stack([places["file"].astype(np.uint64) - 1, places["offset"], sizes], axis=1)
+        directory = os.path.join(self._staging.path, manifest.BASE_NAME)
+        sources = [(directory, os.path.basename(shared.entry.name)) for shared in self._comparison.files]
+        with self._trace.span("carry", int(sizes.sum())):
+            self._carried_bytes = self._staging.copy_ranges(self._carried_name, sources, np.ascontiguousarray(ranges))
+        self._records["file"][rows] = len(self._comparison.files) + 1
+        self._records["offset"][rows] = (np.cumsum(sizes) - sizes)[place_of_row]
+
+    def write_index(
+        self, save_id: str, world_size: int, step: int | None, objects: dict[str, Any]
+    ) -> tuple[manifest.Writer, Stored]:
+        """Writes and syncs the index file; this rank's entry for the manifest, and what it has stored: in files of its
+        own, then in shared ones.
+        """
+        records = self._records
+        shared, own = self._number_files(records)
+        table = records.tobytes()
+        layout = self._structure.layout
+        references = len(records) - layout.chunk_count
+        self._count(records, len(own))
         data = index.encode(
             save_id=save_id,
             rank=self._rank,
             world_size=world_size,
-            files=[self.data_name],
-            chunk_bytes=self._structure.layout.chunk_bytes,
+            files=[*own, *(one.entry.name for one in shared)],
+            chunk_bytes=layout.chunk_bytes,
             tensors_json=self._structure.tensors_json,
             objects=objects,
             table=table,
+            references=references,
         )
         name = f"rank-{self._rank:05d}.index"
         with self._trace.span("sync", len(data)):
             self._staging.write_file(name, data)
-        return manifest.Writer(
-            self._rank,
-            FileEntry(name, len(data), _native.digest_hex(data)),
-            (FileEntry(self.data_name, self._job.file_bytes, _native.digest_hex(table)),),
-        )
+        entries = [
+            FileEntry(file, nbytes, _native.digest_hex(records[records["file"] == number].tobytes()))
+            for number, (file, nbytes) in enumerate(own.items())
+        ]
+        writer = manifest.Writer(self._rank, FileEntry(name, len(data), _native.digest_hex(data)), tuple(entries))
+        files = (*entries, *(one.entry for one in shared))
+        return writer, Stored(files, table, references, self._structure.contents, step)
+
+    def _count(self, records: Any, own_files: int) -> None:
+        if self._comparison is None:
+            return
+        unchanged = records["file"][: self._structure.layout.chunk_count] >= own_files
+        self._trace.stats |= {
+            "chunks": len(unchanged),
+            "unchanged_chunks": int(unchanged.sum()),
+            "carried_bytes": self._carried_bytes,
+        }
+
+    def _number_files(self, records: Any) -> tuple[list[SharedFile], dict[str, int]]:
+        """Numbers the records' files as the index does: this rank's own, then those shared files that are used. The
+        shared ones, and names and sizes of the own ones.
+        """
+        own = {self.data_name: self._job.file_bytes}
+        if self._comparison is None:
+            return [], own
+        if self._carried_bytes:
+            own[self._carried_name] = self._carried_bytes
+        files = self._comparison.files
+        used = np.unique(records["file"])
+        shared = [number for number in used.tolist() if 0 < number <= len(files)]
+        numbers = np.zeros(len(files) + 2, np.uint32)
+        numbers[shared] = np.arange(len(own), len(own) + len(shared))
+        numbers[len(files) + 1] = 1  # carried
+        records["file"] = numbers[records["file"]]
+        return [files[number - 1] for number in shared], own
 
     def close(self) -> None:
         """Ends what still runs and lets go of the tensors."""

@@ -29,6 +29,7 @@ class Structure:
     layout: Any
     written: list[int]  # positions in the rank's list of the shards that this rank's index has
     positions: list[int]  # those of them whose bytes are laid out: neither tied to another one nor derived
+    contents: list[StoredTensor]  # of the data file: the index rows with chunks
     tensors_json: str
     payload_bytes: int  # of all ranks
     item_bytes: list[int]
@@ -119,4 +120,5 @@ def make_structure(
         tensors.dtype_bytes(items[position].dtype) if tensors.is_floating(items[position].dtype) else 1
         for position in owners
     ]
-    return Structure(layout, positions, owners, index.encode_tensors(stored), payload_bytes, item_bytes)
+    contents = [one for one in stored if one.place.chunk_count]
+    return Structure(layout, positions, owners, contents, index.encode_tensors(stored), payload_bytes, item_bytes)

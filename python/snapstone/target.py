@@ -75,7 +75,10 @@ class Target:
         """A checkpoint, damaged or not, and nothing else: what is replaced is deleted."""
         if not manifest.is_checkpoint(self.path) or os.path.islink(self.path):
             return False
-        return all(map(manifest.is_file_of_checkpoint, os.listdir(self.path)))
+        names = set(os.listdir(self.path))
+        if manifest.BASE_NAME in names and not _holds_shared_files(os.path.join(self.path, manifest.BASE_NAME)):
+            return False
+        return all(map(manifest.is_file_of_checkpoint, names - {manifest.BASE_NAME}))
 
     def make_parents(self) -> None:
         """Makes what is missing above the checkpoint, each entry durable, so that it cannot lose its parents."""
@@ -101,3 +104,11 @@ class Target:
                 if patience.expired:
                     raise
                 time.sleep(0.05)
+
+
+def _holds_shared_files(directory: str) -> bool:
+    """And nothing else; false for a link or a file in the place of the directory."""
+    if os.path.islink(directory) or not os.path.isdir(directory):
+        return False
+    with os.scandir(directory) as entries:
+        return all(manifest.is_shared_file(one.name) and one.is_file(follow_symlinks=False) for one in entries)

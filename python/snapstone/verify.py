@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -59,11 +60,15 @@ def verify(
     checked = sum(writer.index.nbytes for writer in reader.manifest.writers)
     problems = [*_strays(reader), *_table_problems(reader), *_file_problems(reader)]
     if not problems and level == "full":
-        with Progress(progress, "verify", reader.stored_bytes) as bar:
-            problems += [_line(error) for error in reader.scrub(progress=bar)]
+        try:
+            job = reader.start_scrub()
+        except CheckpointError as error:
+            return VerifyReport(level, checked, (_line(error),))
+        with Progress(progress, "verify", job.bytes_read) as bar:
+            problems += [_line(error) for error in reader.scrub(job, progress=bar)]
         if not problems:
             problems += _derived_problems(reader)
-        checked += reader.stored_bytes
+        checked += job.bytes_read
     return VerifyReport(level, checked, tuple(problems))
 
 
@@ -75,14 +80,21 @@ def _strays(reader: Reader) -> list[str]:
     """A checkpoint is immutable: a file that its manifest does not name was put there by somebody else."""
     known = {entry.name for writer in reader.manifest.writers for entry in (writer.index, *writer.data)}
     known |= {manifest.MANIFEST_NAME, manifest.DIGEST_NAME, manifest.DCP_MARKER_NAME}
-    return [
-        f"{os.path.join(reader.path, name)}: not part of the checkpoint"
-        for name in sorted(set(os.listdir(reader.path)) - known)
-    ]
+    names = set(os.listdir(reader.path))
+    base = os.path.join(reader.path, manifest.BASE_NAME)
+    if reader.manifest.shared and manifest.BASE_NAME in names:
+        known.add(manifest.BASE_NAME)
+        if os.path.islink(base) or not os.path.isdir(base):
+            return [f"{base}: not a directory"]
+        known |= reader.manifest.shared_by_name.keys()
+        names |= {f"{manifest.BASE_NAME}/{name}" for name in os.listdir(base)}
+    return [f"{os.path.join(reader.path, name)}: not part of the checkpoint" for name in sorted(names - known)]
 
 
 def _table_problems(reader: Reader) -> list[str]:
-    """The manifest's digest of each data file's chunk rows, and rows that leave bytes of the file uncovered."""
+    """The manifest's digest of each own data file's chunk rows, and rows that leave bytes of the file uncovered. Of a
+    shared file this checkpoint has only the rows that it uses.
+    """
     problems = []
     for writer, one in zip(reader.manifest.writers, reader.indexes, strict=True):
         table = np.frombuffer(one.table, dtype=index.CHUNK_DTYPE)
@@ -91,26 +103,38 @@ def _table_problems(reader: Reader) -> list[str]:
             path = os.path.join(reader.path, entry.name)
             if _native.digest_hex(rows.tobytes()) != entry.xxh128:
                 problems.append(f"{path}: the manifest's digest of its chunk table does not match (rank {writer.rank})")
-            padded = (rows["stored_bytes"].astype(np.uint64) + 4095) // 4096 * 4096
-            if int(padded.sum()) != entry.nbytes or len(np.unique(rows["offset"])) != len(rows):
+            if not _covers(rows, entry.nbytes):
                 problems.append(f"{path}: chunks do not cover the file exactly (rank {writer.rank})")
     return problems
 
 
+def _covers(rows: Any, nbytes: int) -> bool:
+    """Whether chunks stand end to end from the first byte of a file to its last. Equal rows are one chunk."""
+    chunks = np.unique(rows.view(f"V{rows.dtype.itemsize}")).view(rows.dtype)
+    chunks = chunks[np.argsort(chunks["offset"])]
+    ends = np.cumsum(index.padded(chunks["stored_bytes"]))
+    begins = np.concatenate([np.zeros(1, np.uint64), ends])
+    return bool((begins == np.append(chunks["offset"], np.uint64(nbytes))).all())
+
+
 def _file_problems(reader: Reader) -> list[str]:
+    ranks: dict[str, int] = {}
+    for parsed in reversed(reader.indexes):
+        ranks |= dict.fromkeys(parsed.files, parsed.rank)
+    own = (entry for writer in reader.manifest.writers for entry in writer.data)
     problems = []
-    for writer in reader.manifest.writers:
-        for entry in writer.data:
-            path = os.path.join(reader.path, entry.name)
-            try:
-                nbytes = os.lstat(path).st_size
-            except FileNotFoundError:
-                problems.append(f"{path}: data file is missing (rank {writer.rank})")
-                continue
-            if nbytes != entry.nbytes or not os.path.isfile(path) or os.path.islink(path):
-                problems.append(
-                    f"{path}: {nbytes} bytes or not a regular file, expected {entry.nbytes} bytes (rank {writer.rank})"
-                )
+    for entry in (*own, *reader.manifest.shared):
+        path = os.path.join(reader.path, entry.name)
+        whose = f" (rank {ranks[entry.name]})" if entry.name in ranks else ""
+        try:
+            facts = os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            problems.append(f"{path}: data file is missing{whose}")
+            continue
+        if facts.st_size != entry.nbytes or not stat.S_ISREG(facts.st_mode):
+            problems.append(
+                f"{path}: {facts.st_size} bytes or not a regular file, expected {entry.nbytes} bytes{whose}"
+            )
     return problems
 
 

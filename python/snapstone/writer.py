@@ -12,18 +12,20 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from contextlib import suppress
 from typing import Any
 
-from . import _native, garbage, manifest, plan, state, tensors, values
+from . import _native, garbage, manifest, state, tensors, values
+from .agreement import assign
+from .base import Memory, Stored, choose, link, sharing_stats
 from .collective import Channel, Deadline, Group
 from .config import SaveOptions
 from .derive import find_derived
 from .errors import CheckpointError, RankFailedError
 from .manifest import Manifest
-from .plan import TensorItem
+from .outcome import Outcome
 from .progress import Progress
 from .share import Share
+from .staleness import heed_unchanged, owned_unchanged
 from .structure import Structure, StructureCache, StructureKeys, describe_all, make_structure
 from .target import Target
 from .tensors import LocalShard
@@ -31,10 +33,12 @@ from .trace import Trace
 
 __all__ = ["VOTES", "Writer"]
 
-VOTES = ("plan", "assign", "open", "written")  # of one save, in this order; "assign" only for a new structure
+# Of one save, in this order; "assign" only for a new structure, "shared" only with a base.
+VOTES = ("plan", "assign", "open", "shared", "written")
 
 _cache = StructureCache()
 _keys = StructureKeys()
+_memory = Memory()
 
 
 class Writer:
@@ -52,6 +56,10 @@ class Writer:
         self._share: Share | None = None
         self._staging: Any = None
         self._structure: Structure | None = None
+        self._base: manifest.Base | None = None  # with one every rank votes "shared"
+        self._base_path = ""
+        self._used_bytes: dict[str, int] = {}  # of shared files, by all ranks
+        self._stored: Stored | None = None
         self._known: dict[str, Structure] = {}
         self._flattened = state.Flattened()
         self._error: BaseException | None = None
@@ -117,6 +125,18 @@ class Writer:
         assert self._structure is not None
         if self.options.derive:
             self._leave_out_derived(self._structure)
+        comparison = None
+        if self._base is not None:
+            with self.trace.span("compare"):
+                comparison = link(
+                    self._base_path,
+                    self._base.save_id,
+                    self._structure,
+                    self._staging,
+                    self.group.rank,
+                    _memory,
+                    self.trace.stats,
+                )
         self._share = Share(
             self._structure,
             self._shards,
@@ -126,6 +146,7 @@ class Writer:
             self.options,
             self.trace,
             keep_staged=keep_staged,
+            comparison=comparison,
         )
 
     def _leave_out_derived(self, structure: Structure) -> None:
@@ -155,7 +176,13 @@ class Writer:
                 "key": _keys.of(self._shards, self._flattened.paths, self._ties, self.options.chunk_bytes),
                 "known": list(self._known),
                 "boot": _native.boot_id(),
-                "target": [self.target.path, self.target.step, self.options.overwrite],
+                "target": [
+                    self.target.path,
+                    self.target.step,
+                    self.options.overwrite,
+                    self.options.base,
+                    self.options.on_unchanged,
+                ],
                 "objects": {name: _native.digest_hex(_json(entry)) for name, entry in self._objects.items()},
             }
         )
@@ -167,34 +194,11 @@ class Writer:
         else:
             with self.trace.span("plan"), garbage.paused():
                 items = [shard.item for shard in self._shards]
-                positions, payload_bytes = self._assign(items)
+                positions, payload_bytes = assign(self.channel, self.deadline, items, self._ties)
                 self._structure = make_structure(
                     items, self._flattened.paths, self._ties, positions, payload_bytes, self.options.chunk_bytes
                 )
         _cache.put(self.group.rank, key, self._structure)
-
-    def _assign(self, items: list[TensorItem]) -> tuple[list[int], int]:
-        """Which of its items this rank writes, and the bytes of all ranks' tensors together."""
-        error: BaseException | None = None
-        gathered: list[bytes] | None = None
-        answer = b""
-        try:
-            gathered = self.channel.gather("items", _json([items, self._ties]), self.deadline)
-        except RankFailedError as failure:
-            error = failure  # only rank 0 knows who is missing: the vote tells
-        if gathered is not None:
-            try:
-                documents = [json.loads(one) for one in gathered]
-                ranks = [[_item(row) for row in rows] for rows, _ in documents]
-                chosen = plan.assign_writers(ranks, [ties for _, ties in documents])
-                written = [ranks[rank][position] for rank, positions in enumerate(chosen) for position in positions]
-                plan.check_tiling(written)
-                answer = _json({"chosen": chosen, "nbytes": sum(item.nbytes for item in written)})
-            except BaseException as failure:
-                error = failure
-        answers = self._vote("assign", error, answer)
-        document = json.loads(answers[0])
-        return document["chosen"][self.group.rank], document["nbytes"]
 
     def _open_staging(self, hellos: list[Any]) -> None:
         """Step 1 of the protocol; every rank ends with the staging directory open."""
@@ -207,12 +211,18 @@ class Writer:
                 _native.reap(self.target.parent)
                 self.save_id = uuid.uuid4().hex
                 self.rung, _ = _native.choose_rung(self.target.parent)
+                base = choose(self.options.base, self.target.parent, self.options.full_every)
                 boots = sorted({hello["boot"] for hello in hellos})
                 self._staging = _native.Staging.create(self.target.parent, self.save_id, boots)
-                answer = _json({"save_id": self.save_id})
+                facts = None if base is None else {"path": base.path, **base.facts().to_json()}
+                answer = _json({"save_id": self.save_id, "base": facts})
             except BaseException as failure:
                 error = failure
-        self.save_id = json.loads(self._vote("open", error, answer)[0])["save_id"]
+        opened = json.loads(self._vote("open", error, answer)[0])
+        self.save_id = opened["save_id"]
+        if opened["base"] is not None:
+            self._base_path = opened["base"].pop("path")
+            self._base = manifest.Base(**opened["base"])
 
     def _check_same_target(self, hellos: list[Any]) -> None:
         """The same answer on every rank, so there is nothing to vote on."""
@@ -220,8 +230,8 @@ class Writer:
         for rank, hello in zip(others, hellos[1:], strict=True):
             if hello["target"] != wanted:
                 raise ValueError(
-                    f"ranks {first} and {rank} save different checkpoints: (path, step, overwrite) is {wanted} on one "
-                    f"and {hello['target']} on the other; give the same everywhere"
+                    f"ranks {first} and {rank} save different checkpoints: (path, step, overwrite, base, on_unchanged) "
+                    f"is {wanted} on one and {hello['target']} on the other; give the same everywhere"
                 )
 
     # Bytes ------------------------------------------------------------------------------------------------------------
@@ -262,63 +272,109 @@ class Writer:
         checkpoint.
         """
         error = self._error
-        entry: dict[str, Any] = {}
+        entry = b""
         try:
             if error is not None:
                 raise error
             assert self._share is not None
             self._wait_written(self._share, progress)
-            entry = self._share.write_index(self.save_id, self.group.world_size, self._objects).to_json()
-            with self.trace.span("sync"):
-                self._staging.sync()
+        except BaseException as failure:
+            error = failure
+        if self._base is not None:
+            self._agree_on_shared(error)
+        try:
+            if error is not None:
+                raise error
+            entry = self._write_rest()
             if self.group.rank != 0:
                 self._enter_commit()  # by its vote a rank gives the decision to rank 0
         except BaseException as failure:
             error = failure
+        try:
+            votes = self._vote_bytes("written", error, entry)
+        except RankFailedError:
+            if self.channel.lost and error is None and (committed := self._outcome().on_disk()):
+                return committed
+            raise
+        with self.trace.span("commit"):
+            document = self._commit([json.loads(vote) for vote in votes])
+        if self._stored is not None:
+            _memory.put(self.group.rank, self.save_id, self._stored)
+        return document
+
+    def _agree_on_shared(self, error: BaseException | None) -> None:
+        """How much of each shared file all ranks together use."""
+        used = {} if error is not None or self._share is None else self._share.used_bytes()
+        for vote in self._vote_bytes("shared", error, _json(used)):
+            for name, nbytes in json.loads(vote).items():
+                self._used_bytes[name] = self._used_bytes.get(name, 0) + nbytes
+
+    def _write_rest(self) -> bytes:
+        """What is left to write once the data file is there; what this rank's vote says."""
+        share, step = self._share, self.target.step
+        assert share is not None
+        before = share.before(_memory)
+        unchanged = owned_unchanged(share.contents, self._flattened.paths, before, step, share.digests)
+        share.drop_sparse_files(self._used_bytes)
+        entry, self._stored = share.write_index(self.save_id, self.group.world_size, step, self._objects)
+        with self.trace.span("sync"):
+            self._staging.sync()
+        return _json(
+            {
+                "writer": entry.to_json(),
+                "shared": [one.to_json() for one in self._stored.files[len(entry.data) :]],
+                "unchanged": unchanged,
+            }
+        )
+
+    def _vote_bytes(self, label: str, error: BaseException | None, payload: bytes) -> list[bytes]:
         with self.trace.span("vote"):
             try:
-                votes = self._vote("written", error, _json(entry))
+                return self._vote(label, error, payload)
             except FileNotFoundError as gone:
                 # Rank 0 removes a failed save's directory from under the others: what failed before is the news.
                 if isinstance(gone.__cause__, RankFailedError):
                     raise gone.__cause__ from None
                 raise
-            except RankFailedError:
-                if self.channel.lost and error is None and (committed := self._outcome_on_disk()):
-                    return committed
-                raise
-        with self.trace.span("commit"):
-            return self._commit([json.loads(vote) for vote in votes])
 
     def _commit(self, entries: list[Any]) -> Manifest:
+        heed_unchanged(
+            [entry["unchanged"] for entry in entries],
+            self.options.on_unchanged,
+            self.target.step,
+            self.target.path,
+            warn=self.group.rank == 0,
+        )
+        shared = manifest.shared_of(entry["shared"] for entry in entries)
         document = Manifest(
             save_id=self.save_id,
             step=self.target.step,
             world_size=self.group.world_size,
             nbytes=self._structure.payload_bytes if self._structure else 0,
-            writers=tuple(manifest.writer_of(entry) for entry in entries),
+            writers=tuple(manifest.writer_of(entry["writer"]) for entry in entries),
             metadata=self.target.metadata,
             environment={},
+            base=self._base if shared else None,
+            shared=shared,
         )
+        if self._base is not None:
+            self.trace.stats |= sharing_stats(document, self._used_bytes)
         if self.group.rank != 0:
-            self._hear_outcome()
+            self._outcome().hear()
             return document
         error: BaseException | None = None
         try:
             self._enter_commit()
-            data = document.to_bytes()
-            self._staging.commit(data, manifest.digest_line(data), self.target.name, self.options.overwrite)
+            self._outcome().commit(document, overwrite=self.options.overwrite)
         except BaseException as failure:
             error = self._explain(failure)
-        if self.group.world_size > 1:
-            # Ctrl-C is seen when the native call is over, which may well have committed.
-            failed = error is not None and (isinstance(error, Exception) or self._committed() is None)
-            outcome = {"error": f"{type(error).__name__}: {error}" if failed else None}
-            with suppress(RankFailedError):  # the others look at the disk then, where the outcome stands
-                self.channel.broadcast("outcome", _json(outcome), self.deadline)
+        self._outcome().announce(error)
         if error is not None:
             raise error
         return document
+
+    def _outcome(self) -> Outcome:
+        return Outcome(self.target, self.save_id, self._staging, self.group, self.channel, self.deadline)
 
     def _explain(self, failure: BaseException) -> BaseException:
         if isinstance(failure, FileNotFoundError) and not os.path.lexists(self._staging.path):
@@ -341,44 +397,6 @@ class Writer:
     def _too_late(self) -> CheckpointError:
         message = f"not committed: the save took longer than {self.options.timeout_seconds:g} s"
         return CheckpointError(message, path=self.target.path, rank=self.group.rank)
-
-    def _hear_outcome(self) -> None:
-        """Rank 0 may die or hang between the rename and its announcement; then the disk says what happened."""
-        try:
-            outcome = json.loads(self.channel.broadcast("outcome", None, self.deadline))
-        except RankFailedError:
-            if self._outcome_on_disk() is None:
-                raise
-            return
-        if outcome["error"] is not None:
-            raise RankFailedError(
-                f"rank 0 could not commit: {outcome['error']}", path=self.target.path, failed_ranks=self.group.ranks[:1]
-            )
-
-    def _outcome_on_disk(self) -> Manifest | None:
-        """How the save ended, for a rank that cannot hear rank 0: the manifest if it is committed, else None for good.
-
-        An undecided save is withdrawn first. Whoever renames the staging directory first decides, rank 0 or this rank,
-        so that no rank reports a failure of what becomes visible a moment later.
-        """
-        if self.group.rank == 0:
-            return None
-        committed = self._committed()
-        if committed is None:
-            self._staging.withdraw()
-            committed = self._committed()
-        return committed
-
-    def _committed(self) -> Manifest | None:
-        """The manifest, if this save is visible; it is made durable then, which rank 0 may have left undone."""
-        try:
-            found = manifest.read(self.target.path)
-        except (CheckpointError, OSError):
-            return None
-        if found.save_id != self.save_id:
-            return None
-        _native.sync_directory(self.target.parent)
-        return found
 
     def cancel(self) -> bool:
         with self._commit_lock:
@@ -415,11 +433,6 @@ class Writer:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
-
-
-def _item(row: list[Any]) -> TensorItem:
-    name, dtype, shape, offsets, sizes, nbytes = row
-    return TensorItem(name, dtype, tuple(shape), tuple(offsets), tuple(sizes), nbytes)
 
 
 def encode_objects(flattened: state.Flattened, allow_pickle: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -22,9 +23,12 @@ def digest(data: bytes) -> str:
 
 
 class Forge:
-    """A checkpoint in parts: `manifest` and `header` (JSON), `table` (chunk records), `data`; one writer's."""
+    """A checkpoint in parts: `manifest` and `header` (JSON), `table` (chunk records), `data`; one writer's. Shared
+    files are linked as they are.
+    """
 
     def __init__(self, source: Path, rank: int = 0) -> None:
+        self.source = source
         self.manifest = json.loads((source / MANIFEST).read_bytes())
         self.writer = self.manifest["writers"][rank]
         index = (source / self.writer["index"]["name"]).read_bytes()
@@ -46,7 +50,9 @@ class Forge:
         put(path, self.writer.get("index"), index)
         data = self.writer.get("data")
         if type(data) is list and data and type(data[0]) is dict:
-            put(path, data[0], self.data, self.table.tobytes())
+            put(path, data[0], self.data, self.table[self.table["file"] == 0].tobytes())
+        if (self.source / "base").is_dir():
+            shutil.copytree(self.source / "base", path / "base", copy_function=os.link)
         text = self.manifest_text
         write_manifest(path, json.dumps(self.manifest).encode() if text is None else text)
 

@@ -32,6 +32,8 @@ CHUNK_BYTES_MAX = 64 << 20
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 HEX128 = re.compile(r"[0-9a-f]{32}")
 CODECS = {0: None, 1: 1, 2: 2, 3: 4, 4: 8}  # codec -> bytes per item of its byte planes; None is not compressed
+XOR_CODECS = {5: 1, 6: 2, 7: 4, 8: 8}
+CHAIN_RECORDS_MAX = 64
 DERIVED_DTYPES = ("bfloat16", "float16")
 CHUNK = np.dtype("<u8, <u4, <u4, <u4, <u2, <u2, V16")
 CHUNK.names = ("offset", "stored_bytes", "raw_bytes", "file", "codec", "reserved", "digest")
@@ -103,6 +105,8 @@ def read(path: str | Path) -> Contents:
     contents = Contents(manifest)
     pieces: dict[str, list[tuple[dict[str, Any], bytes | None]]] = {}
     names = {"MANIFEST.json", "MANIFEST.xxh128"}
+    shared = read_shared(root, manifest)
+    shared_used: set[str] = set()
     for rank, writer in enumerate(manifest["writers"]):
         check(writer["rank"] == rank, "writers are not in the order of their ranks")
         for entry in (writer["index"], *writer["data"]):
@@ -111,7 +115,9 @@ def read(path: str | Path) -> Contents:
             check(entry["name"] not in names, entry["name"], "is named twice")
             names.add(entry["name"])
         header, table = read_index(root, manifest, writer)
-        chunks = read_chunks(root, writer, header, table)
+        chunks = read_chunks(root, writer, header, table, shared)
+        shared_used.update(header["files"][len(writer["data"]) :])
+        chunks = chunks[: len(chunks) - header.get("references", 0)]
         contents.chunks += len(chunks)
         used = [np.zeros(len(chunk), bool) for chunk in chunks]
         for row in header["tensors"]:
@@ -121,6 +127,8 @@ def read(path: str | Path) -> Contents:
             check(not gaps.any(), f"rank {rank}, chunk {number}: alignment gaps are not zero")
         objects = header["objects"].items()
         contents.objects.append({name: Object(entry.get("path", [name]), entry["value"]) for name, entry in objects})
+    check(shared_used == shared.keys(), "the manifest names shared files that no index uses")
+    names |= {"base"} if shared else set()
     check({entry.name for entry in root.iterdir()} == names, "the directory holds other files than the manifest names")
     contents.tensors = assemble_all(pieces)
     check(manifest["nbytes"] == sum(len(tensor.data) for tensor in contents.tensors.values()), "nbytes of the manifest")
@@ -139,7 +147,30 @@ def read_manifest(root: Path) -> dict[str, Any]:
     check(manifest["step"] is None or type(manifest["step"]) is int, "step")
     check(type(manifest["metadata"]) is dict and type(manifest["environment"]) is dict, "metadata, environment")
     check(len(manifest["writers"]) == manifest["world_size"], "there are not as many writers as ranks")
+    base = manifest.get("base")
+    if base is not None:
+        check(HEX128.fullmatch(base["save_id"]) and FILE_NAME.fullmatch(base["name"]), "base")
+        check(base["step"] is None or type(base["step"]) is int, "step of the base")
+        check(type(base["depth"]) is int and base["depth"] >= 1, "depth of the base")
     return manifest
+
+
+def read_shared(root: Path, manifest: dict[str, Any]) -> dict[str, bytes]:
+    """The shared files by name."""
+    entries = manifest.get("shared", [])
+    files = {}
+    for entry in entries:
+        directory, _, component = entry["name"].partition("/")
+        check(directory == "base" and FILE_NAME.fullmatch(component), "shared file name", entry["name"])
+        check(HEX128.fullmatch(entry["xxh128"]), "digest of", entry["name"])
+        check(entry["name"] not in files, entry["name"], "is named twice")
+        check(not (root / "base").is_symlink() and not (root / entry["name"]).is_symlink(), entry["name"], "is a link")
+        files[entry["name"]] = (root / entry["name"]).read_bytes()
+        check(len(files[entry["name"]]) == entry["nbytes"], entry["name"], "has another size")
+    if files:
+        found = {f"base/{entry.name}" for entry in (root / "base").iterdir()}
+        check(found == files.keys(), "base holds other files than the manifest names")
+    return files
 
 
 def read_index(root: Path, manifest: dict[str, Any], writer: dict[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -156,38 +187,71 @@ def read_index(root: Path, manifest: dict[str, Any], writer: dict[str, Any]) -> 
     same = ("save_id", "world_size", "format_version")
     check(all(header[key] == manifest[key] for key in same), entry["name"], "belongs to another save")
     check(header["rank"] == writer["rank"], entry["name"], "belongs to another rank")
-    check(header["files"] == [data["name"] for data in writer["data"]], entry["name"], "names other files")
+    own = [data["name"] for data in writer["data"]]
+    files, shared = header["files"], {entry["name"] for entry in manifest.get("shared", [])}
+    check(files[: len(own)] == own and len(set(files)) == len(files), entry["name"], "names other files")
+    check(set(files[len(own) :]) <= shared, entry["name"], "names shared files that the manifest does not")
+    references = header.get("references", 0)
+    check(type(references) is int and 0 <= references <= header["chunk_count"], "references")
     check(0 < header["chunk_bytes"] <= CHUNK_BYTES_MAX, "chunk_bytes")
     return header, np.frombuffer(data[begin:], CHUNK)
 
 
-def read_chunks(root: Path, writer: dict[str, Any], header: dict[str, Any], table: Any) -> list[bytes]:
-    """The raw bytes of every chunk of one writer."""
-    files = [(root / entry["name"]).read_bytes() for entry in writer["data"]]
-    for number, (entry, data) in enumerate(zip(writer["data"], files, strict=True)):
+def read_chunks(
+    root: Path, writer: dict[str, Any], header: dict[str, Any], table: Any, shared: dict[str, bytes]
+) -> list[bytes]:
+    """The raw bytes of every record of one writer, reference chunks too."""
+    own = [(root / entry["name"]).read_bytes() for entry in writer["data"]]
+    for number, (entry, data) in enumerate(zip(writer["data"], own, strict=True)):
         rows = table[table["file"] == number]
         check(len(data) == entry["nbytes"], entry["name"], "has another size")
         check(xxh128(rows.tobytes()) == entry["xxh128"], entry["name"], "has another table digest")
-        extents = sorted((int(row["offset"]), int(row["stored_bytes"])) for row in rows)
+        extents = sorted({row.tobytes(): (int(row["offset"]), int(row["stored_bytes"])) for row in rows}.values())
         ends = [0, *(offset + -(-stored // PAGE) * PAGE for offset, stored in extents)]
         check([*(offset for offset, _ in extents), len(data)] == ends, entry["name"], "is not covered by its chunks")
-    return [read_chunk(f"chunk {number}", row, files, header) for number, row in enumerate(table)]
+    files = own + [shared[name] for name in header["files"][len(own) :]]
+    used = {int(number) for number in table["file"]}
+    check(set(range(len(own), len(files))) <= used, "a shared file holds no chunk of rank", writer["rank"])
+    reference_of = read_references(table, header.get("references", 0))
+    chunks: list[bytes] = [b""] * len(table)
+    for number in reversed(range(len(table))):  # references come first
+        reference = reference_of.get(number)
+        raw = None if reference is None else chunks[reference]
+        chunks[number] = read_chunk(f"chunk {number}", table[number], files, header, raw)
+    return chunks
 
 
-def read_chunk(what: str, row: Any, files: list[bytes], header: dict[str, Any]) -> bytes:
+def read_references(table: Any, references: int) -> dict[int, int]:
+    """The reference of each record that has one."""
+    first = len(table) - references
+    with_xor = [number for number, row in enumerate(table) if int(row["codec"]) in XOR_CODECS]
+    check(len(with_xor) == references, "there are not as many references as records with an xor codec")
+    reference_of = {number: first + k for k, number in enumerate(with_xor)}
+    records = [1] * len(table)
+    for number, reference in sorted(reference_of.items(), reverse=True):
+        check(reference > number, f"chunk {number}: its reference does not stand behind it")
+        check(table[reference]["raw_bytes"] == table[number]["raw_bytes"], f"chunk {number}: size of its reference")
+        records[number] += records[reference]
+        check(records[number] <= CHAIN_RECORDS_MAX, f"chunk {number}: chain of references")
+    return reference_of
+
+
+def read_chunk(what: str, row: Any, files: list[bytes], header: dict[str, Any], reference: bytes | None) -> bytes:
     offset, stored, raw, file, codec, reserved = (int(row[name]) for name in CHUNK.names[:6])
-    check(file < len(files) and codec in CODECS and reserved == 0 and offset % PAGE == 0, what, "record")
+    check(file < len(files) and reserved == 0 and offset % PAGE == 0, what, "record")
+    check(codec in CODECS or codec in XOR_CODECS, what, "codec")
     check(0 < stored <= raw <= header["chunk_bytes"], what, "sizes")
     padded = files[file][offset : offset + -(-stored // PAGE) * PAGE]
     check(not any(padded[stored:]), what, "padding after it is not zero")
-    data = decode_chunk(what, codec, padded[:stored], raw)
+    data = decode_chunk(what, {**CODECS, **XOR_CODECS}[codec], padded[:stored], raw)
     check(len(data) == raw, what, "has", len(data), "raw bytes, not", raw)
+    if reference is not None:
+        data = np.bitwise_xor(np.frombuffer(data, np.uint8), np.frombuffer(reference, np.uint8)).tobytes()
     check(xxhash.xxh3_128_digest(data) == bytes(row["digest"]), what, "digest")
     return data
 
 
-def decode_chunk(what: str, codec: int, stored: bytes, raw_bytes: int) -> bytes:
-    item_bytes = CODECS[codec]
+def decode_chunk(what: str, item_bytes: int | None, stored: bytes, raw_bytes: int) -> bytes:
     if item_bytes is None:
         return stored
     try:

@@ -57,6 +57,20 @@ def encoded(*tensors: StoredTensor, chunks: int = 3, objects: Any = None) -> byt
     )
 
 
+def delta(*tensors: StoredTensor, chunks: int = 3, references: int = 1) -> bytes:
+    return encode(
+        save_id=SAVE_ID,
+        rank=2,
+        world_size=5,
+        files=["rank-00002.data", f"base/{SAVE_ID}.rank-00001.data"],
+        chunk_bytes=MIB,
+        tensors_json=encode_tensors(tensors),
+        objects={},
+        table=table(chunks),
+        references=references,
+    )
+
+
 def parsed(data: bytes) -> Index:
     return parse(data, path="somewhere/rank-00002.index", dtype_bytes=DTYPE_BYTES)
 
@@ -107,6 +121,27 @@ def test_any_tensors_come_back(tensors: list[StoredTensor]) -> None:
     assert index.chunk_bytes == MIB
     assert index.objects == {"x": {"path": ["x"], "value": {"$tuple": [1, "ü"]}}}
     assert index.table == table(200)
+
+
+def test_references_and_shared_files_come_back() -> None:
+    index = parsed(delta(stored(place=Place(1, 1, 0))))
+    assert (index.references, index.files[1]) == (1, f"base/{SAVE_ID}.rank-00001.data")
+    assert index.table == table(3)
+    assert parsed(encoded(stored())).references == 0
+    assert b"references" not in encoded(stored())
+
+
+def test_shards_end_before_the_reference_chunks() -> None:
+    for place in (Place(2, 1, 0), Place(1, 2, 0), Place(3, 1, 0)):
+        with pytest.raises(CorruptCheckpointError, match="are not in a table of 2"):
+            parsed(delta(stored(place=place)))
+
+
+def test_there_are_not_more_references_than_chunks() -> None:
+    assert parsed(delta(chunks=3, references=3)).references == 3
+    for references in (4, -1, 1 << 63, "1", 1.0, True, None, [1]):
+        with pytest.raises(CorruptCheckpointError, match="references is not an integer between 0 and 3"):
+            parsed(with_header(delta(), {"references": references}))
 
 
 def test_the_table_starts_at_a_multiple_of_64_and_is_all_that_follows() -> None:

@@ -21,16 +21,22 @@ from snapstone.errors import (
 from snapstone.manifest import (
     DIGEST_NAME,
     MANIFEST_NAME,
+    Base,
     FileEntry,
     Manifest,
     Writer,
     digest_line,
     is_checkpoint,
+    is_file_of_checkpoint,
+    is_shared_file,
+    origin_of_shared,
     read,
+    shared_name,
     writer_of,
 )
 
 HEX = "0123456789abcdef" * 2
+SHARED = f"base/{HEX}.rank-00000.carried.data"
 
 
 def manifest(world_size: int = 2, **change: Any) -> Manifest:
@@ -73,6 +79,8 @@ def changed(**change: Any) -> bytes:
         manifest(64, step=-(1 << 63)),
         manifest(nbytes=0, metadata={}, environment={"torch": "2"}),
         manifest(step=(1 << 63) - 1, nbytes=(1 << 63) - 1),
+        manifest(base=Base(HEX, None, "step-1", 1)),
+        manifest(base=Base(HEX, -3, "step-1", 70), shared=(FileEntry(SHARED, 4096, HEX), FileEntry("base/x", 0, HEX))),
     ],
 )
 def test_what_is_written_is_read(tmp_path: Path, one: Manifest) -> None:
@@ -148,6 +156,51 @@ WRONG: dict[str, dict[str, Any]] = {
     "metadata is a list": {"metadata": []},
     "environment is null": {"environment": None},
 }
+
+
+def test_only_delta_saves_write_the_keys_of_delta_saves(tmp_path: Path) -> None:
+    assert list(json.loads(manifest().to_bytes())) == [
+        *("format", "format_version", "save_id", "step", "world_size", "nbytes", "writers", "metadata", "environment")
+    ]
+    delta = manifest(base=Base(HEX, 1, "step-1", 1), shared=(FileEntry(SHARED, 1, HEX),))
+    assert list(json.loads(delta.to_bytes()))[6:9] == ["writers", "base", "shared"]
+    assert read(str(put(tmp_path / "c", delta.to_bytes()))).shared_by_name == {SHARED: FileEntry(SHARED, 1, HEX)}
+
+
+def test_a_delta_that_no_reader_takes_is_not_written() -> None:
+    for base in (Base(HEX, 1, "", 1), Base(HEX, 1, "a/b", 1), Base("x", 1, "a", 1), Base(HEX, 1, "a", 0)):
+        with pytest.raises(ValueError, match=r"not allowed|not a 128-bit|depth"):
+            manifest(base=base).to_bytes()
+    for name in ("x", "base/", "base/a/b", "base/..", "../x", "/base/x"):
+        with pytest.raises(ValueError, match=r"not allowed|is not in 'base'"):
+            manifest(shared=(FileEntry(name, 1, HEX),)).to_bytes()
+
+
+@pytest.mark.parametrize("name", ["rank-00000.data", "rank-00012.carried.data", "rank-123456.data"])
+def test_names_of_shared_files_say_where_they_were_written(name: str) -> None:
+    shared = shared_name(HEX, name)
+    assert shared == f"base/{HEX}.{name}"
+    assert origin_of_shared(shared) == (HEX, name)
+    assert is_shared_file(shared.removeprefix("base/"))
+    assert is_file_of_checkpoint(name)
+
+
+def test_other_names_are_not_those_of_shared_files() -> None:
+    for name in ("", "rank-00000.data", f"{HEX}.rank-00000.data", f"base/{HEX}.rank-00000.index", f"base/{HEX}.x"):
+        with pytest.raises(ValueError, match="not the name of a shared file"):
+            origin_of_shared(name)
+    for component in (
+        "",
+        "rank-00000.data",
+        f"{HEX}.rank-00000.index",
+        f"{HEX}.rank-0.data",
+        f"x{HEX}.rank-00000.data",
+    ):
+        assert not is_shared_file(component)
+    with pytest.raises(ValueError, match="not the name of a shared file"):
+        shared_name("x", "rank-00000.data")
+    for name in ("base", f"{HEX}.rank-00000.data", "rank-00000.carried.index", "rank-0.carried.data", "carried.data"):
+        assert not is_file_of_checkpoint(name)
 
 
 @pytest.mark.parametrize("kind", WRONG)

@@ -51,7 +51,7 @@ def metadata_of(reader: Reader, rank: int, meta: StorageMeta | None) -> EngineMe
         )
         planner_data[name] = _path(name, reader.shards.paths[name])
         for shard in reader.shards[name] if not reader.is_shared else ():  # nobody looks, and it would cost seconds
-            file = reader.manifest.writers[shard.table].data[0].name
+            file = reader.file_of(shard)
             index = MetadataIndex(name, torch.Size(shard.box.offsets))
             storage_data[index] = _StorageInfo(file, 0, shard.stored.item.nbytes)
     for name, (path, _) in reader.objects(rank).items():

@@ -18,11 +18,12 @@ from typing import Any
 from .. import _native
 from ..collective import Deadline
 from ..errors import CheckpointError
+from ..manifest import Base
 from ..target import Target
 
 __all__ = ["Note"]
 
-_NOTE_BYTES_MAX = 4096
+_NOTE_BYTES_MAX = 64 << 10
 _POLL_SECONDS = 0.05
 
 
@@ -30,12 +31,16 @@ _POLL_SECONDS = 0.05
 class Note:
     save_id: str
     world_size: int
+    base_path: str = ""
+    base: Base | None = None
 
     def leave(self, target: Target) -> None:
         path = _path(target)
         temporary = f"{path}.{self.save_id}"
         with open(temporary, "w", encoding="ascii") as file:
-            json.dump({"save_id": self.save_id, "world_size": self.world_size}, file)
+            base = self.base and self.base.to_json()
+            document = {"save_id": self.save_id, "world_size": self.world_size, "base_path": self.base_path}
+            json.dump({**document, "base": base}, file)
         os.replace(temporary, path)
 
     def remove(self, target: Target) -> None:
@@ -68,6 +73,12 @@ def _read(target: Target) -> Note | None:
     data = _native.read_file(target.parent, f".saving-{target.name}", _NOTE_BYTES_MAX)
     try:
         document = json.loads(data)
-        return Note(str(document["save_id"]), int(document["world_size"]))
+        base = document.get("base")
+        return Note(
+            str(document["save_id"]),
+            int(document["world_size"]),
+            str(document.get("base_path", "")),
+            None if base is None else Base(**base),
+        )
     except (ValueError, KeyError, TypeError):
         return None

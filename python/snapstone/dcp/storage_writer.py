@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.storage import StorageWriter as StorageWriterI
 from torch.futures import Future
 
 from .. import _native, garbage, manifest, state, tensors, values
+from ..base import Memory, choose, link
 from ..collective import Deadline
 from ..config import SaveOptions
 from ..errors import CheckpointError
@@ -26,6 +27,7 @@ from ..manifest import Manifest
 from ..plan import TensorItem
 from ..progress import Progress
 from ..share import Share
+from ..staleness import heed_unchanged, owned_unchanged
 from ..structure import StructureCache, StructureKeys, make_structure
 from ..target import Target
 from ..tensors import LocalShard
@@ -41,6 +43,7 @@ _MARKER = b"This checkpoint is in snapstone's format. Load it with snapstone.dcp
 
 _cache = StructureCache()
 _keys = StructureKeys()
+_memory = Memory()
 _described: Recent[_Described] = Recent(4)
 
 
@@ -71,6 +74,9 @@ class StorageWriter(StorageWriterInterface):
         overwrite: replace an existing checkpoint, which stays intact until the new one is committed. Stock's default.
         codec, allow_pickle, host_memory_budget, timeout: as in `snapstone.save`. `timeout` bounds the writer's own
             waits; DCP's collectives have the process group's.
+        base, full_every, on_unchanged, derive: as in `snapstone.save`. Chunks in a shared file move to a file of the
+            rank's own when less than half of the file is used by that rank, not by all: ranks cannot talk here.
+            base="auto" finds nothing without collectives.
         step, metadata: for the manifest.
         dcp_metadata: let the file `.metadata` hold the pickled Metadata that the stock writer would leave, for tools
             that read names, shapes and dtypes there, in the place of a line of text. The engine reads neither. The
@@ -96,7 +102,11 @@ class StorageWriter(StorageWriterInterface):
         _extensions: Sequence[Any] | None = None,
         serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
         *,
+        base: str | os.PathLike[str] | None = None,
         codec: str | None = None,
+        full_every: int | None = None,
+        derive: bool = False,
+        on_unchanged: str = "warn",
         allow_pickle: bool = False,
         host_memory_budget: int | None = None,
         timeout: timedelta | float | None = None,
@@ -124,7 +134,11 @@ class StorageWriter(StorageWriterInterface):
         self.step = step
         self.metadata = metadata
         self.dcp_metadata = dcp_metadata
+        self.base = base
         self.codec = codec
+        self.full_every = full_every
+        self.derive = derive
+        self.on_unchanged = on_unchanged
         self.allow_pickle = allow_pickle
         self.host_memory_budget = host_memory_budget
         self.timeout = timeout
@@ -143,7 +157,11 @@ class StorageWriter(StorageWriterInterface):
     def _options(self) -> SaveOptions:
         return SaveOptions.of(
             overwrite=self.overwrite,
+            base=self.base,
             codec=self.codec,
+            full_every=self.full_every,
+            derive=self.derive,
+            on_unchanged=self.on_unchanged,
             allow_pickle=self.allow_pickle,
             host_memory_budget=self.host_memory_budget,
             timeout=self.timeout,
@@ -214,11 +232,18 @@ class StorageWriter(StorageWriterInterface):
         # Ranks on other hosts may write here, whose boots are not known: to a reaper the owners are strangers then.
         boots = [_native.boot_id()] if len(plans) == 1 else [_native.boot_id(), str(uuid.UUID(int=0))]
         staging = _native.Staging.create(target.parent, self.save_id, boots)
-        note = Note(self.save_id, len(plans))
+        options = self._options()
+        base = choose(self._base_of_rank(options.base), target.parent, options.full_every)
+        note = Note(self.save_id, len(plans), base.path if base else "", base.facts() if base else None)
         self._saving = _Saving(target, self._deadline(), note, staging, leads=True)
         if len(plans) > 1:
             note.leave(target)
         return plans
+
+    def _base_of_rank(self, base: str | None) -> str | None:
+        if base in (None, "auto") or self.use_collectives:
+            return base
+        return os.path.join(base or "", rank_directory(self.rank or 0))
 
     def _deadline(self) -> Deadline:
         return Deadline(self._options().timeout_seconds)
@@ -272,16 +297,40 @@ class StorageWriter(StorageWriterInterface):
                 )
             _cache.put(rank, key, structure)
         rung, _ = _native.choose_rung(saving.target.parent)
-        share = Share(structure, taken.shards, saving.staging, rank, rung, options, trace, keep_staged=False)
+        note, step = saving.note, saving.target.step
+        comparison = None
+        if note.base is not None:
+            base_id = note.base.save_id
+            comparison = link(note.base_path, base_id, structure, saving.staging, rank, _memory, trace.stats)
+        share = Share(
+            structure,
+            taken.shards,
+            saving.staging,
+            rank,
+            rung,
+            options,
+            trace,
+            keep_staged=False,
+            comparison=comparison,
+        )
         try:
             share.start()
             share.wait_written(saving.deadline, Progress(False, "save", 0))
-            entry = share.write_index(saving.note.save_id, saving.note.world_size, objects)
+            unchanged = owned_unchanged(share.contents, taken.paths, share.before(_memory), step, share.digests)
+            share.drop_sparse_files(share.used_bytes())
+            entry, stored = share.write_index(note.save_id, note.world_size, step, objects)
             saving.staging.sync()
         finally:
             share.close()
             trace.close()
-        result = {"save_id": saving.note.save_id, "writer": entry.to_json(), "nbytes": structure.payload_bytes}
+        _memory.put(rank, note.save_id, stored)
+        result = {
+            "save_id": note.save_id,
+            "writer": entry.to_json(),
+            "nbytes": structure.payload_bytes,
+            "shared": [one.to_json() for one in stored.files[len(entry.data) :]],
+            "unchanged": unchanged,
+        }
         if self.dcp_metadata:
             result["stored"] = taken.stored(plan, entry)
         return result
@@ -294,6 +343,7 @@ class StorageWriter(StorageWriterInterface):
             if entry["save_id"] != saving.note.save_id:
                 # An old note on a network file system, or two saves at once through one writer.
                 raise CheckpointError("wrote into the directory of another save", path=saving.target.path, rank=rank)
+        shared = manifest.shared_of(entry["shared"] for entry in entries)
         document = Manifest(
             save_id=saving.note.save_id,
             step=saving.target.step,
@@ -302,13 +352,18 @@ class StorageWriter(StorageWriterInterface):
             writers=tuple(manifest.writer_of(entry["writer"]) for entry in entries),
             metadata=saving.target.metadata,
             environment={},
+            base=saving.note.base if shared else None,
+            shared=shared,
         )
         try:
+            found = [entry["unchanged"] for entry in entries]
+            heed_unchanged(found, self.on_unchanged, document.step, saving.target.path, warn=True)
             marker = _MARKER
             if self.dcp_metadata:
                 marker = pickled(metadata, [entry["stored"] for entry in entries], self.storage_meta())
             saving.staging.write_file(manifest.DCP_MARKER_NAME, marker)
             data = document.to_bytes()
+            saving.staging.keep_shared([(os.path.basename(entry.name), entry.nbytes) for entry in shared])
             saving.staging.commit(data, manifest.digest_line(data), saving.target.name, self.overwrite)
             saving.note.remove(saving.target)
         except BaseException:

@@ -5,6 +5,7 @@
 #include <functional>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -64,7 +65,7 @@ TEST(ChunkTableTest, the_reserved_field_is_zero) {
 }
 
 TEST(ChunkTableTest, unknown_codecs_are_refused) {
-  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.codec = 5; }), "chunk record: unknown codec");
+  EXPECT_EQ(reason_after([](ChunkRecord& r) { r.codec = 9; }), "chunk record: unknown codec");
   EXPECT_EQ(reason_after([](ChunkRecord& r) { r.codec = 0xFFFF; }), "chunk record: unknown codec");
 }
 
@@ -108,6 +109,74 @@ TEST(ChunkTableTest, chunks_lie_inside_their_file) {
   EXPECT_EQ(reason_after([](ChunkRecord& r) { r.offset = 4 * kChunkBytes - kPageBytes; }), reason) << "by its padding";
   EXPECT_EQ(reason_after([](ChunkRecord& r) { r.file = 1; }), reason);
   EXPECT_EQ(reason_after([](ChunkRecord& r) { r.offset = ~std::uint64_t{0} / kPageBytes * kPageBytes; }), reason);
+}
+
+ChunkRecord xor_record(std::uint32_t raw_bytes = 5000) {
+  ChunkRecord record = good_record();
+  record.codec = static_cast<std::uint16_t>(codec::Codec::kXorZstd);
+  record.raw_bytes = raw_bytes;
+  record.stored_bytes = 1;
+  return record;
+}
+
+ChunkRecord plain_record(std::uint32_t raw_bytes = 5000) {
+  ChunkRecord record = good_record();
+  record.stored_bytes = record.raw_bytes = raw_bytes;
+  return record;
+}
+
+// What is wrong with a table and at which of its records; -1 is the table as a whole, "" that it is accepted.
+std::pair<std::string, std::int64_t> table_problem(const std::vector<ChunkRecord>& table, std::uint64_t references) {
+  try {
+    check_chunk_table(table, kFiles, kChunkBytes, "index", references);
+  } catch (const CorruptError& error) {
+    return {error.reason(), error.chunk()};
+  }
+  return {"", 0};
+}
+
+// One chunk, with so many references in a row that a chain has `records`.
+std::vector<ChunkRecord> chain(std::size_t records) {
+  std::vector<ChunkRecord> table(records, xor_record());
+  table.back() = plain_record();
+  return table;
+}
+
+TEST(ChunkTableTest, the_xor_records_in_order_have_the_references_in_order) {
+  const std::vector<ChunkRecord> table = {xor_record(100),   plain_record(),  xor_record(200),
+                                          plain_record(100), xor_record(200), plain_record(200)};
+  EXPECT_EQ(table_problem(table, 3).first, "");
+  const std::vector<std::uint32_t> expected = {3, kNoReference, 4, kNoReference, 5, kNoReference};
+  EXPECT_EQ(chunk_references(table, 3), expected);
+  EXPECT_TRUE(chunk_references(std::vector<ChunkRecord>{plain_record()}, 0).empty());
+}
+
+TEST(ChunkTableTest, there_are_as_many_references_as_xor_records) {
+  const std::string reason = "chunk table: references are not as many as chunks with an xor codec";
+  EXPECT_EQ(table_problem({xor_record(), plain_record()}, 1).first, "");
+  for (const std::uint64_t references : {std::uint64_t{0}, std::uint64_t{2}, std::uint64_t{3}, ~std::uint64_t{0}}) {
+    EXPECT_EQ(table_problem({xor_record(), plain_record()}, references), std::pair(reason, std::int64_t{-1}));
+  }
+  EXPECT_EQ(table_problem({}, 1).first, reason);
+}
+
+TEST(ChunkTableTest, a_reference_stands_behind_what_refers_to_it) {
+  const std::string reason = "chunk record: its reference does not stand behind it";
+  EXPECT_EQ(table_problem({xor_record()}, 1), std::pair(reason, std::int64_t{0})) << "itself";
+  EXPECT_EQ(table_problem({plain_record(), xor_record(), xor_record()}, 2).first, reason);
+  EXPECT_EQ(table_problem({xor_record(), xor_record(), plain_record()}, 2).first, "");
+}
+
+TEST(ChunkTableTest, a_reference_has_the_raw_size_of_what_refers_to_it) {
+  EXPECT_EQ(table_problem({xor_record(100), plain_record(101)}, 1),
+            std::pair(std::string("chunk record: its reference has another raw size"), std::int64_t{0}));
+}
+
+TEST(ChunkTableTest, chains_are_bounded) {
+  EXPECT_EQ(table_problem(chain(kChainRecordsMax), kChainRecordsMax - 1).first, "");
+  EXPECT_EQ(table_problem(chain(kChainRecordsMax + 1), kChainRecordsMax),
+            std::pair(std::string("chunk record: too many references in a chain"), std::int64_t{0}));
+  EXPECT_EQ(table_problem(chain(1000), 999).second, 1000 - 1 - std::int64_t{kChainRecordsMax});
 }
 
 }  // namespace

@@ -195,7 +195,8 @@ TEST_P(LoadJobOnRung, a_scrub_finds_everything_that_is_wrong) {
   for (const Problem& problem : job->problems()) {
     found.insert(problem.chunk);
     EXPECT_EQ(problem.table, 0u);
-    EXPECT_EQ(problem.file, 0u);
+    EXPECT_EQ(problem.path, job->problems().front().path);
+    EXPECT_FALSE(problem.path.empty());
     EXPECT_TRUE(problem.reason == "digest mismatch" || problem.reason == "padding after the chunk is not zero");
     EXPECT_EQ(problem.expected.empty(), problem.reason != "digest mismatch");
   }

@@ -1,0 +1,80 @@
+"""How a save ends: rank 0 commits and says so; the others hear it from rank 0, or find it on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from . import _native, manifest
+from .collective import Channel, Deadline, Group
+from .errors import CheckpointError, RankFailedError
+from .manifest import Manifest
+from .target import Target
+
+__all__ = ["Outcome"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    target: Target
+    save_id: str
+    staging: Any
+    group: Group
+    channel: Channel
+    deadline: Deadline
+
+    def commit(self, document: Manifest, *, overwrite: bool) -> None:
+        """Steps 5 to 8 of the protocol in `csrc/store/staging.cc`."""
+        data = document.to_bytes()
+        self.staging.keep_shared([(os.path.basename(entry.name), entry.nbytes) for entry in document.shared])
+        self.staging.commit(data, manifest.digest_line(data), self.target.name, overwrite)
+
+    def announce(self, error: BaseException | None) -> None:
+        if self.group.world_size == 1:
+            return
+        # Ctrl-C is seen when the native call is over, which may well have committed.
+        failed = error is not None and (isinstance(error, Exception) or self.committed() is None)
+        outcome = {"error": f"{type(error).__name__}: {error}" if failed else None}
+        with suppress(RankFailedError):  # the others look at the disk then, where the outcome stands
+            self.channel.broadcast("outcome", json.dumps(outcome).encode(), self.deadline)
+
+    def hear(self) -> None:
+        """Rank 0 may die or hang between the rename and its announcement; then the disk says what happened."""
+        try:
+            outcome = json.loads(self.channel.broadcast("outcome", None, self.deadline))
+        except RankFailedError:
+            if self.on_disk() is None:
+                raise
+            return
+        if outcome["error"] is not None:
+            raise RankFailedError(
+                f"rank 0 could not commit: {outcome['error']}", path=self.target.path, failed_ranks=self.group.ranks[:1]
+            )
+
+    def on_disk(self) -> Manifest | None:
+        """For a rank that cannot hear rank 0: the manifest if the save is committed, else None for good.
+
+        An undecided save is withdrawn first. Whoever renames the staging directory first decides, rank 0 or this rank,
+        so that no rank reports a failure of what becomes visible a moment later.
+        """
+        if self.group.rank == 0:
+            return None
+        committed = self.committed()
+        if committed is None:
+            self.staging.withdraw()
+            committed = self.committed()
+        return committed
+
+    def committed(self) -> Manifest | None:
+        """The manifest, if this save is visible; it is made durable then, which rank 0 may have left undone."""
+        try:
+            found = manifest.read(self.target.path)
+        except (CheckpointError, OSError):
+            return None
+        if found.save_id != self.save_id:
+            return None
+        _native.sync_directory(self.target.parent)
+        return found
