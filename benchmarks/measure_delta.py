@@ -125,7 +125,7 @@ class Measurement:
     def _interleave(self, case: Case, names: list[str], warm_up: Any, step: Any, rounds_max: int) -> None:
         rounds = min(self.rounds, rounds_max)
         chosen = [self.contenders[name] for name in case.contenders]
-        entries = {one.name: Entry(one.label, one.package or "", one.role, None) for one in chosen}
+        entries = {one.name: Entry(one.label, one.package, one.role, None) for one in chosen}
         for name, entry in entries.items():
             if self.missing[name] is not None:
                 entry.skipped, entry.unavailable = self.missing[name], "not installed" in str(self.missing[name])
@@ -144,9 +144,7 @@ class Measurement:
                 "file_system": file_system(self.directory),
                 "cold_by": page_cache.dropped_by(whole_machine=self.drop_caches) if loads else None,
                 "engines": {
-                    one.name: entries[one.name].to_json()
-                    | {"version": version_of(one.package) if one.package else None}
-                    for one in chosen
+                    one.name: entries[one.name].to_json() | {"version": version_of(one.package)} for one in chosen
                 },
             }
         )

@@ -2,8 +2,8 @@
 
 Each state is measured in a process of its own; there every engine saves, loads and removes in turn, in an order that
 rotates every round. The rows under torch.distributed.checkpoint, with stock and with snapstone storage, and delta
-saves come after them. docs/benchmarks.md says what is measured and how to read it. Ends with status 1 if snapstone itself could not be
-measured.
+saves come after them. docs/benchmarks.md says what is measured and how to read it. Ends with status 1 if snapstone
+itself could not be measured.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Contender(ABC):
     name: ClassVar[str]
     label: str
     role: ClassVar[str]  # "ours", "reference" for what it is compared with, or "context"
-    package: ClassVar[str | None] = None  # the distribution whose version is recorded
+    package: ClassVar[str]  # the distribution whose version is recorded
     loads: ClassVar[bool] = True
 
     def unavailable(self) -> str | None:

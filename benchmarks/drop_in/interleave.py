@@ -31,7 +31,7 @@ class Entry:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-class Named(Protocol):
+class Contender(Protocol):
     @property
     def name(self) -> str: ...
 
@@ -39,14 +39,14 @@ class Named(Protocol):
     def label(self) -> str: ...
 
 
-def interleave[Contender: Named](
+def interleave(
     title: str,
     contenders: Sequence[Contender],
     entries: Mapping[str, Entry],
     rounds: int,
     *,
-    warm_up: Callable[[Contender], object],
-    step: Callable[[Contender], Mapping[str, float]],
+    warm_up: Callable[[Any], object],
+    step: Callable[[Any], Mapping[str, float]],
     scrub: Mapping[str, str],
 ) -> None:
     """A warm-up of each contender, which checks its bits and is not counted, then `rounds` of `step`, the order rotated
