@@ -162,7 +162,8 @@ class Checkpoint:
             if place in shared and item.nbytes:
                 loaded[name] = shared[place]
                 continue
-            loaded[name] = shared[place] = torch.empty(item.shape, dtype=tensors.dtype_named(item.dtype))
+            whole = item._replace(offsets=(0,) * len(item.shape), sizes=item.shape)
+            loaded[name] = shared[place] = self.reader.empty(whole)
             targets.extend(tensors.describe(name, loaded[name]))
         self.reader.fill(targets)
         if self.device.type == "cpu":
@@ -238,8 +239,9 @@ class TensorSlice:
             offsets.append(start)
             sizes.append(max(0, stop - start))
             rest.append(slice(None, None, step))
-        box = torch.empty(sizes, dtype=self.dtype)
-        item = self._item._replace(offsets=tuple(offsets), sizes=tuple(sizes), nbytes=box.numel() * box.element_size())
+        nbytes = math.prod(sizes) * self.dtype.itemsize
+        item = self._item._replace(offsets=tuple(offsets), sizes=tuple(sizes), nbytes=nbytes)
+        box = self._checkpoint.reader.empty(item)
         self._checkpoint.reader.fill([LocalShard(item, box)])
         return box[tuple(rest)].to(self._checkpoint.device)
 

@@ -1,8 +1,8 @@
 """Derived shards: what a rank need not write, because it is a float32 shard of the same rank, rounded.
 
 Mixed precision keeps parameters in bfloat16 or float16 beside float32 masters. Where each element of a shard is its
-master's, rounded to nearest, ties to even, bit for bit, the master's bytes stand for both. A master without NaN, so
-that every machine rounds it to the same bits.
+master's, rounded to nearest, ties to even, bit for bit, the master's bytes stand for both. NaN is left alone: how its
+payload is rounded depends on the machine.
 """
 
 from __future__ import annotations

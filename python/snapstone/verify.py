@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from . import _native, index, manifest, tensors
+from . import _native, index, manifest
 from .errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from .progress import Progress
 from .reader import Reader
@@ -146,8 +145,8 @@ def _derived_problems(reader: Reader) -> list[str]:
         for item, _, _, master, expected in parsed.tensors:
             if master is None:
                 continue
-            rebuilt = LocalShard(item, torch.empty(item.sizes, dtype=tensors.dtype_named(item.dtype)))
             try:
+                rebuilt = LocalShard(item, reader.empty(item))
                 reader.fill([rebuilt])
                 actual = _native.digest_memory(rebuilt.tensor.data_ptr(), item.nbytes)
                 if actual != expected:

@@ -99,6 +99,23 @@ def test_tensors_that_cannot_be(source: Path, path: Path, name: str) -> None:
     assert outcomes["open"] is not None or name in ("other dtype", "much around zero", "one more")
 
 
+@pytest.mark.parametrize("name", ["small", "derived"])
+def test_no_memory_is_made_for_what_is_claimed_and_not_stored(source: Path, path: Path, name: str) -> None:
+    forge = Forge(source)
+    row = next(row for row in forge.header["tensors"] if row["name"] == "small")
+    row.update(shape=[1 << 40, 5], offsets=[0, 0], sizes=[3, 5])
+    derived = {"shape": [1 << 40, 5], "chunks": [0, 0], "derived_from": "small", "xxh128": "0" * 32}
+    forge.header["tensors"].append({"name": "derived", "dtype": "bfloat16", **derived})
+    forge.write(path)
+    outcomes = try_everything(path)
+    assert isinstance(outcomes["open"], ss.IncompleteCheckpointError)
+    assert "elements are in no saved shard" in str(outcomes["verify"])
+    with pytest.raises(ss.IncompleteCheckpointError):
+        ss.Checkpoint.open(path).get_tensor(name)
+    with pytest.raises(ss.IncompleteCheckpointError):
+        ss.Checkpoint.open(path).get_slice(name)[:]
+
+
 def test_a_key_that_is_missing_from_a_tensor(source: Path, path: Path) -> None:
     for key in ("name", "dtype", "shape", "chunks"):
         forge = Forge(source)

@@ -34,6 +34,7 @@ HEX128 = re.compile(r"[0-9a-f]{32}")
 CODECS = {0: None, 1: 1, 2: 2, 3: 4, 4: 8}  # codec -> bytes per item of its byte planes; None is not compressed
 XOR_CODECS = {5: 1, 6: 2, 7: 4, 8: 8}
 CHAIN_RECORDS_MAX = 64
+DERIVED_DTYPES = ("bfloat16", "float16")
 CHUNK = np.dtype("<u8, <u4, <u4, <u4, <u2, <u2, V16")
 CHUNK.names = ("offset", "stored_bytes", "raw_bytes", "file", "codec", "reserved", "digest")
 ITEM_BYTES = {
@@ -102,7 +103,7 @@ def read(path: str | Path) -> Contents:
     root = Path(path)
     manifest = read_manifest(root)
     contents = Contents(manifest)
-    pieces: dict[str, list[tuple[dict[str, Any], bytes]]] = {}
+    pieces: dict[str, list[tuple[dict[str, Any], bytes | None]]] = {}
     names = {"MANIFEST.json", "MANIFEST.xxh128"}
     shared = read_shared(root, manifest)
     shared_used: set[str] = set()
@@ -129,7 +130,7 @@ def read(path: str | Path) -> Contents:
     check(shared_used == shared.keys(), "the manifest names shared files that no index uses")
     names |= {"base"} if shared else set()
     check({entry.name for entry in root.iterdir()} == names, "the directory holds other files than the manifest names")
-    contents.tensors = {name: assemble(name, shards) for name, shards in pieces.items()}
+    contents.tensors = assemble_all(pieces)
     check(manifest["nbytes"] == sum(len(tensor.data) for tensor in contents.tensors.values()), "nbytes of the manifest")
     return contents
 
@@ -264,9 +265,9 @@ def decode_chunk(what: str, item_bytes: int | None, stored: bytes, raw_bytes: in
     return planes.T.tobytes() + data[items * item_bytes :]
 
 
-def read_shard(row: dict[str, Any], header: dict[str, Any], chunks: list[bytes], used: list[Any]) -> bytes:
+def read_shard(row: dict[str, Any], header: dict[str, Any], chunks: list[bytes], used: list[Any]) -> bytes | None:
+    """None for a derived shard, which has no bytes of its own."""
     name, shape, sizes = row["name"], row["shape"], row.get("sizes", row["shape"])
-    check("derived_from" not in row, name, "is derived")
     offsets = row.get("offsets", [0] * len(shape))
     check(len(shape) == len(sizes) == len(offsets) <= 64, name, "has lists of different lengths")
     check(all(0 <= o <= o + s <= n for o, s, n in zip(offsets, sizes, shape, strict=True)), name, "reaches outside")
@@ -274,6 +275,10 @@ def read_shard(row: dict[str, Any], header: dict[str, Any], chunks: list[bytes],
     nbytes = math.prod(sizes) * ITEM_BYTES[row["dtype"]]
     first, count = row["chunks"]
     at = row.get("at", 0)
+    check(("derived_from" in row) == ("xxh128" in row), name, "is half derived")
+    if "derived_from" in row:
+        check(row["dtype"] in DERIVED_DTYPES and nbytes and (first, count, at) == (0, 0, 0), name, "cannot be derived")
+        return None
     check(first + count <= len(chunks) and (count == 0) == (nbytes == 0), name, "chunks")
     if nbytes < PACK_BELOW:
         check(at % PACK_ALIGNMENT == 0 and count <= 1, name, "is packed wrongly")
@@ -285,6 +290,35 @@ def read_shard(row: dict[str, Any], header: dict[str, Any], chunks: list[bytes],
         used[i][at : at + nbytes] = True
     data = b"".join(chunks[first : first + count])[at : at + nbytes]
     check(len(data) == nbytes, name, "is longer than its chunks")
+    return data
+
+
+def assemble_all(pieces: dict[str, list[tuple[dict[str, Any], bytes | None]]]) -> dict[str, Tensor]:
+    """Masters first: what is derived is made of them."""
+    whole: dict[str, Tensor] = {}
+    for name, shards in sorted(pieces.items(), key=lambda entry: any(data is None for _, data in entry[1])):
+        filled = [(row, derive(row, whole) if data is None else data) for row, data in shards]
+        whole[name] = assemble(name, filled)
+    return {name: whole[name] for name in pieces}
+
+
+def derive(row: dict[str, Any], masters: dict[str, Tensor]) -> bytes:
+    """The bytes of a derived shard."""
+    name, master = row["name"], masters.get(row["derived_from"])
+    check(master is not None, name, "has no master", row["derived_from"])
+    assert master is not None
+    check((master.dtype, list(master.shape)) == ("float32", row["shape"]), name, "has a master of another kind")
+    sizes, offsets = row.get("sizes", row["shape"]), row.get("offsets", [0] * len(row["shape"]))
+    box = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+    exact = np.frombuffer(master.data, "<f4").reshape(master.shape)[box]
+    check(not np.isnan(exact).any(), name, "has a master with NaN")
+    if row["dtype"] == "float16":
+        with np.errstate(over="ignore"):
+            data = exact.astype("<f2").tobytes()
+    else:  # bfloat16: the upper half of the bits, rounded to nearest, ties to even
+        bits = np.ascontiguousarray(exact).view("<u4").astype(np.uint64)
+        data = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
+    check(xxh128(data) == row["xxh128"], name, "is not what its master gives")
     return data
 
 
