@@ -38,6 +38,7 @@ from snapstone.compaction import _plan
 from snapstone.index import CHUNK_DTYPE
 
 PAGE_BYTES = 4096
+XOR_CODEC = 5  # and above
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -107,7 +108,7 @@ def test_compacting_twice_is_compacting_once(directory: Path) -> None:
     assert contents(path) == before
 
 
-@pytest.mark.parametrize("codec", ["zstd"])
+@pytest.mark.parametrize("codec", ["zstd", "xor-zstd"])
 def test_compressed_chunks_stay_as_they_are(directory: Path, codec: str) -> None:
     third = make_chain(directory, codec=codec)[-1]
     before = ss.Checkpoint.open(third).reader.indexes[0]
@@ -116,6 +117,8 @@ def test_compressed_chunks_stay_as_they_are(directory: Path, codec: str) -> None
     codecs = [np.frombuffer(one.table, CHUNK_DTYPE)["codec"].tolist() for one in (before, after)]
     assert codecs[0] == codecs[1]
     assert any(codecs[0])
+    assert before.references == after.references == sum(number >= XOR_CODEC for number in codecs[0])
+    assert (before.references > 0) == (codec == "xor-zstd")
     assert_step(third, 3)
 
 
@@ -210,6 +213,19 @@ def test_a_flipped_bit_in_a_shared_file_is_named_and_not_copied(directory: Path)
         ss.compact(third)
     assert (caught.value.path, caught.value.rank) == (str(used), 0)
     assert caught.value.tensor is not None
+    assert_unchanged(third, before)
+
+
+def test_a_flipped_bit_in_a_reference_is_named_and_not_what_refers_to_it(directory: Path) -> None:
+    third = make_chain(directory, codec="xor-zstd")[-1]
+    parsed = ss.Checkpoint.open(third).reader.indexes[0]
+    reference = np.frombuffer(parsed.table, CHUNK_DTYPE)[-parsed.references :][-1]
+    damaged = third / parsed.files[reference["file"]]
+    flip_bit(damaged, int(reference["offset"]) + int(reference["stored_bytes"]) // 2)
+    before = contents(third)
+    with pytest.raises(ss.CorruptCheckpointError) as caught:
+        ss.compact(third)
+    assert caught.value.path == str(damaged)
     assert_unchanged(third, before)
 
 
