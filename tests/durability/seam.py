@@ -12,7 +12,7 @@ from snapstone import _native
 # The names of csrc/os/call.h and csrc/io/.
 CALLS = ["open", "fcntl", "opendir", "readdir", "stat", "fstat", "statfs", "mkdir", "unlink", "rmdir", "rename"]
 CALLS += ["renameat2", "link", "fallocate", "ftruncate", "fsync", "pwrite", "pread", "flock", "mmap", "madvise"]
-CALLS += ["close", "uring_write", "uring_read"]
+CALLS += ["close", "copy_file_range", "uring_write", "uring_read"]
 CALLS_MAX = 400
 
 
