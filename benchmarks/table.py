@@ -21,6 +21,10 @@ def seconds_text(spread: Spread | None) -> str:
     return "" if spread is None else f"{spread.median:.3f} ({spread.low:.3f}-{spread.high:.3f})"
 
 
+def size_text(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
 def ratio_text(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
 
@@ -33,8 +37,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def print_scenario(console: Console, scenario: Mapping[str, Any]) -> None:
-    nbytes = scenario["nbytes"]
-    size = f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+    size = size_text(scenario["nbytes"])
     cold = f"cold by {scenario['cold_by']}" if scenario["cold_by"] else "files in memory"
     console.print(
         f"\n[bold]{scenario['state']}[/bold]: {size} in {scenario['tensors']} tensors on {scenario['file_system']}, "
@@ -152,7 +155,7 @@ def print_delta(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         changed = f"{row['changed_bytes'] / 1e6:.1f} MB in {row['changed_tensors']} tensors changed, "
         console.print(
-            f"\n[bold]{row['title']}[/bold]: {row['nbytes'] / 1e9:.2f} GB in {row['tensors']} tensors on "
+            f"\n[bold]{row['title']}[/bold]: {size_text(row['nbytes'])} in {row['tensors']} tensors on "
             f"{row['file_system']}, "
             + (f"cold by {row['cold_by']}, " if row["cold_by"] else changed)
             + f"median (min-max) of {row['rounds']} rounds"

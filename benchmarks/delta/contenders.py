@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import page_cache
+import torch
 from engines.contestant import Setting
 from engines.dcp import Dcp
 from engines.snapstone import Snapstone
@@ -185,7 +186,7 @@ class Hashing(Contender):
         digest = importlib.import_module("xxhash").xxh3_128_digest
         chunks = []
         for tensor in state.values():
-            memory = memoryview(tensor.view(-1).view(importlib.import_module("torch").uint8).numpy())
+            memory = memoryview(tensor.view(-1).view(torch.uint8).numpy())
             chunks += [memory[at : at + CHUNK_BYTES] for at in range(0, len(memory), CHUNK_BYTES)]
         lanes = _native.ring_facts()["lanes"] or int(os.environ.get("SNAPSTONE_LANES", "0")) or 2
 
