@@ -217,7 +217,7 @@ class Share:
         table = records.tobytes()
         layout = self._structure.layout
         references = len(records) - layout.chunk_count
-        self._count(records, len(own))
+        self._count(records)
         data = index.encode(
             save_id=save_id,
             rank=self._rank,
@@ -240,10 +240,10 @@ class Share:
         files = (*entries, *(one.entry for one in shared))
         return writer, Stored(files, table, references, self._structure.contents, step)
 
-    def _count(self, records: Any, own_files: int) -> None:
+    def _count(self, records: Any) -> None:
         if self._comparison is None:
             return
-        unchanged = records["file"][: self._structure.layout.chunk_count] >= own_files
+        unchanged = records["file"][: self._structure.layout.chunk_count] != 0
         self._trace.stats |= {
             "chunks": len(unchanged),
             "unchanged_chunks": int(unchanged.sum()),

@@ -140,6 +140,7 @@ def test_a_file_of_which_less_than_half_is_used_is_dropped(tmp_path: Path) -> No
     assert shared_files(tmp_path / "b") == []
     assert saved.stats["carried_bytes"] == (tmp_path / "b" / "rank-00000.carried.data").stat().st_size > 0
     assert saved.stats["amplification"] == 1.0
+    assert 0 < saved.stats["unchanged_chunks"] < saved.stats["chunks"]
     assert saved.own_nbytes == first.own_nbytes
     assert_holds(tmp_path / "b", state)
     state["frozen"] = state["frozen"] + 1
