@@ -125,7 +125,7 @@ class Measurement:
     ) -> None:
         rounds = min(self.rounds, row.rounds_max or self.rounds)
         entries = {one.name: Entry(one.label, one.storage, one.role, self._counter(row, one)) for one in row.contenders}
-        interleave(row, entries, rounds, warm_up=warm_up, step=step, scrub=self.scrub)
+        interleave(row.title, row.contenders, entries, rounds, warm_up=warm_up, step=step, scrub=self.scrub)
         loads = row.kind in ("load", "read-once")
         self.results.append(
             {

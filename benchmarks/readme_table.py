@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from delta.goals import judge_deltas
 from drop_in.comparisons import Comparison, compare
 from results import newest, scenario_of, spread_of
 from targets import best_dcp, speedup
@@ -101,6 +102,41 @@ def _under_dcp(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _deltas(document: Mapping[str, Any]) -> list[str]:
+    rows = [row for row in document.get("delta", []) if row["cold_by"] is None]
+    if not rows:
+        return []
+    names = [name for name in rows[0]["engines"] if any(_median(row, name, "save_seconds") for row in rows)]
+    words = {True: "met", False: "missed", None: "-"}
+    return [
+        f"Delta saves: {_size(rows[0])}, {rows[0]['file_system']}, {rows[0]['rounds']} rounds; seconds to durable, and "
+        "bytes written",
+        "",
+        f"| changed since the checkpoint before | {' | '.join(rows[0]['engines'][name]['label'] for name in names)} |",
+        f"|---|{'---|' * len(names)}",
+        *(f"| {_changed(row)} | {' | '.join(_seconds_and_bytes(row, name) for name in names)} |" for row in rows),
+        "",
+        "| ratio | wanted | got | |",
+        "|---|---|---|---|",
+        *(
+            f"| {one.what} | {one.wanted} | {one.got} | {words[one.passed]} |"
+            for one in judge_deltas(document["delta"])
+        ),
+        "",
+    ]
+
+
+def _changed(row: Mapping[str, Any]) -> str:
+    count, nbytes = row["changed_tensors"], row["changed_bytes"]
+    return f"{count} of {row['tensors']} tensors, {nbytes / 1e6:,.0f} MB" if count else "nothing"
+
+
+def _seconds_and_bytes(row: Mapping[str, Any], name: str) -> str:
+    nbytes = _median(row, name, "written_bytes")
+    written = f", {nbytes / 1e6:,.1f} MB" if nbytes else ""
+    return f"{_seconds(_median(row, name, 'save_seconds'))}{written}"
+
+
 def _compared(one: Comparison) -> tuple[str, ...]:
     words = {True: "met", False: "missed", None: "-"}
     sides = ("-" if side is None else f"{_amount(one, side[1])}, {side[0]}" for side in (one.ours, one.theirs))
@@ -119,7 +155,7 @@ def render(document: Mapping[str, Any]) -> str:
         scenario = scenario_of(document, state, "disk")
         if scenario is not None:
             lines += [*_table(scenario), ""]
-    lines += _under_dcp(document)
+    lines += [*_under_dcp(document), *_deltas(document)]
     rounds = max((scenario["rounds"] for scenario in document["scenarios"]), default=0)
     lines.append(
         f"Medians of {rounds} interleaved rounds, `{document['command']}`, {document['date']}; {machine['cores']} x "

@@ -1,8 +1,8 @@
 """A run's JSON: its medians, and finding the newest one.
 
 Its shape: theme, date, command, snapstone, machine{}, scenarios[{state, place, ..., engines{name: {label, skipped,
-verified, samples{measure: [seconds]}}}}], dcp[{row, title, ..., engines{name: {as above, storage, role}}}], micro[{}],
-targets[{what, wanted, got, passed}].
+verified, samples{measure: [seconds]}}}}], dcp[{row, title, ..., engines{name: {as above, storage, role}}}],
+delta[{like dcp}], micro[{}], targets[{what, wanted, got, passed}].
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """snapstone beside the limit of the disk and beside other engines, in one run: `make bench`.
 
 Each state is measured in a process of its own; there every engine saves, loads and removes in turn, in an order that
-rotates every round. The rows under torch.distributed.checkpoint, with stock and with snapstone storage, come after
-them. docs/benchmarks.md says what is measured and how to read it. Ends with status 1 if snapstone itself could not be
-measured.
+rotates every round. The rows under torch.distributed.checkpoint, with stock and with snapstone storage, and delta
+saves come after them. docs/benchmarks.md says what is measured and how to read it. Ends with status 1 if snapstone
+itself could not be measured.
 """
 
 from __future__ import annotations
@@ -46,16 +46,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--states", help="comma-separated: 2gb, small; without it both, and the rows under DCP")
     parser.add_argument("--only", help=f"comma-separated engines, without the rows under DCP: {', '.join(EVERYTHING)}")
     parser.add_argument("--dcp", help=f"comma-separated rows under DCP, without the states: {', '.join(UNDER_DCP)}")
+    parser.add_argument("--delta", action="store_true", help="delta saves, without the states and the rows under DCP")
     parser.add_argument("--results", type=Path, default=results.DIRECTORY, help="where the JSON goes")
     parser.add_argument("--no-micro", action="store_true", help="leave the micro benchmarks out")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: shows that it works, not how fast")
     options = parser.parse_args(arguments)
-    options.full = not (options.states or options.only or options.dcp)
-    if not options.states and (options.only or not options.dcp):
+    options.full = not (options.states or options.only or options.dcp or options.delta)
+    if not options.states and (options.only or not (options.dcp or options.delta)):
         options.states = ",".join(STATES)
     options.states = _choices(parser, options.states, STATES) if options.states else []
     options.only = _choices(parser, options.only, EVERYTHING) if options.only else None
     options.dcp = _choices(parser, options.dcp, UNDER_DCP) if options.dcp else list(UNDER_DCP if options.full else ())
+    options.delta = options.delta or options.full
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     return options
@@ -78,6 +80,8 @@ def command_line(options: argparse.Namespace) -> str:
         words.append(f"--only {','.join(options.only)}")
     if options.dcp and not options.full:
         words.append(f"--dcp {','.join(options.dcp)}")
+    if options.delta and not options.full:
+        words.append("--delta")
     return " ".join(words)
 
 
@@ -118,6 +122,11 @@ def measure_under_dcp(options: argparse.Namespace, scratch: Path) -> list[dict[s
     return list(_in_process("measure_under_dcp.py", details, options.directory, scratch))
 
 
+def measure_delta(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    details = {"rounds": 1 if options.quick else options.rounds, "quick": options.quick}
+    return list(_in_process("measure_delta.py", details, options.directory, scratch))
+
+
 def _in_process(program: str, details: dict[str, Any], parent: Path, scratch: Path) -> Any:
     """What a program of this folder makes of its job, for which it gets a directory below `parent`."""
     work = Path(tempfile.mkdtemp(prefix="snapstone-bench-", dir=parent))
@@ -148,6 +157,7 @@ def run(options: argparse.Namespace, console: Console, scratch: Path) -> dict[st
         "machine": machine.facts(),
         "scenarios": [],
         "dcp": [],
+        "delta": [],
         "micro": [],
     }
     facts = document["machine"]
@@ -164,6 +174,9 @@ def run(options: argparse.Namespace, console: Console, scratch: Path) -> dict[st
     if options.dcp:
         document["dcp"] = measure_under_dcp(options, scratch)
         table.print_under_dcp(console, document["dcp"])
+    if options.delta:
+        document["delta"] = measure_delta(options, scratch)
+        table.print_delta(console, document["delta"])
     if not (options.quick or options.no_micro):
         micro = micro_run.measure(scratch)
         if isinstance(micro, str):
@@ -191,12 +204,21 @@ def failures(document: dict[str, Any]) -> list[str]:
         for name, entry in scenario["engines"].items()
         if name.startswith("snapstone") and entry["skipped"] is not None
     ]
-    return found + [
-        f"{row['title']}: {entry['label']}: {entry['skipped']}"
-        for row in document["dcp"]
-        for entry in row["engines"].values()
-        if entry["storage"] == "snapstone" and entry["skipped"] is not None and not entry["unavailable"]
-    ]
+    return (
+        found
+        + [
+            f"{row['title']}: {entry['label']}: {entry['skipped']}"
+            for row in document["dcp"]
+            for entry in row["engines"].values()
+            if entry["storage"] == "snapstone" and entry["skipped"] is not None and not entry["unavailable"]
+        ]
+        + [
+            f"{row['title']}: {entry['label']}: {entry['skipped']}"
+            for row in document["delta"]
+            for entry in row["engines"].values()
+            if entry["storage"] == "snapstone" and entry["skipped"] is not None
+        ]
+    )
 
 
 def main() -> int:

@@ -12,13 +12,17 @@ from rich.markup import escape
 from rich.table import Table
 from targets import Verdict, best_dcp, speedup
 
-__all__ = ["print_micro", "print_scenario", "print_targets", "print_under_dcp"]
+__all__ = ["print_delta", "print_micro", "print_scenario", "print_targets", "print_under_dcp"]
 
 MIB = 1 << 20
 
 
 def seconds_text(spread: Spread | None) -> str:
     return "" if spread is None else f"{spread.median:.3f} ({spread.low:.3f}-{spread.high:.3f})"
+
+
+def size_text(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def ratio_text(ratio: float | None) -> str:
@@ -33,8 +37,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def print_scenario(console: Console, scenario: Mapping[str, Any]) -> None:
-    nbytes = scenario["nbytes"]
-    size = f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+    size = size_text(scenario["nbytes"])
     cold = f"cold by {scenario['cold_by']}" if scenario["cold_by"] else "files in memory"
     console.print(
         f"\n[bold]{scenario['state']}[/bold]: {size} in {scenario['tensors']} tensors on {scenario['file_system']}, "
@@ -146,6 +149,29 @@ def _loads_under_dcp(row: Mapping[str, Any]) -> Table:
             counted = ("", "") if nbytes is None else (f"{nbytes / 1e6:.1f}", ratio_text(nbytes / row["nbytes"]))
             table.add_row(entry["label"], seconds_text(spread), *counted)
     return table
+
+
+def print_delta(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        changed = f"{row['changed_bytes'] / 1e6:.1f} MB in {row['changed_tensors']} tensors changed, "
+        console.print(
+            f"\n[bold]{row['title']}[/bold]: {size_text(row['nbytes'])} in {row['tensors']} tensors on "
+            f"{row['file_system']}, "
+            + (f"cold by {row['cold_by']}, " if row["cold_by"] else changed)
+            + f"median (min-max) of {row['rounds']} rounds"
+        )
+        columns = ("seconds", "GB/s") if row["cold_by"] else ("durable, s", "GB/s", "written, MB")
+        table = _table("", "contender", *columns)
+        for name, entry in row["engines"].items():
+            spread = spread_of(row, name, "load_seconds" if row["cold_by"] else "save_seconds")
+            written = spread_of(row, name, "written_bytes")
+            if spread is not None:
+                cells = [seconds_text(spread), f"{row['nbytes'] / spread.median / 1e9:.2f}"]
+                table.add_row(entry["label"], *cells, *([f"{written.median / 1e6:.2f}"] if written else []))
+        console.print(table)
+        for entry in row["engines"].values():
+            if entry["skipped"] is not None:
+                console.print(f"  {entry['label']}: left out: {entry['skipped']}", markup=False)
 
 
 def print_micro(console: Console, micro: Sequence[Mapping[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from delta.goals import judge_deltas
 from drop_in.comparisons import compare
 from results import scenario_of, spread_of
 
@@ -80,6 +81,7 @@ def judge(document: Mapping[str, Any]) -> list[Verdict]:
         _at_least("2gb save on tmpfs, against the best DCP", 3, save(memory, best_dcp(memory, "save_seconds"))),
         _at_least("2gb load on tmpfs, against DCP", 2, load(memory, best_dcp(memory, "load_seconds"))),
         *(Verdict(one.what, one.wanted_text, one.got_text, one.passed) for one in compare(document.get("dcp", []))),
+        *(Verdict(one.what, one.wanted, one.got, one.passed) for one in judge_deltas(document.get("delta", []))),
     ]
 
 

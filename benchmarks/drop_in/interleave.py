@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from drop_in.rank import NOT_IN_THIS_VERSION
-from drop_in.rows import Contender, Row
 
 __all__ = ["Entry", "interleave"]
 
@@ -32,13 +31,22 @@ class Entry:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
+class Contender(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def label(self) -> str: ...
+
+
 def interleave(
-    row: Row,
+    title: str,
+    contenders: Sequence[Contender],
     entries: Mapping[str, Entry],
     rounds: int,
     *,
-    warm_up: Callable[[Contender], object],
-    step: Callable[[Contender], Mapping[str, float]],
+    warm_up: Callable[[Any], object],
+    step: Callable[[Any], Mapping[str, float]],
     scrub: Mapping[str, str],
 ) -> None:
     """A warm-up of each contender, which checks its bits and is not counted, then `rounds` of `step`, the order rotated
@@ -54,17 +62,17 @@ def interleave(
         except Exception as error:
             entry.skipped = _reason(error, scrub)
             entry.unavailable = NOT_IN_THIS_VERSION in entry.skipped
-            _say(row, f"{contender.label} left out: {entry.skipped}")
+            _say(title, f"{contender.label} left out: {entry.skipped}")
             return None
 
-    for contender in row.contenders:
-        _say(row, f"warm-up of {contender.label}")
+    for contender in contenders:
+        _say(title, f"warm-up of {contender.label}")
         attempt(contender, warm_up)
         if entries[contender.name].skipped is None:
             entries[contender.name].verified = True
             active.append(contender)
     for number in range(rounds):
-        _say(row, f"round {number + 1} of {rounds}")
+        _say(title, f"round {number + 1} of {rounds}")
         turn = number % max(len(active), 1)
         for contender in active[turn:] + active[:turn]:
             if entries[contender.name].skipped is None:
@@ -79,5 +87,5 @@ def _reason(error: Exception, scrub: Mapping[str, str]) -> str:
     return reason[:REASON_LENGTH_MAX]
 
 
-def _say(row: Row, text: str) -> None:
-    print(f"{row.title}: {text}", file=sys.stderr, flush=True)
+def _say(title: str, text: str) -> None:
+    print(f"{title}: {text}", file=sys.stderr, flush=True)

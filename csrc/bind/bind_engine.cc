@@ -106,6 +106,13 @@ void bind_engine(py::module_& module) {
   module.def("available_memory_bytes", &os::available_memory_bytes);
   module.def("boot_id", &os::boot_id);
   module.def("file_system_facts", &file_system_facts, py::arg("directory"));
+  module.def(
+      "try_hard_link", [](const std::string& path) { os::try_hard_link(os::open_directory(path)); },
+      py::arg("directory"), py::call_guard<py::gil_scoped_release>(),
+      "Raises OSError where a file cannot have two names.");
+  module.def(
+      "try_reflink", [](const std::string& path) { os::try_reflink(os::open_directory(path)); }, py::arg("directory"),
+      py::call_guard<py::gil_scoped_release>(), "Raises OSError where two files cannot share blocks.");
   module.def("ring_facts", &ring_facts);
   module.def(
       "reserve",

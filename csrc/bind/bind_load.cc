@@ -6,6 +6,7 @@
 
 #include "base/limits.h"
 #include "bind/bind.h"
+#include "format/chunk_table.h"
 #include "mem/board.h"
 #include "os/directory.h"
 #include "pipeline/engine.h"
@@ -20,11 +21,15 @@ using pipeline::LoadPlan;
 // What Python holds of a chunk table, to pass it to one job after the other.
 struct Records {
   std::shared_ptr<const pipeline::ChunkRecords> records;
+  std::shared_ptr<const pipeline::ChunkReferences> references;
 
-  explicit Records(const py::bytes& table) {
+  Records(const py::bytes& table, std::uint64_t reference_count) {
     const std::string_view view(table);
     pipeline::ChunkRecords copy(view.size() / sizeof(format::ChunkRecord));
     std::memcpy(copy.data(), view.data(), copy.size() * sizeof(format::ChunkRecord));
+    if (reference_count > 0) {
+      references = std::make_shared<const pipeline::ChunkReferences>(format::chunk_references(copy, reference_count));
+    }
     records = std::make_shared<const pipeline::ChunkRecords>(std::move(copy));
   }
 };
@@ -55,7 +60,9 @@ pipeline::StoredShard make_shard(const ShardArguments& arguments) {
 
 LoadPlan make_plan(const TableArguments& table_arguments) {
   std::vector<pipeline::ChunkTable> tables;
-  for (const auto& [records, first_file, path] : table_arguments) tables.push_back({records.records, first_file, path});
+  for (const auto& [records, first_file, path] : table_arguments) {
+    tables.push_back({records.records, first_file, path, records.references});
+  }
   return LoadPlan(std::move(tables));
 }
 
@@ -105,12 +112,10 @@ class FileOpener {
   std::string inner_name_;
 };
 
-// The files of the plan's requests; the others, of which a checkpoint with many saves before it has many, stay closed.
+// The files that the plan needs; the others, of which a checkpoint with many saves before it has many, stay closed.
 std::vector<os::File> open_files(const FileArguments& arguments, const LoadPlan& plan, bool direct) {
-  std::vector<bool> needed(arguments.size());
-  for (const pipeline::ReadRequest& request : plan.requests()) {
-    if (request.file < needed.size()) needed[request.file] = true;  // LoadJob refuses the others
-  }
+  std::vector<bool> needed = plan.files_needed();
+  needed.resize(arguments.size());  // LoadJob refuses chunks in others
   std::vector<os::File> files(arguments.size());
   FileOpener opener(direct);
   for (std::size_t i = 0; i < files.size(); ++i) {
@@ -189,7 +194,10 @@ std::string wait_for(const mem::Board& board, std::uint64_t value, double second
 }  // namespace
 
 void bind_load(py::module_& module) {
-  py::class_<Records>(module, "ChunkRecords", "A chunk table, for any number of jobs.").def(py::init<py::bytes>());
+  py::class_<Records>(module, "ChunkRecords",
+                      "A chunk table that check_chunk_table() accepted, for any number of jobs; the last `references` "
+                      "records are reference chunks.")
+      .def(py::init<py::bytes, std::uint64_t>(), py::arg("table"), py::arg("references") = 0);
   auto job = py::class_<LoadJob, std::shared_ptr<LoadJob>>(
       module, "LoadJob", "Chunks being read into memory; see csrc/pipeline/load_job.h.");
   job.def(py::init(&make_load_job), py::arg("tables"), py::arg("files"), py::arg("contiguous"), py::arg("boxes"),

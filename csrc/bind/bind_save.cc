@@ -1,12 +1,14 @@
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 
 #include "base/limits.h"
 #include "bind/bind.h"
+#include "os/directory.h"
+#include "os/file.h"
 #include "pipeline/engine.h"
 #include "pipeline/save_job.h"
 #include "store/staging.h"
@@ -25,6 +27,10 @@ using StridedArguments =
 using U32Array = py::array_t<std::uint32_t, py::array::c_style>;
 // (chunk records, the record that each refers to, the record of each chunk of the layout); NO_RECORD for none
 using BaseArguments = std::tuple<py::bytes, U32Array, U32Array>;
+// (per tensor nonzero where chunks may be differences, keyframe_every, (directory, name) of the base's files, from
+// number 1 on)
+using DifferenceArguments =
+    std::tuple<std::vector<std::uint8_t>, std::uint64_t, std::vector<std::pair<std::string, std::string>>>;
 
 std::shared_ptr<Layout> make_layout(const U64Array& nbytes, std::uint64_t chunk_bytes) {
   const std::span<const std::uint64_t> sizes(nbytes.data(), static_cast<std::size_t>(nbytes.size()));
@@ -66,32 +72,40 @@ std::vector<std::uint32_t> as_vector(const U32Array& array) { return {array.data
 pipeline::SaveBase make_base(const BaseArguments& arguments) {
   const auto& [table, references, record_of_chunk] = arguments;
   const auto bytes = as_span(table);
-  pipeline::SaveBase base{std::vector<format::ChunkRecord>(bytes.size() / sizeof(format::ChunkRecord)),
-                          as_vector(references), as_vector(record_of_chunk)};
+  pipeline::SaveBase base;
+  base.records.resize(bytes.size() / sizeof(format::ChunkRecord));
+  base.references = as_vector(references);
+  base.record_of_chunk = as_vector(record_of_chunk);
   std::memcpy(base.records.data(), bytes.data(), base.records.size() * sizeof(format::ChunkRecord));
-  const auto known = [&](std::uint32_t record) {
-    return record < base.records.size() || record == pipeline::SaveBase::kNoRecord;
-  };
-  if (base.references.size() != base.records.size() || !std::ranges::all_of(base.references, known) ||
-      !std::ranges::all_of(base.record_of_chunk, known)) {
-    throw std::invalid_argument("the base names records that it does not have");
-  }
   return base;
+}
+
+std::vector<os::File> open_base_files(const std::vector<std::pair<std::string, std::string>>& names, io::Rung rung) {
+  std::vector<os::File> files(1);  // number 0 is the file that is being written
+  for (const auto& [directory_path, name] : names) {
+    const os::Directory directory = os::open_directory(directory_path);
+    files.push_back(os::open_for_read(directory.fd.get(), directory.path, name, io::rung_is_direct(rung)));
+  }
+  return files;
 }
 
 std::shared_ptr<SaveJob> make_save_job(std::shared_ptr<Layout> layout, const U64Array& pointers,
                                        const StridedArguments& strided, const store::Staging& staging,
                                        const std::string& name, const std::string& rung, int zstd_level,
                                        std::vector<std::uint8_t> item_bytes, const std::optional<BaseArguments>& base,
-                                       std::uint64_t slots, bool eager, bool trace) {
+                                       std::uint64_t slots, bool eager, bool trace,
+                                       const std::optional<DifferenceArguments>& differences) {
   pipeline::SaveSources sources = make_sources(*layout, pointers, strided);
-  pipeline::SaveOptions options{io::rung_from_name(rung), zstd_level != 0, zstd_level,
-                                std::move(item_bytes),    trace,           eager || zstd_level != 0};
-  if (options.compress && options.item_bytes.size() != layout->places.size()) {
-    throw std::invalid_argument("one item size per tensor is needed when compressing");
-  }
+  pipeline::SaveOptions options{.rung = io::rung_from_name(rung),
+                                .compress = zstd_level != 0,
+                                .zstd_level = zstd_level,
+                                .item_bytes = std::move(item_bytes),
+                                .trace = trace,
+                                .eager = eager || zstd_level != 0};
+  if (differences) std::tie(options.xor_tensors, options.keyframe_every, std::ignore) = *differences;
   pipeline::SaveBase save_base = base ? make_base(*base) : pipeline::SaveBase{};
   py::gil_scoped_release release;
+  if (base && differences) save_base.files = open_base_files(std::get<2>(*differences), options.rung);
   auto ring = pipeline::Engine::instance().ring(layout->chunk_bytes, std::max<std::uint64_t>(slots, 1));
   os::File file = staging.create_file(name, io::rung_is_direct(options.rung));
   return std::make_shared<SaveJob>(std::move(layout), std::move(sources), std::move(file), std::move(ring),
@@ -114,7 +128,7 @@ void bind_save(py::module_& module) {
       module, "SaveJob", "One data file being written; see csrc/pipeline/save_job.h.");
   job.def(py::init(&make_save_job), py::arg("layout"), py::arg("pointers"), py::arg("strided"), py::arg("staging"),
           py::arg("name"), py::arg("rung"), py::arg("zstd_level"), py::arg("item_bytes"), py::arg("base"),
-          py::arg("slots"), py::arg("eager"), py::arg("trace"))
+          py::arg("slots"), py::arg("eager"), py::arg("trace"), py::arg("differences") = std::nullopt)
       .def(
           "start", [](const std::shared_ptr<SaveJob>& self) { pipeline::Engine::instance().start(self); },
           py::call_guard<py::gil_scoped_release>())
@@ -127,9 +141,21 @@ void bind_save(py::module_& module) {
       .def_property_readonly("staged", &SaveJob::staged)
       .def_property_readonly("direct", &SaveJob::direct)
       .def_property_readonly("file_bytes", &SaveJob::file_bytes)
-      .def("chunk_table", [](const SaveJob& self) {
-        return as_bytes(self.chunk_table().data(), self.chunk_table().size() * sizeof(format::ChunkRecord));
-      });
+      .def(
+          "chunk_table",
+          [](const SaveJob& self) {
+            return as_bytes(self.chunk_table().data(), self.chunk_table().size() * sizeof(format::ChunkRecord));
+          },
+          "The records of the layout's chunks, then the reference records that these need.")
+      .def(
+          "encode_us",
+          [](const SaveJob& self) {
+            return U32Array(static_cast<py::ssize_t>(self.encode_us().size()), self.encode_us().data());
+          },
+          "uint32 array: by chunk of the layout the microseconds of encoding it, 0 if it was not; empty without a "
+          "codec")
+      .def_property_readonly("unreadable_references", &SaveJob::unreadable_references,
+                             "Chunks that were not stored as differences because the base's could not be read.");
   job.attr("NO_RECORD") = pipeline::SaveBase::kNoRecord;
   bind_job_methods(job);
 }

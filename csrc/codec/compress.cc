@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cassert>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -110,6 +111,28 @@ void decompress_frame(std::span<const std::uint8_t> stored, std::span<std::uint8
   }
 }
 
+// nullopt when the frame would not be smaller than its source.
+std::optional<std::uint64_t> compress_frame(std::span<const std::uint8_t> source, int level, std::uint8_t* target) {
+  ZSTD_CCtx* context = thread_context<ZSTD_CCtx, ZSTD_createCCtx>();
+  ZSTD_CCtx_reset(context, ZSTD_reset_session_only);  // a frame that did not fit stays open
+  set_parameter(context, ZSTD_c_compressionLevel, level);
+  set_parameter(context, ZSTD_c_contentSizeFlag, 0);  // the chunk record has the size
+  set_parameter(context, ZSTD_c_checksumFlag, 0);     // and the digest
+  // One byte short of raw: a frame that does not fit is not worth keeping.
+  const std::size_t nbytes = ZSTD_compress2(context, target, source.size() - 1, source.data(), source.size());
+  if (!ZSTD_isError(nbytes)) {
+    return nbytes;
+  }
+  switch (ZSTD_getErrorCode(nbytes)) {
+    case ZSTD_error_dstSize_tooSmall:
+      return std::nullopt;
+    case ZSTD_error_memory_allocation:
+      throw std::bad_alloc();
+    default:
+      throw std::runtime_error(std::string("zstd: ") + ZSTD_getErrorName(nbytes));
+  }
+}
+
 }  // namespace
 
 bool known_codec(std::uint16_t codec) { return codec <= static_cast<std::uint16_t>(Codec::kXorZstdPlanes8); }
@@ -150,6 +173,19 @@ Codec zstd_codec_for_item_bytes(unsigned item_bytes) {
   }
 }
 
+Codec xor_codec_for_item_bytes(unsigned item_bytes) {
+  switch (item_bytes) {
+    case 2:
+      return Codec::kXorZstdPlanes2;
+    case 4:
+      return Codec::kXorZstdPlanes4;
+    case 8:
+      return Codec::kXorZstdPlanes8;
+    default:
+      return Codec::kXorZstd;
+  }
+}
+
 const char* codec_name(Codec codec) {
   switch (codec) {
     case Codec::kNone:
@@ -174,7 +210,30 @@ const char* codec_name(Codec codec) {
   return "unknown";
 }
 
+void xor_into(std::span<const std::uint8_t> source, std::span<std::uint8_t> target) {
+  assert(source.size() == target.size());
+  // Words through memcpy: any alignment, and no two pointers of one type for the vectoriser to keep apart.
+  constexpr std::size_t kWordBytes = sizeof(std::uint64_t);
+  const std::uint8_t* __restrict from = source.data();
+  std::uint8_t* __restrict to = target.data();
+  std::size_t i = 0;
+  for (; i + kWordBytes <= target.size(); i += kWordBytes) {
+    std::uint64_t a;
+    std::uint64_t b;
+    std::memcpy(&a, from + i, kWordBytes);
+    std::memcpy(&b, to + i, kWordBytes);
+    b ^= a;
+    std::memcpy(to + i, &b, kWordBytes);
+  }
+  for (; i < target.size(); ++i) {
+    to[i] ^= from[i];
+  }
+}
+
 std::optional<std::uint64_t> compress(std::span<const std::uint8_t> raw, Codec codec, int level, std::uint8_t* target) {
+  if (is_xor_codec(static_cast<std::uint16_t>(codec))) {
+    throw std::invalid_argument(std::string(codec_name(codec)) + ": a reference is needed");
+  }
   if (codec == Codec::kNone || raw.empty()) {
     return std::nullopt;
   }
@@ -184,24 +243,29 @@ std::optional<std::uint64_t> compress(std::span<const std::uint8_t> raw, Codec c
     split_planes(raw, item_bytes, scratch);
     source = scratch;
   }
-  ZSTD_CCtx* context = thread_context<ZSTD_CCtx, ZSTD_createCCtx>();
-  ZSTD_CCtx_reset(context, ZSTD_reset_session_only);  // a frame that did not fit stays open
-  set_parameter(context, ZSTD_c_compressionLevel, level);
-  set_parameter(context, ZSTD_c_contentSizeFlag, 0);  // the chunk record has the size
-  set_parameter(context, ZSTD_c_checksumFlag, 0);     // and the digest
-  // One byte short of raw: a frame that does not fit is not worth keeping.
-  const std::size_t nbytes = ZSTD_compress2(context, target, raw.size() - 1, source.data(), source.size());
-  if (!ZSTD_isError(nbytes)) {
-    return nbytes;
+  return compress_frame(source, level, target);
+}
+
+std::optional<std::uint64_t> compress(std::span<const std::uint8_t> raw, std::span<const std::uint8_t> reference,
+                                      Codec codec, int level, std::uint8_t* target) {
+  if (!is_xor_codec(static_cast<std::uint16_t>(codec)) || reference.size() != raw.size()) {
+    throw std::invalid_argument(std::string(codec_name(codec)) + " of " + std::to_string(raw.size()) +
+                                " bytes: a reference of " + std::to_string(reference.size()) + " bytes does not fit");
   }
-  switch (ZSTD_getErrorCode(nbytes)) {
-    case ZSTD_error_dstSize_tooSmall:
-      return std::nullopt;
-    case ZSTD_error_memory_allocation:
-      throw std::bad_alloc();
-    default:
-      throw std::runtime_error(std::string("zstd: ") + ZSTD_getErrorName(nbytes));
+  if (raw.empty()) {
+    return std::nullopt;
   }
+  const std::span<std::uint8_t> scratch = thread_scratch(2 * raw.size());
+  const std::span<std::uint8_t> difference = scratch.first(raw.size());
+  std::memcpy(difference.data(), raw.data(), raw.size());
+  xor_into(reference, difference);
+  const unsigned item_bytes = plane_item_bytes(codec);
+  if (item_bytes == 1) {
+    return compress_frame(difference, level, target);
+  }
+  const std::span<std::uint8_t> planes = scratch.last(raw.size());
+  split_planes(difference, item_bytes, planes);
+  return compress_frame(planes, level, target);
 }
 
 void decompress(std::span<const std::uint8_t> stored, Codec codec, std::span<std::uint8_t> raw) {
@@ -223,6 +287,17 @@ void decompress(std::span<const std::uint8_t> stored, Codec codec, std::span<std
   const std::span<std::uint8_t> scratch = thread_scratch(raw.size());
   decompress_frame(stored, scratch);
   join_planes(scratch, item_bytes, raw);
+}
+
+void decompress_xor(std::span<const std::uint8_t> stored, Codec codec, std::span<std::uint8_t> raw) {
+  if (codec == Codec::kNone && stored.size() == raw.size()) {
+    xor_into(stored, raw);
+    return;
+  }
+  // decompress() takes the first half of the same scratch for its planes.
+  const std::span<std::uint8_t> decoded = thread_scratch(2 * raw.size()).last(raw.size());
+  decompress(stored, codec, decoded);
+  xor_into(decoded, raw);
 }
 
 }  // namespace snapstone::codec

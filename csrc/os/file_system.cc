@@ -1,6 +1,8 @@
 #include "os/file_system.h"
 
 #include <fcntl.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -9,6 +11,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
+#include <vector>
 
 #include "base/error.h"
 #include "base/limits.h"
@@ -54,6 +57,27 @@ std::string probe_name() {
   static std::atomic<unsigned> count{0};
   return ".snapstone-probe-" + std::to_string(::getpid()) + "-" + std::to_string(count.fetch_add(1));
 }
+
+// A name that a probe gives a file. Gone with this object, whatever happened to the file.
+class ProbeName {
+ public:
+  explicit ProbeName(const Directory& directory) : directory_(directory), name_(probe_name()) {}
+  ProbeName(const ProbeName&) = delete;
+  ProbeName& operator=(const ProbeName&) = delete;
+  ~ProbeName() {
+    try {
+      unlink_at(directory_, name_);
+    } catch (...) {  // it was never made
+    }
+  }
+
+  const std::string& get() const noexcept { return name_; }
+  File create() const { return create_file(directory_.fd.get(), directory_.path, name_, false); }
+
+ private:
+  const Directory& directory_;
+  std::string name_;
+};
 
 }  // namespace
 
@@ -119,6 +143,30 @@ ProbeFile open_probe_file(const Directory& directory, bool direct) {
   }
   probe.direct = direct && set_direct(probe.fd.get(), probe.path);
   return probe;
+}
+
+void try_hard_link(const Directory& directory) {
+  const ProbeName first(directory);
+  const ProbeName second(directory);
+  first.create();
+  link_at(directory, first.get(), directory, second.get());
+  const auto a = stat_at(directory, first.get());
+  const auto b = stat_at(directory, second.get());
+  if (!a || !b || a->inode != b->inode) {
+    throw OsError(EOPNOTSUPP, "link: made another file", directory.path);
+  }
+}
+
+void try_reflink(const Directory& directory) {
+  const ProbeName first(directory);
+  const ProbeName second(directory);
+  const File source = first.create();
+  const std::vector<std::uint8_t> block(kPageBytes, 0x5a);  // what an empty file has to share, any file system can
+  pwrite_full(source.fd.get(), source.path, block.data(), block.size(), 0);
+  const File target = second.create();
+  if (call("ioctl", target.path, [&] { return ::ioctl(target.fd.get(), FICLONE, source.fd.get()); }) != 0) {
+    throw OsError(errno, "ioctl FICLONE", target.path);
+  }
 }
 
 }  // namespace snapstone::os

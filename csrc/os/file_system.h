@@ -30,4 +30,8 @@ struct ProbeFile {
 };
 ProbeFile open_probe_file(const Directory& directory, bool direct);
 
+// Whether bytes can be shared in a directory, each really tried with two temporary names: OsError where they cannot.
+void try_hard_link(const Directory& directory);  // one file with two names
+void try_reflink(const Directory& directory);    // two files with the same blocks, by FICLONE
+
 }  // namespace snapstone::os

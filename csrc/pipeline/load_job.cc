@@ -148,35 +148,50 @@ void LoadJob::work(Lane& lane, LaneBooks& books) {
 std::uint64_t LoadJob::take_in(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane, LaneBooks& books) {
   if (options_.check_padding) check_padding(chunk, stored);
   const std::span<const std::uint8_t> raw = decode(chunk, stored, lane, books);
-  if (options_.verify) check_digest(chunk, raw, books);
+  if (options_.verify) check_digest(chunk, raw, lane, books);
   const std::int64_t begin = now_ns();
   const std::uint64_t taken = scatter_targets(chunk, raw.data());
   if (chunk.target_count > 0) books.add(Stage::kScatter, begin, now_ns(), taken);
   return taken;
 }
 
+ReferenceChain LoadJob::chain(const ReadChunk& chunk) const {
+  const ChunkTable& table = plan_.table(chunk.table);
+  std::span<const std::uint32_t> references;
+  if (table.references) references = *table.references;
+  return ReferenceChain(*table.records, references, std::span<const os::File>(files_).subspan(table.first_file));
+}
+
+std::uint8_t* LoadJob::scratch(const ReadChunk& chunk, Lane& lane) const {
+  const std::uint64_t nbytes = ReferenceChain::scratch_bytes(plan_.raw_bytes_max());
+  return lane.scratch(plan_.table(chunk.table).references ? nbytes : nbytes / 2);
+}
+
 std::span<const std::uint8_t> LoadJob::decode(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane,
                                               LaneBooks& books) {
   const format::ChunkRecord& record = plan_.record(chunk);
-  const auto codec = static_cast<codec::Codec>(record.codec);
-  if (codec == codec::Codec::kNone) return {stored, record.raw_bytes};
-  const std::int64_t begin = now_ns();
-  std::uint8_t* raw = lane.scratch(plan_.raw_bytes_max());
-  try {
-    codec::decompress({stored, record.stored_bytes}, codec, {raw, record.raw_bytes});
-  } catch (const CorruptError& error) {
-    throw corrupt(chunk, error.reason(), error.expected(), error.actual());
-  }
-  books.add(Stage::kDecode, begin, now_ns(), record.raw_bytes);
-  return {raw, record.raw_bytes};
+  if (static_cast<codec::Codec>(record.codec) == codec::Codec::kNone) return {stored, record.raw_bytes};
+  return chain(chunk).decode(chunk.chunk, {stored, record.stored_bytes}, scratch(chunk, lane), books);
 }
 
-void LoadJob::check_digest(const ReadChunk& chunk, std::span<const std::uint8_t> raw, LaneBooks& books) {
+void LoadJob::check_digest(const ReadChunk& chunk, std::span<const std::uint8_t> raw, Lane& lane, LaneBooks& books) {
   const std::int64_t begin = now_ns();
   const codec::Digest actual = codec::digest(raw);
   books.add(Stage::kDigest, begin, now_ns(), raw.size());
   const codec::Digest& expected = plan_.record(chunk).digest;
-  if (actual != expected) throw corrupt(chunk, "digest mismatch", codec::hex(expected), codec::hex(actual));
+  if (actual == expected) return;
+  // A scrub decodes each record of the chain on its own.
+  if (!options_.collect_problems && codec::is_xor_codec(plan_.record(chunk).codec)) blame_reference(chunk, lane, books);
+  throw corrupt(chunk, "digest mismatch", codec::hex(expected), codec::hex(actual));
+}
+
+void LoadJob::blame_reference(const ReadChunk& chunk, Lane& lane, LaneBooks& books) const {
+  const ReadChunk wrong{chunk.table, chain(chunk).first_wrong(chunk.chunk, scratch(chunk, lane), books)};
+  if (wrong.chunk != chunk.chunk) {
+    throw CorruptError("reference chunk " + std::to_string(wrong.chunk) + ": digest mismatch",
+                       files_[plan_.file(wrong)].path, static_cast<std::int64_t>(chunk.chunk),
+                       codec::hex(plan_.record(wrong).digest));
+  }
 }
 
 void LoadJob::check_padding(const ReadChunk& chunk, const std::uint8_t* stored) const {

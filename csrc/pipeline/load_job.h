@@ -3,7 +3,9 @@
 // Guarantee: a byte reaches its target only from a chunk whose digest matched (unless verification is off). finished()
 //            without an error means every target is filled.
 // Ownership: target memory belongs to the caller and must stay mapped until finished().
-// Limits:    at most kQueueDepth requests per lane in memory, whatever the checkpoint's size.
+// Limits:    at most kQueueDepth requests per lane in memory, whatever the checkpoint's size, and two chunks of
+// scratch.
+//            References of chunks are read by the lane that needs them, one after the other.
 // Failure:   the first failure ends the job: OsError, or CorruptError naming file and chunk. problems() has wrong
 //            chunks with their tables, at most kProblemsMax; with collect_problems all, as the job goes on. The
 //            constructor throws std::invalid_argument for a plan that the files or the slots do not fit.
@@ -20,6 +22,7 @@
 #include "os/file.h"
 #include "pipeline/job.h"
 #include "pipeline/load_plan.h"
+#include "pipeline/reference_chain.h"
 
 namespace snapstone::pipeline {
 
@@ -62,9 +65,13 @@ class LoadJob : public Job {
   void close_files() noexcept;  // at once: Python may keep a failed job alive in a traceback
 
   std::uint64_t take_in(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane, LaneBooks& books);
+  ReferenceChain chain(const ReadChunk& chunk) const;
+  std::uint8_t* scratch(const ReadChunk& chunk, Lane& lane) const;
   std::span<const std::uint8_t> decode(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane,
                                        LaneBooks& books);
-  void check_digest(const ReadChunk& chunk, std::span<const std::uint8_t> raw, LaneBooks& books);
+  void check_digest(const ReadChunk& chunk, std::span<const std::uint8_t> raw, Lane& lane, LaneBooks& books);
+  // Throws for the record in the chunk's chain that made it wrong, if that is another one.
+  void blame_reference(const ReadChunk& chunk, Lane& lane, LaneBooks& books) const;
   void check_padding(const ReadChunk& chunk, const std::uint8_t* stored) const;
   std::uint64_t scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw);  // bytes that reached targets
   CorruptError corrupt(const ReadChunk& chunk, const std::string& reason, std::string expected = {},

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/limits.h"
+#include "format/chunk_table.h"
 
 namespace snapstone::pipeline {
 namespace {
@@ -110,6 +111,23 @@ void LoadPlan::finish(std::uint64_t request_bytes) {
     request_bytes_max_ = std::max(request_bytes_max_, request.nbytes);
     bytes_read_ += request.nbytes;
   }
+}
+
+std::vector<bool> LoadPlan::files_needed() const {
+  std::vector<bool> needed;
+  for (const ReadChunk& chunk : chunks_) {
+    const ChunkTable& table = tables_[chunk.table];
+    const std::size_t referring = table.references ? table.references->size() : 0;
+    std::uint64_t at = chunk.chunk;
+    while (at < table.records->size()) {
+      const std::uint64_t number = std::uint64_t{table.first_file} + (*table.records)[at].file;
+      if (needed.size() <= number) needed.resize(number + 1);
+      needed[number] = true;
+      const std::uint64_t reference = at < referring ? (*table.references)[at] : format::kNoReference;
+      at = reference > at ? reference : format::kNoReference;  // ends, whatever the table says
+    }
+  }
+  return needed;
 }
 
 void LoadPlan::add_request(std::uint64_t chunk_index, std::uint64_t request_bytes) {

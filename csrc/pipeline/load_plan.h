@@ -19,13 +19,15 @@
 namespace snapstone::pipeline {
 
 using ChunkRecords = std::vector<format::ChunkRecord>;
+using ChunkReferences = std::vector<std::uint32_t>;
 
 // One index file's chunk table; record.file counts from first_file in the job's list of data files. Jobs of the same
 // checkpoint share the records, of which there can be millions.
 struct ChunkTable {
   std::shared_ptr<const ChunkRecords> records;
   std::uint32_t first_file = 0;
-  std::string path;  // of the index, for messages
+  std::string path;                                        // of the index, for messages
+  std::shared_ptr<const ChunkReferences> references = {};  // of format::chunk_references(); null where there are none
 };
 
 // A stored shard: `nbytes` of row-major string that begin at byte `at` of chunk `first_chunk` of `table`.
@@ -87,6 +89,8 @@ class LoadPlan {
   const format::ChunkRecord& record(const ReadChunk& chunk) const {
     return (*tables_[chunk.table].records)[chunk.chunk];
   }
+  // By number: whether requests, or references of their chunks, are in the file. As long as the largest number is high.
+  std::vector<bool> files_needed() const;
   std::uint32_t file(const ReadChunk& chunk) const { return tables_[chunk.table].first_file + record(chunk).file; }
   const std::vector<ReadChunk>& chunks() const { return chunks_; }
   const std::vector<ReadRequest>& requests() const { return requests_; }

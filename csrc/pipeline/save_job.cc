@@ -42,12 +42,15 @@ SaveJob::SaveJob(std::shared_ptr<const format::Layout> layout, SaveSources sourc
     throw std::invalid_argument("slots of " + std::to_string(ring_->slot_bytes()) + " bytes cannot hold chunks of " +
                                 std::to_string(layout_->chunk_bytes));
   }
-  if (!base_.record_of_chunk.empty() && base_.record_of_chunk.size() != layout_->chunks.size()) {
-    throw std::invalid_argument("one record of the base per chunk is needed");
+  base_.check(layout_->chunks.size());
+  if (options_.compress) {
+    encoder_.emplace(
+        *layout_, base_,
+        EncodeOptions{options_.zstd_level, options_.item_bytes, options_.xor_tensors, options_.keyframe_every});
   }
   if (places_in_turn()) announced_.assign(layout_->chunks.size(), kUnknown);
   // Buffered writes end in the page cache; on tmpfs reserving would write every page once more.
-  if (direct_ && layout_->file_bytes > 0 && base_.record_of_chunk.empty()) {
+  if (direct_ && layout_->file_bytes > 0 && base_.empty()) {
     os::preallocate(file_, layout_->file_bytes);
     reserved_bytes_ = layout_->file_bytes;
   }
@@ -170,12 +173,6 @@ void SaveJob::work(Lane& lane, LaneBooks& books) {
   if (next_chunk_.load() < layout_->chunks.size()) LaneRun(*this, lane, books).run();
 }
 
-const format::ChunkRecord* SaveJob::base_record(std::uint64_t index) const {
-  if (base_.record_of_chunk.empty() || base_.record_of_chunk[index] == SaveBase::kNoRecord) return nullptr;
-  const format::ChunkRecord& record = base_.records.at(base_.record_of_chunk[index]);
-  return record.raw_bytes == layout_->chunks[index].raw_bytes ? &record : nullptr;
-}
-
 const std::uint8_t* SaveJob::contiguous_source(const format::ChunkPlan& chunk) const {
   const format::Piece& piece = layout_->pieces[chunk.first_piece];
   const std::uint8_t* source = sources_.contiguous[piece.tensor];
@@ -184,7 +181,7 @@ const std::uint8_t* SaveJob::contiguous_source(const format::ChunkPlan& chunk) c
 
 bool SaveJob::stage(std::uint64_t index, std::uint8_t* slot, bool expect_same, LaneBooks& books) {
   const format::ChunkPlan& chunk = layout_->chunks[index];
-  const format::ChunkRecord* base = base_record(index);
+  const format::ChunkRecord* base = base_.record(index, chunk.raw_bytes);
   const std::uint8_t* source = contiguous_source(chunk);
   format::ChunkRecord record{};
   record.raw_bytes = record.stored_bytes = chunk.raw_bytes;
@@ -249,22 +246,14 @@ void SaveJob::gather_pieces(const format::ChunkPlan& chunk, std::uint8_t* slot) 
 }
 
 std::uint32_t SaveJob::encode(std::uint64_t index, std::uint8_t* slot, Lane& lane, LaneBooks& books) {
-  const format::ChunkPlan& chunk = layout_->chunks[index];
-  format::ChunkRecord& record = table_[index];
-  const std::int64_t begin = now_ns();
-  // Packed chunks mix item sizes, so they get no byte planes.
-  const unsigned item_bytes =
-      chunk.piece_count == 1 ? options_.item_bytes[layout_->pieces[chunk.first_piece].tensor] : 1;
-  const codec::Codec codec = codec::zstd_codec_for_item_bytes(item_bytes);
-  std::uint8_t* target = lane.scratch(layout_->chunk_bytes);
-  const auto stored = codec::compress({slot, chunk.raw_bytes}, codec, options_.zstd_level, target);
-  if (stored) {
-    std::memcpy(slot, target, *stored);
-    record.codec = static_cast<std::uint16_t>(codec);
-    record.stored_bytes = static_cast<std::uint32_t>(*stored);
-  }
-  books.add(Stage::kEncode, begin, now_ns(), chunk.raw_bytes);
-  return record.stored_bytes;
+  const EncodedChunk encoded = encoder_->encode(index, slot, lane.scratch(encoder_->scratch_bytes()), books);
+  table_[index].codec = static_cast<std::uint16_t>(encoded.codec);
+  table_[index].stored_bytes = encoded.stored_bytes;
+  return encoded.stored_bytes;
+}
+
+std::span<const std::uint32_t> SaveJob::encode_us() const {
+  return encoder_ ? std::span<const std::uint32_t>(encoder_->encode_us()) : std::span<const std::uint32_t>();
 }
 
 void SaveJob::announce(std::uint64_t chunk, std::uint32_t stored_bytes) {
@@ -312,11 +301,16 @@ void SaveJob::finish() {
   }
   os::sync(file_);
   file_.fd.close(file_.path);
+  base_.append_references(table_);
+  base_.files.clear();
   LaneBooks books(0, trace());
   books.add(Stage::kSync, begin, now_ns(), file_bytes_);
   merge(books);
 }
 
-void SaveJob::abandon() noexcept { file_.fd = os::UniqueFd(); }
+void SaveJob::abandon() noexcept {
+  file_.fd = os::UniqueFd();
+  base_.files.clear();
+}
 
 }  // namespace snapstone::pipeline

@@ -3,7 +3,8 @@
 // Guarantee: staged() means every source byte is in a slot (or further on) and its digest taken: the sources may
 //            change. finished() without an error means the data file is written, fsynced and closed, and chunk_table()
 //            describes it. Stored chunks go to the file in chunk order, so the same state gives the same file.
-// Base:      a chunk with the digest that the base's record has is not written: the table gets that record.
+// Base:      a chunk with the digest that the base's record has is not written: the table gets that record. Others may
+//            be stored as the difference from the base's.
 // Ownership: source memory belongs to the caller and must stay mapped until staged() or finished(), whichever comes
 //            first.
 // Limits:    at most ring->slot_count() chunks in memory.
@@ -14,17 +15,20 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <span>
 #include <unordered_map>
 #include <vector>
 
 #include "base/strided.h"
-#include "codec/compress.h"
 #include "format/chunk_record.h"
 #include "format/layout.h"
 #include "io/io_engine.h"
 #include "mem/slot_ring.h"
 #include "os/file.h"
+#include "pipeline/chunk_encoder.h"
 #include "pipeline/job.h"
+#include "pipeline/save_base.h"
 
 namespace snapstone::pipeline {
 
@@ -34,22 +38,16 @@ struct SaveSources {
   std::unordered_map<std::uint32_t, StridedView> strided;
 };
 
-// What an earlier save stored. The number of its file in a record is that of the new index: 0 is the file that this job
-// writes.
-struct SaveBase {
-  static constexpr std::uint32_t kNoRecord = UINT32_MAX;
-
-  std::vector<format::ChunkRecord> records;
-  std::vector<std::uint32_t> references;       // of each record: the one that its codec refers to, or kNoRecord
-  std::vector<std::uint32_t> record_of_chunk;  // of each chunk of the layout, or kNoRecord; empty without a base
-};
-
 struct SaveOptions {
   io::Rung rung = io::Rung::kBuffered;
   bool compress = false;
   int zstd_level = 3;
   // One per tensor when compressing: floating types get byte planes, others 1.
   std::vector<std::uint8_t> item_bytes = {};
+  // Likewise: nonzero where a changed chunk may be stored as the difference from the base's; empty: none. See
+  // chunk_encoder.h.
+  std::vector<std::uint8_t> xor_tensors = {};
+  std::uint64_t keyframe_every = 8;
   bool trace = false;
   // Somebody waits for staged(): every lane stages as fast as it can. Otherwise the first lane does the work, and the
   // others join while the device has too little to do, since each core they take is the trainer's.
@@ -64,8 +62,12 @@ class SaveJob : public Job {
   // True also when the job ended before all was staged: then finished() is true.
   bool wait_staged(std::chrono::milliseconds timeout);
   bool staged() const noexcept { return chunks_staged_.load(std::memory_order_acquire) == layout_->chunks.size(); }
-  const std::vector<format::ChunkRecord>& chunk_table() const { return table_; }  // after finished()
-  std::uint64_t file_bytes() const noexcept { return file_bytes_; }               // after finished()
+  // After finished(): the records of the layout's chunks, then those that they refer to.
+  const std::vector<format::ChunkRecord>& chunk_table() const { return table_; }
+  // By chunk of the layout, 0 for those that were not encoded; empty when not compressing.
+  std::span<const std::uint32_t> encode_us() const;
+  std::uint64_t unreadable_references() const { return encoder_ ? encoder_->unreadable_references() : 0; }
+  std::uint64_t file_bytes() const noexcept { return file_bytes_; }  // after finished()
   bool direct() const noexcept { return direct_; }
 
  protected:
@@ -80,13 +82,12 @@ class SaveJob : public Job {
   bool stage(std::uint64_t chunk, std::uint8_t* slot, bool expect_same, LaneBooks& books);
   void copy_chunk(const format::ChunkPlan& chunk, std::uint8_t* slot, format::ChunkRecord& record, LaneBooks& books);
   const std::uint8_t* contiguous_source(const format::ChunkPlan& chunk) const;  // nullptr: it has to be gathered
-  const format::ChunkRecord* base_record(std::uint64_t chunk) const;            // of the same size, or nullptr
   std::uint64_t payload_bytes(std::uint64_t chunk) const;                       // of tensors, without alignment gaps
   void gather_pieces(const format::ChunkPlan& chunk, std::uint8_t* slot) const;
-  // Compresses in place; returns the bytes to store.
+  // Encodes in place; returns the bytes to store.
   std::uint32_t encode(std::uint64_t chunk, std::uint8_t* slot, Lane& lane, LaneBooks& books);
   // Where stored chunks have sizes of their own, they get their places in chunk order once all earlier sizes are known.
-  bool places_in_turn() const { return options_.compress || !base_.record_of_chunk.empty(); }
+  bool places_in_turn() const { return options_.compress || !base_.empty(); }
   void announce(std::uint64_t chunk, std::uint32_t stored_bytes);  // 0: the base has it
   bool wait_for_place(std::uint64_t chunk);                        // false when the job stopped
   void reserve_for_placed();
@@ -96,7 +97,8 @@ class SaveJob : public Job {
   os::File file_;
   const std::shared_ptr<mem::SlotRing> ring_;
   const SaveOptions options_;
-  const SaveBase base_;
+  SaveBase base_;
+  std::optional<ChunkEncoder> encoder_;  // when compressing
   const bool direct_;
   std::vector<format::ChunkRecord> table_;
   std::atomic<std::uint64_t> next_chunk_{0};

@@ -22,6 +22,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
+    from .compaction import compact
     from .handle import SaveHandle, wait
     from .load import load
     from .save import async_save, prepare, save
@@ -40,6 +41,7 @@ __all__ = [
     "SaveHandle",
     "VerifyReport",
     "async_save",
+    "compact",
     "load",
     "prepare",
     "save",
@@ -52,6 +54,7 @@ _HOMES = {
     "SaveHandle": "handle",
     "VerifyReport": "verify",
     "async_save": "save",
+    "compact": "compaction",
     "load": "load",
     "prepare": "save",
     "save": "save",

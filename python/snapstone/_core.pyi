@@ -41,6 +41,8 @@ __all__: list[str] = [
     "scatter_pieces",
     "snapshot",
     "sync_directory",
+    "try_hard_link",
+    "try_reflink",
     "try_rung",
     "uring_compiled_in",
 ]
@@ -138,9 +140,22 @@ class SaveJob:
         slots: typing.SupportsInt | typing.SupportsIndex,
         eager: bool,
         trace: bool,
+        differences: tuple[
+            collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+            typing.SupportsInt | typing.SupportsIndex,
+            collections.abc.Sequence[tuple[str, str]],
+        ]
+        | None = None,
     ) -> None: ...
     def cancel(self) -> None: ...
-    def chunk_table(self) -> bytes: ...
+    def chunk_table(self) -> bytes:
+        """
+        The records of the layout's chunks, then the reference records that these need.
+        """
+    def encode_us(self) -> numpy.typing.NDArray[numpy.uint32]:
+        """
+        uint32 array: by chunk of the layout the microseconds of encoding it, 0 if it was not; empty without a codec
+        """
     def rethrow(self) -> None:
         """
         Raises the first failure, if any.
@@ -163,12 +178,17 @@ class SaveJob:
     def finished(self) -> bool: ...
     @property
     def staged(self) -> bool: ...
+    @property
+    def unreadable_references(self) -> int:
+        """
+        Chunks that were not stored as differences because the base's could not be read.
+        """
 
 class ChunkRecords:
     """
-    A chunk table, for any number of jobs.
+    A chunk table that check_chunk_table() accepted, for any number of jobs; the last `references` records are reference chunks.
     """
-    def __init__(self, arg0: bytes) -> None: ...
+    def __init__(self, table: bytes, references: typing.SupportsInt | typing.SupportsIndex = 0) -> None: ...
 
 class LoadJob:
     """
@@ -330,6 +350,16 @@ def snapshot(state: dict, guards: list, tensor_types: tuple) -> tuple:
     """
 
 def sync_directory(path: str) -> None: ...
+def try_hard_link(directory: str) -> None:
+    """
+    Raises OSError where a file cannot have two names.
+    """
+
+def try_reflink(directory: str) -> None:
+    """
+    Raises OSError where two files cannot share blocks.
+    """
+
 def try_rung(directory: str, rung: str) -> str:
     """
     Empty when the rung works there, else why not.

@@ -34,6 +34,8 @@ from ._core import (
     scatter_pieces,
     snapshot,
     sync_directory,
+    try_hard_link,
+    try_reflink,
     try_rung,
     uring_compiled_in,
 )
@@ -70,6 +72,8 @@ __all__ = [
     "scatter_pieces",
     "snapshot",
     "sync_directory",
+    "try_hard_link",
+    "try_reflink",
     "try_rung",
     "uring_compiled_in",
 ]

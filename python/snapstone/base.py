@@ -19,9 +19,9 @@ import numpy as np
 from . import _native, manifest, tensors
 from .errors import CheckpointError
 from .index import CHUNK_DTYPE, StoredTensor
+from .index_file import files_of, open_index
 from .manifest import Base, FileEntry, Manifest
 from .plan import TensorItem
-from .reader import files_of, open_index
 from .structure import Structure
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 
-from . import difference, manifest, state, tensors, values
+from . import difference, lineage, manifest, state, tensors, values
 from .index import StoredTensor
 from .manifest import Manifest
 from .plan import TensorItem
@@ -109,7 +109,9 @@ class Checkpoint:
 
     @property
     def shared_nbytes(self) -> int:
-        return self.reader.shared_nbytes if self.manifest.shared else 0
+        if not self.manifest.shared:
+            return 0
+        return sum(one.used_bytes for one in lineage.ancestors(self.manifest, self.reader.indexes))
 
     @property
     def reader(self) -> Reader:

@@ -22,6 +22,8 @@ TIMEOUT_SECONDS_DEFAULT = 1800.0
 # A save that nobody waits for needs no more slots than the device takes at once.
 PIPELINE_SLOTS = 128
 ZSTD_LEVEL_DEFAULT = 3
+KEYFRAME_EVERY_DEFAULT = 8
+KEYFRAME_EVERY_MAX = 64  # records that a chunk may need, by the format
 ON_UNCHANGED = ("warn", "raise", "ignore")
 STRATEGIES = ("auto", "direct", "scatter", "broadcast")
 
@@ -68,27 +70,31 @@ def trace_path(rank: int, world_size: int) -> str | None:
     return f"{stem}.rank-{rank:05d}{extension}"
 
 
-def _zstd_level(codec: str | None) -> int:
+def _codec(codec: str | None) -> tuple[int, bool]:
+    """The zstd level, 0 for none, and whether chunks are stored as differences from the base's."""
     if codec is None or codec == "none":
-        return 0
+        return 0, False
     kind, _, level = codec.partition(":")
-    if kind != "zstd" or not (level == "" or level.lstrip("-").isdigit()):
-        raise ValueError(f"codec={codec!r}: use None, 'zstd' or 'zstd:LEVEL'")
+    if kind not in ("zstd", "xor-zstd") or not (level == "" or level.lstrip("-").isdigit()):
+        raise ValueError(f"codec={codec!r}: use None, 'zstd', 'xor-zstd', or one of these with ':LEVEL'")
     number = int(level) if level else ZSTD_LEVEL_DEFAULT
     if number == 0 or not -7 <= number <= 22:
         raise ValueError(f"codec={codec!r}: zstd levels are -7 to -1 and 1 to 22")
-    return number
+    return number, kind == "xor-zstd"
 
 
 @dataclass(frozen=True, slots=True)
 class SaveOptions:
     """Options of one save, checked.
 
-    `zstd_level` 0 stores raw bytes. Sizes are in bytes, times in seconds.
+    `zstd_level` 0 stores raw bytes. With `differences` chunks that changed may be stored as differences from the
+    base's, of which every `keyframe_every`th at the latest is none. Sizes are in bytes, times in seconds.
     """
 
     overwrite: bool
     zstd_level: int
+    differences: bool
+    keyframe_every: int
     allow_pickle: bool
     host_memory_budget: int
     timeout_seconds: float
@@ -110,6 +116,7 @@ class SaveOptions:
         derive: bool = False,
         base: str | os.PathLike[str] | None = None,
         full_every: int | None = None,
+        keyframe_every: int = KEYFRAME_EVERY_DEFAULT,
         on_unchanged: str = "warn",
     ) -> SaveOptions:
         budget = (
@@ -128,16 +135,19 @@ class SaveOptions:
                 f"host_memory_budget={budget}: too small to overlap copies and writes; "
                 f"give at least {8 * chunk_bytes} bytes (8 chunks)"
             )
+        zstd_level, differences = _codec(codec)
         return cls(
             overwrite=overwrite,
-            zstd_level=_zstd_level(codec),
+            zstd_level=zstd_level,
+            differences=differences,
+            keyframe_every=_count("keyframe_every", keyframe_every, KEYFRAME_EVERY_MAX),
             allow_pickle=allow_pickle,
             host_memory_budget=budget,
             timeout_seconds=seconds_of(timeout),
             chunk_bytes=chunk_bytes,
             derive=derive,
             base=_base(base),
-            full_every=_full_every(full_every),
+            full_every=None if full_every is None else _count("full_every", full_every),
             on_unchanged=_on_unchanged(on_unchanged),
         )
 
@@ -153,12 +163,10 @@ def _base(base: str | os.PathLike[str] | None) -> str | None:
     return os.path.abspath(path)
 
 
-def _full_every(saves: int | None) -> int | None:
-    if saves is None:
-        return None
-    number = operator.index(saves)
-    if number < 1:
-        raise ValueError(f"full_every={saves}: must be at least 1")
+def _count(name: str, value: int, largest: int = 1 << 63) -> int:
+    number = operator.index(value)
+    if not 1 <= number <= largest:
+        raise ValueError(f"{name}={value}: must be at least 1" + (f" and at most {largest}" if number > 1 else ""))
     return number
 
 

@@ -16,8 +16,9 @@ from .collective import Channel, Deadline, Group
 from .errors import CorruptCheckpointError
 from .fabric import Fabric
 from .index import Index
+from .index_file import open_index
 from .manifest import Manifest
-from .reader import Reader, open_index
+from .reader import Reader
 from .trace import Trace
 from .voting import together
 

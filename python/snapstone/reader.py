@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from .errors import (
     IncompleteCheckpointError,
 )
 from .index import Index
+from .index_file import files_of, not_regular, open_index
 from .manifest import Manifest
 from .plan import Box
 from .progress import Progress
@@ -33,9 +34,8 @@ from .reads import Part, Reads, SavedShard, view_of
 from .tensors import LocalShard
 from .trace import Trace
 
-__all__ = ["Reader", "files_of", "open_index", "run_job"]
+__all__ = ["Reader", "run_job"]
 
-_DTYPE_BYTES: Mapping[str, int] = {name: tensors.dtype_bytes(name) for name in tensors.dtype_names()}
 _DRAIN_SECONDS = 1.0  # after a failure, for requests that the kernel still has
 _orphans: list[Any] = []
 _POLL_SECONDS = 0.1  # between looks at Ctrl-C, the deadline and the progress callback
@@ -63,67 +63,6 @@ def run_job(
             _orphans.append((job, targets))
         raise
     job.rethrow()
-
-
-def open_index(directory: str, document: Manifest, writer: manifest.Writer) -> Index:
-    """The index of one writer, checked."""
-    path = os.path.join(directory, writer.index.name)
-    parsed = index.parse(_read_index(directory, writer, path), path=path, dtype_bytes=_DTYPE_BYTES)
-    own = tuple(entry.name for entry in writer.data)
-    expected = (document.save_id, writer.rank, document.world_size, own)
-    actual = (parsed.save_id, parsed.rank, parsed.world_size, parsed.files[: len(own)])
-    if expected != actual:
-        raise CorruptCheckpointError(
-            "index belongs to another save, rank or file", path=path, rank=writer.rank, expected=expected, actual=actual
-        )
-    shared = set(parsed.files[len(own) :])
-    if len(shared) != len(parsed.files) - len(own) or not shared <= document.shared_by_name.keys():
-        raise CorruptCheckpointError(
-            "index uses a shared file that the manifest does not name, or names one twice",
-            path=path,
-            rank=writer.rank,
-            actual=next((name[:80] for name in shared if name not in document.shared_by_name), None),
-        )
-    sizes = [entry.nbytes for entry in files_of(document, writer, parsed)]
-    try:
-        _native.check_chunk_table(parsed.table, sizes, parsed.chunk_bytes, path, parsed.references)
-    except CorruptCheckpointError as error:
-        error.rank = writer.rank
-        raise
-    return parsed
-
-
-def files_of(document: Manifest, writer: manifest.Writer, parsed: Index) -> list[manifest.FileEntry]:
-    """The files that the chunk records of an index count, in their order."""
-    shared = parsed.files[len(writer.data) :]
-    return [*writer.data, *(document.shared_by_name[name] for name in shared)]
-
-
-def _read_index(directory: str, writer: manifest.Writer, path: str) -> bytes:
-    try:
-        limit_nbytes = min(writer.index.nbytes, index.FILE_BYTES_MAX)
-        data: bytes = _native.read_file(directory, writer.index.name, limit_nbytes)
-    except FileNotFoundError:
-        raise IncompleteCheckpointError("index file is missing", path=path, rank=writer.rank) from None
-    except OSError as error:
-        raise _not_regular(error, "index file") or error from None
-    except CorruptCheckpointError as error:
-        error.rank = writer.rank
-        raise
-    actual = _native.digest_hex(data)
-    if len(data) != writer.index.nbytes:
-        raise CorruptCheckpointError(
-            "index file has the wrong size",
-            path=path,
-            rank=writer.rank,
-            expected=writer.index.nbytes,
-            actual=len(data),
-        )
-    if actual != writer.index.xxh128:
-        raise CorruptCheckpointError(
-            "index digest mismatch", path=path, rank=writer.rank, expected=writer.index.xxh128, actual=actual
-        )
-    return data
 
 
 class Reader:
@@ -309,22 +248,6 @@ class Reader:
             for index_path, path, chunk, reason, expected, actual in job.problems()
         ]
 
-    @cached_property
-    def shared_nbytes(self) -> int:
-        """Bytes, with padding, of the chunks that this checkpoint uses of earlier saves' files, each counted once."""
-        used: dict[str, list[Any]] = {}
-        for writer, parsed in zip(self.manifest.writers, self.indexes, strict=True):
-            if len(parsed.files) > len(writer.data):
-                table = np.frombuffer(parsed.table, index.CHUNK_DTYPE)
-                for number in range(len(writer.data), len(parsed.files)):
-                    used.setdefault(parsed.files[number], []).append(table[table["file"] == number])
-        total = 0
-        for tables in used.values():
-            _, first = np.unique(np.concatenate([rows["offset"] for rows in tables]), return_index=True)
-            stored = np.concatenate([rows["stored_bytes"] for rows in tables])[first]
-            total += int(index.padded(stored).sum())
-        return total
-
     def file_of(self, shard: SavedShard) -> str:
         """The name of the file in which a shard begins, from the checkpoint's directory on; of one without bytes, that
         of its index.
@@ -349,7 +272,7 @@ class Reader:
         for table in tables:
             data, first_file, path = self._tables[table]
             if table not in self._records:
-                self._records[table] = _native.ChunkRecords(data)
+                self._records[table] = _native.ChunkRecords(data, self.indexes[table].references)
             used.append((self._records[table], len(files), path))
             files += self._files[first_file : first_file + len(self.indexes[table].files)]
         try:
@@ -364,7 +287,7 @@ class Reader:
                 error.rank = self._rank_of(error.path, tables)
             raise
         except OSError as error:
-            refusal = _not_regular(error, "data file")
+            refusal = not_regular(error, "data file")
             if refusal is None:
                 raise
             refusal.rank = self._rank_of(error.filename, tables)
@@ -499,13 +422,6 @@ class Reader:
             if path == index_path or path in paths or path in {os.path.dirname(one) for one in paths} - {self.path}:
                 return self.indexes[table].rank
         return None
-
-
-def _not_regular(error: OSError, what: str) -> CorruptCheckpointError | None:
-    """What to raise when a link, FIFO, device or directory stands in the place of a file; None for other errors."""
-    if error.errno not in manifest.NOT_REGULAR_ERRNOS or error.filename is None:
-        return None
-    return CorruptCheckpointError(f"{what} cannot be opened: {error.strerror}", path=error.filename)
 
 
 def read_rung(path: str) -> str:

@@ -46,6 +46,7 @@ def save(
     base: PathLike | Literal["auto"] | None = None,
     codec: str | None = None,
     full_every: int | None = None,
+    keyframe_every: int = 8,
     derive: bool = False,
     on_unchanged: Literal["warn", "raise", "ignore"] = "warn",
     allow_pickle: bool = False,
@@ -66,8 +67,11 @@ def save(
         base: an earlier checkpoint, on the same file system: what it holds already is not written again but linked
             into this one, which stays whole when the base is removed. "auto": the one committed last in the directory
             of this checkpoint, if any. A rank that cannot link files saves its share in full, with a warning.
-        codec: None, "zstd" or "zstd:LEVEL".
+        codec: None, "zstd" or "zstd:LEVEL". "xor-zstd" or "xor-zstd:LEVEL": store floating-point chunks that changed
+            as what differs from the base's bits, where that is smaller; such a checkpoint holds what it refers to.
         full_every: with a base, make every Nth save a full one all the same.
+        keyframe_every: with "xor-zstd", so many chunks at most are read for one: of a chain of differences every Kth
+            is stored without. 1 to 64.
         derive: do not write bfloat16 and float16 tensors that are a float32 tensor of the state, rounded: parameters
             beside their master weights. What is found is compared bit for bit first, and loads rebuild it.
         on_unchanged: what to do when the step is higher than in the base, or in the save before, and not one tensor of
@@ -92,6 +96,7 @@ def save(
         base=base,
         codec=codec,
         full_every=full_every,
+        keyframe_every=keyframe_every,
         derive=derive,
         on_unchanged=on_unchanged,
         allow_pickle=allow_pickle,
@@ -124,6 +129,7 @@ def async_save(
     base: PathLike | Literal["auto"] | None = None,
     codec: str | None = None,
     full_every: int | None = None,
+    keyframe_every: int = 8,
     derive: bool = False,
     on_unchanged: Literal["warn", "raise", "ignore"] = "warn",
     allow_pickle: bool = False,
@@ -151,6 +157,7 @@ def async_save(
         base=base,
         codec=codec,
         full_every=full_every,
+        keyframe_every=keyframe_every,
         derive=derive,
         on_unchanged=on_unchanged,
         allow_pickle=allow_pickle,

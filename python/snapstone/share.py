@@ -10,6 +10,7 @@ import numpy as np
 
 from . import _native, garbage, index, manifest, tensors
 from .base import Before, Comparison, Memory, SharedFile, Stored
+from .codec_stats import codec_stats
 from .collective import Deadline
 from .config import PIPELINE_SLOTS, SaveOptions
 from .errors import CheckpointError
@@ -86,7 +87,20 @@ class Share:
                 slots,
                 keep_staged,
                 trace.detailed,
+                self._differences(structure, options),
             )
+
+    def _differences(self, structure: Structure, options: SaveOptions) -> Any:
+        """As `SaveJob` takes them; None to store every chunk on its own."""
+        if self._comparison is None or not options.differences:
+            return None
+        return structure.is_floating, options.keyframe_every, self._sources()
+
+    def _sources(self) -> list[tuple[str, str]]:
+        """Directory and name of the comparison's files."""
+        assert self._comparison is not None
+        directory = os.path.join(self._staging.path, manifest.BASE_NAME)
+        return [(directory, os.path.basename(shared.entry.name)) for shared in self._comparison.files]
 
     @property
     def data_name(self) -> str:
@@ -131,6 +145,9 @@ class Share:
         self._job.rethrow()
         progress.at(self._job.bytes_done)
         self._records = np.frombuffer(self._job.chunk_table(), CHUNK_DTYPE).copy()
+        encode_us = self._job.encode_us()
+        if len(encode_us):
+            self._trace.stats["codecs"] = codec_stats(self.contents, self._records[: len(encode_us)], encode_us)
         self._trace.add_job(self._job)
         learn_rates(self._trace.stats)
 
@@ -182,10 +199,10 @@ class Share:
         places, place_of_row = np.unique(self._records[["file", "offset", "stored_bytes"]][rows], return_inverse=True)
         sizes = padded(places["stored_bytes"])
         ranges = np.stack([places["file"].astype(np.uint64) - 1, places["offset"], sizes], axis=1)
-        directory = os.path.join(self._staging.path, manifest.BASE_NAME)
-        sources = [(directory, os.path.basename(shared.entry.name)) for shared in self._comparison.files]
         with self._trace.span("carry", int(sizes.sum())):
-            self._carried_bytes = self._staging.copy_ranges(self._carried_name, sources, np.ascontiguousarray(ranges))
+            self._carried_bytes = self._staging.copy_ranges(
+                self._carried_name, self._sources(), np.ascontiguousarray(ranges)
+            )
         self._records["file"][rows] = len(self._comparison.files) + 1
         self._records["offset"][rows] = (np.cumsum(sizes) - sizes)[place_of_row]
 
@@ -200,7 +217,7 @@ class Share:
         table = records.tobytes()
         layout = self._structure.layout
         references = len(records) - layout.chunk_count
-        self._count(records, len(own))
+        self._count(records)
         data = index.encode(
             save_id=save_id,
             rank=self._rank,
@@ -223,10 +240,10 @@ class Share:
         files = (*entries, *(one.entry for one in shared))
         return writer, Stored(files, table, references, self._structure.contents, step)
 
-    def _count(self, records: Any, own_files: int) -> None:
+    def _count(self, records: Any) -> None:
         if self._comparison is None:
             return
-        unchanged = records["file"][: self._structure.layout.chunk_count] >= own_files
+        unchanged = records["file"][: self._structure.layout.chunk_count] != 0
         self._trace.stats |= {
             "chunks": len(unchanged),
             "unchanged_chunks": int(unchanged.sum()),

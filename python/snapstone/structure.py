@@ -32,7 +32,8 @@ class Structure:
     contents: list[StoredTensor]  # of the data file: the index rows with chunks
     tensors_json: str
     payload_bytes: int  # of all ranks
-    item_bytes: list[int]
+    item_bytes: list[int]  # of each shard in the layout: of its dtype if that is floating, else 1
+    is_floating: list[int]  # likewise
 
 
 class StructureCache:
@@ -116,9 +117,12 @@ def make_structure(
             continue
         place = place_of.get(position) or place_of[ties[position]]
         stored.append(StoredTensor(item, stored_path, place))
+    is_floating = [int(tensors.is_floating(items[position].dtype)) for position in owners]
     item_bytes = [
-        tensors.dtype_bytes(items[position].dtype) if tensors.is_floating(items[position].dtype) else 1
-        for position in owners
+        tensors.dtype_bytes(items[position].dtype) if floating else 1
+        for position, floating in zip(owners, is_floating, strict=True)
     ]
     contents = [one for one in stored if one.place.chunk_count]
-    return Structure(layout, positions, owners, contents, index.encode_tensors(stored), payload_bytes, item_bytes)
+    return Structure(
+        layout, positions, owners, contents, index.encode_tensors(stored), payload_bytes, item_bytes, is_floating
+    )

@@ -80,7 +80,7 @@ def test_targets_are_judged_from_the_samples_of_the_run(document: dict[str, Any]
     verdict = verdicts["2gb save, against the best DCP"]
     assert verdict["got"] == f"{ratio:.2f}x"
     assert verdict["passed"] is (ratio >= 1.8)
-    assert len(verdicts) == 13 + 8
+    assert len(verdicts) == 13 + 8 + 5
     assert verdicts["dcp.save"]["passed"] is None, "not measured in this run"
 
 

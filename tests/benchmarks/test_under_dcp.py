@@ -156,7 +156,9 @@ def interleaved(step: Any) -> Any:
     def timed(contender: Any) -> dict[str, float]:
         return {"load_seconds": 1.0}
 
-    interleave.interleave(row, entries, 2, warm_up=warm_up, step=timed, scrub={str(BENCHMARKS): "HERE"})
+    interleave.interleave(
+        row.title, row.contenders, entries, 2, warm_up=warm_up, step=timed, scrub={str(BENCHMARKS): "HERE"}
+    )
     assert entries["stock"].samples == {"load_seconds": [1.0, 1.0]}
     return entries["snapstone"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import snapstone as ss
+from durability.chain import CHUNK_BYTES
 from snapstone import _native
 
 MEMORY = Path("/dev/shm")
@@ -39,6 +40,11 @@ def use_rung(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         pytest.skip(f"{rung}: {_native.try_rung(str(tmp_path), rung)}")
 
     return choose
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SNAPSTONE_CHUNK_BYTES", str(CHUNK_BYTES))
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,11 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
+from .compact import compact
 from .completion import completion
 from .diff import diff
 from .doctor import doctor
+from .du import du
 from .exit_codes import ExitCode, code_of, message_of
 from .info import info
 from .ls import ls
@@ -54,7 +56,7 @@ def _line(error: BaseException) -> str:
 )
 @click.version_option(__version__, prog_name="snapstone", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Lists, inspects, verifies and compares snapstone checkpoints.
+    """Lists, inspects, verifies, compares and compacts snapstone checkpoints.
 
     \b
     Examples:
@@ -62,11 +64,13 @@ def cli() -> None:
       snapstone info runs/gpt/step-00001000        # what one checkpoint holds
       snapstone verify runs/gpt                    # every byte of every checkpoint
       snapstone diff runs/gpt/step-1 runs/gpt/step-2
+      snapstone du runs/gpt                        # what it takes on the disk
+      snapstone compact runs/gpt/step-00001000     # independent of the files it shares
       snapstone doctor /mnt/checkpoints            # what this machine can do there
     """
 
 
-for _command in (ls, info, verify, diff, doctor, completion):
+for _command in (ls, info, verify, diff, du, compact, doctor, completion):
     cli.add_command(_command)
 
 

@@ -12,6 +12,10 @@ from .output import bytes_option, emit_facts, emit_json, json_option, size_forma
 
 __all__ = ["doctor"]
 
+# What it means for delta saves when a directory has them, and when it has not.
+_HARD_LINKS = ("a delta save writes only what changed", "every save is a full one")
+_REFLINKS = ("compact shares blocks instead of copying", "compact copies bytes")
+
 
 @click.command(short_help="Report what this machine can do for checkpoints.")
 @directory_argument("directory", metavar="[DIR]", default=".")
@@ -22,8 +26,9 @@ __all__ = ["doctor"]
 def doctor(ctx: click.Context, directory: str, no_speed: bool, as_json: bool, exact: bool) -> None:
     """Reports what this machine can do for checkpoints in DIR (default: the current directory).
 
-    Versions, io_uring and O_DIRECT with the reason where they do not work, memory limits, the file system, the I/O rung
-    that saves into DIR use and why better ones were passed over, and the speed of one save and one load.
+    Versions, io_uring, O_DIRECT, hard links and reflinks with the reason where they do not work, memory limits, the
+    file system, the I/O rung that saves into DIR use and why better ones were passed over, and the speed of one save
+    and one load.
 
     \b
     Examples:
@@ -65,6 +70,8 @@ def _show(facts: dict[str, Any], exact: bool) -> None:
             ("free space", f"{size(file_system['free_bytes'])} of {size(file_system['total_bytes'])}"),
             ("io_uring", _answer(io_uring) if io_uring["compiled_in"] else "no: not built in"),
             ("O_DIRECT", _answer(facts["o_direct"])),
+            ("hard links", _answer(facts["hard_links"]) + _meaning(facts["hard_links"], *_HARD_LINKS)),
+            ("reflinks", _answer(facts["reflinks"]) + _meaning(facts["reflinks"], *_REFLINKS)),
             ("rung", (chosen["rung"] or "none works") + (" (SNAPSTONE_IO)" if chosen["forced"] else "")),
             *(("  passed over", reason) for reason in chosen["passed_over"]),
             *_speed(facts["speed"], size),
@@ -74,6 +81,10 @@ def _show(facts: dict[str, Any], exact: bool) -> None:
 
 def _answer(fact: dict[str, Any]) -> str:
     return "yes" if fact["usable"] else f"no: {fact['reason']}"
+
+
+def _meaning(fact: dict[str, Any], having: str, lacking: str) -> str:
+    return f"; {having if fact['usable'] else lacking}"
 
 
 def _known(count: int | None) -> str:

@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,19 @@ def facts_of(directory: str) -> dict[str, Any]:
         "file_system": {key: value for key, value in file_system.items() if key != "device"},
         "io_uring": {"compiled_in": _native.uring_compiled_in(), **_usable(refusals["uring"])},
         "o_direct": _usable(refusals["threads-direct"]),
+        "hard_links": _usable(_refusal(_native.try_hard_link, directory)),
+        "reflinks": _usable(_refusal(_native.try_reflink, directory)),
         "rungs": [{"name": rung, **_usable(refusals[rung])} for rung in _RUNGS],
         "chosen": _chosen(directory),
     }
+
+
+def _refusal(attempt: Callable[[str], None], directory: str) -> str:
+    try:
+        attempt(directory)
+    except OSError as error:
+        return str(error.strerror or error)
+    return ""
 
 
 def _usable(refusal: str) -> dict[str, Any]:

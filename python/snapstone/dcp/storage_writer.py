@@ -74,8 +74,8 @@ class StorageWriter(StorageWriterInterface):
         overwrite: replace an existing checkpoint, which stays intact until the new one is committed. Stock's default.
         codec, allow_pickle, host_memory_budget, timeout: as in `snapstone.save`. `timeout` bounds the writer's own
             waits; DCP's collectives have the process group's.
-        base, full_every, on_unchanged, derive: as in `snapstone.save`. Chunks in a shared file move to a file of the
-            rank's own when less than half of the file is used by that rank, not by all: ranks cannot talk here.
+        base, full_every, keyframe_every, on_unchanged, derive: as in `snapstone.save`. Chunks in a shared file move to
+            a file of the rank's own when less than half of it is used by that rank, not by all: ranks cannot talk here.
             base="auto" finds nothing without collectives.
         step, metadata: for the manifest.
         dcp_metadata: let the file `.metadata` hold the pickled Metadata that the stock writer would leave, for tools
@@ -105,6 +105,7 @@ class StorageWriter(StorageWriterInterface):
         base: str | os.PathLike[str] | None = None,
         codec: str | None = None,
         full_every: int | None = None,
+        keyframe_every: int = 8,
         derive: bool = False,
         on_unchanged: str = "warn",
         allow_pickle: bool = False,
@@ -137,6 +138,7 @@ class StorageWriter(StorageWriterInterface):
         self.base = base
         self.codec = codec
         self.full_every = full_every
+        self.keyframe_every = keyframe_every
         self.derive = derive
         self.on_unchanged = on_unchanged
         self.allow_pickle = allow_pickle
@@ -160,6 +162,7 @@ class StorageWriter(StorageWriterInterface):
             base=self.base,
             codec=self.codec,
             full_every=self.full_every,
+            keyframe_every=self.keyframe_every,
             derive=self.derive,
             on_unchanged=self.on_unchanged,
             allow_pickle=self.allow_pickle,

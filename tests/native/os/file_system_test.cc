@@ -93,5 +93,38 @@ TEST(ProbeFile, works_where_unnamed_files_are_refused) {
   EXPECT_EQ(errno_of([&] { open_probe_file(directory.directory(), true); }), EROFS);
 }
 
+TEST(SharedBytes, hard_links_are_really_tried) {
+  const TemporaryDirectory directory;
+  const ArmedFaults faults("");
+  try_hard_link(directory.directory());
+  EXPECT_EQ(fault::seen("link"), 1u);
+  EXPECT_TRUE(list_directory(directory.directory()).empty());
+}
+
+TEST(SharedBytes, any_failing_call_is_an_error_and_leaves_nothing) {
+  const TemporaryDirectory directory;
+  for (const char* const rule : {"open:1:errno=EROFS", "open:2:errno=EMFILE", "pwrite:1:errno=ENOSPC",
+                                 "ioctl:1:errno=EOPNOTSUPP", "link:1:errno=EPERM", "stat:1:errno=EIO"}) {
+    const ArmedFaults faults(rule);
+    const bool links = errno_of([&] { try_hard_link(directory.directory()); }) == 0;
+    const bool reflinks = errno_of([&] { try_reflink(directory.directory()); }) == 0;
+    EXPECT_FALSE(links && reflinks) << rule;
+    EXPECT_TRUE(list_directory(directory.directory()).empty()) << rule;
+  }
+}
+
+TEST(SharedBytes, blocks_are_shared_where_the_file_system_says_so) {
+  const TemporaryDirectory directory;
+  const int error_number = errno_of([&] { try_reflink(directory.directory()); });
+  const FileSystemFacts facts = file_system_facts(directory.directory());
+  if (facts.name == "tmpfs" || facts.name == "ext4") {
+    EXPECT_EQ(error_number, EOPNOTSUPP) << facts.name;
+  }
+  if (facts.name == "btrfs") {
+    EXPECT_EQ(error_number, 0);
+  }
+  EXPECT_TRUE(list_directory(directory.directory()).empty());
+}
+
 }  // namespace
 }  // namespace snapstone::os

@@ -46,6 +46,26 @@ def run_path(saved_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved_run, tmp_path / "run"))
 
 
+def delta_state_at(step: int) -> dict[str, Any]:
+    """Three tensors of two chunks of 1 MiB; at each step one chunk changes: of "b", then of "c"."""
+    state: dict[str, Any] = {
+        name: torch.arange(1 << 19, dtype=torch.float32) + number for number, name in enumerate("abc")
+    }
+    for earlier in range(2, step + 1):
+        state["abc"[earlier - 1]][0] = -1.0
+    return state
+
+
+@pytest.fixture
+def delta_run(tmp_path: Path) -> Path:
+    """step-1 in full; step-2 and step-3 compared with the one before."""
+    path = tmp_path / "deltas"
+    for step in (1, 2, 3):
+        base = path / f"step-{step - 1}" if step > 1 else None
+        ss.save(delta_state_at(step), checkpoint_id=path / f"step-{step}", step=step, base=base)
+    return path
+
+
 @pytest.fixture
 def snapstone() -> Run:
     """Runs one command in this process. An exception that is not the command's own exit fails the test."""

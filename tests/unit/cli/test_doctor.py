@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def test_json_has_every_documented_key(snapstone_json: RunJson, tmp_path: Path) 
     assert code == 0
     assert document.keys() == {
         *("schema", "directory", "versions", "cpus", "memory_available_bytes", "memlock_limit_bytes", "huge_pages"),
-        *("cuda", "file_system", "io_uring", "o_direct", "rungs", "chosen", "speed"),
+        *("cuda", "file_system", "io_uring", "o_direct", "hard_links", "reflinks", "rungs", "chosen", "speed"),
     }
     assert document["versions"]["snapstone"] == ss.__version__
     assert document["versions"]["torch"] == torch.__version__
@@ -92,6 +93,21 @@ def test_a_rung_that_does_not_exist_is_wrong_usage(snapstone: Run, tmp_path: Pat
     assert result.exit_code == 2
     assert "floppy" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_links_are_really_tried_and_say_what_delta_saves_get(snapstone: Run, tmp_path: Path) -> None:
+    _native.choose_rung(str(tmp_path))
+    text = snapstone("doctor", tmp_path, "--no-speed").stdout
+    assert re.search(r"^hard links +yes; a delta save writes only what changed$", text, re.MULTILINE)
+    _native.fault_arm("link:1:errno=EPERM;ioctl:1:errno=EOPNOTSUPP")
+    try:
+        text = snapstone("doctor", tmp_path, "--no-speed").stdout
+        assert (_native.fault_seen("link"), _native.fault_seen("ioctl")) == (1, 1)
+    finally:
+        _native.fault_disarm()
+    assert re.search(r"^hard links +no: Operation not permitted .*; every save is a full one$", text, re.MULTILINE)
+    assert re.search(r"^reflinks +no: Operation not supported .*; compact copies bytes$", text, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no memory file system at its usual place")

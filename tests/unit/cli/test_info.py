@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def test_json_has_every_documented_key(snapstone_json: RunJson, saved_run: Path)
     assert document.keys() == {
         *("schema", "path", "step", "save_id", "format_version", "world_size", "nbytes", "stored_bytes"),
         *("committed_at", "metadata", "environment", "files", "objects", "tensor_count", "tensors"),
+        *("shared_bytes", "base", "changed", "chain"),
     }
     assert document["metadata"]["metrics"] == {"loss": 1 / 9}
     assert document["objects"]["betas"] == {"$tuple": [0.9, 0.95]}
@@ -51,10 +53,53 @@ def test_json_has_every_documented_key(snapstone_json: RunJson, saved_run: Path)
         "shape": [300, 1000],
         "shards": 1,
         "nbytes": 1_200_000,
+        "changed_bytes": None,
     }
+    assert (document["shared_bytes"], document["base"], document["changed"], document["chain"]) == (0, None, None, [])
     assert [file["kind"] for file in document["files"]] == ["index", "data"]
     assert all(file["state"] == "ok" for file in document["files"])
     assert "tensors" not in snapstone_json("info", saved_run / "step-9")[1]
+
+
+def test_a_delta_save_names_its_base_what_changed_and_whose_files_it_shares(snapstone: Run, delta_run: Path) -> None:
+    text = snapstone("info", delta_run / "step-3", "--tensors").stdout
+    first, second = (ss.Checkpoint.open(delta_run / f"step-{step}").save_id for step in (1, 2))
+    assert re.search(r"^on disk +1\.0 MiB own, 5\.0 MiB shared with earlier saves$", text, re.MULTILINE)
+    assert re.search(rf"^base +step-2 \(step 2, save id {second}\)$", text, re.MULTILINE)
+    assert re.search(r"^depth +2 since the last full save$", text, re.MULTILINE)
+    assert re.search(r"^changed +1 of 3 tensors, 1\.0 MiB \(16\.7%\)$", text, re.MULTILINE)
+    assert re.search(rf"^{first} +1 +6\.0 MiB +4\.0 MiB +67%$", text, re.MULTILINE)
+    assert re.search(rf"^{second} +1 +1\.0 MiB +1\.0 MiB +100%$", text, re.MULTILINE)
+    assert re.search(rf"^base/{first}\.rank-00000\.data +- +6\.0 MiB +ok$", text, re.MULTILINE)
+    assert re.search(r"^c +float32 +\[524288\] +1 +2\.0 MiB +1\.0 MiB$", text, re.MULTILINE)
+    assert re.search(r"^a +float32 +\[524288\] +1 +2\.0 MiB +0 B$", text, re.MULTILINE)
+
+
+def test_json_of_a_delta_save_has_its_lineage(snapstone_json: RunJson, delta_run: Path) -> None:
+    _, document = snapstone_json("info", delta_run / "step-3", "--tensors")
+    second = ss.Checkpoint.open(delta_run / "step-2")
+    assert document["base"] == {"save_id": second.save_id, "step": 2, "name": "step-2", "depth": 2}
+    assert document["changed"] == {"tensors": 1, "nbytes": 1 << 20, "share": 0.166667}
+    assert (document["stored_bytes"], document["shared_bytes"]) == (1 << 20, 5 << 20)
+    assert document["chain"][0] == {
+        "save_id": ss.Checkpoint.open(delta_run / "step-1").save_id,
+        "files": 1,
+        "nbytes": 6 << 20,
+        "used_bytes": 4 << 20,
+        "live_fraction": 0.666667,
+    }
+    assert [(file["kind"], file["rank"]) for file in document["files"]] == [
+        *(("index", 0), ("data", 0)),
+        *(("shared", None), ("shared", None)),
+    ]
+    assert {one["name"]: one["changed_bytes"] for one in document["tensors"]} == {"a": 0, "b": 0, "c": 1 << 20}
+
+
+def test_a_missing_shared_file_is_a_finding(snapstone: Run, delta_run: Path) -> None:
+    shutil.rmtree(delta_run / "step-3" / "base")
+    result = snapstone("info", delta_run / "step-3")
+    assert result.exit_code == 1
+    assert len(re.findall(r"^base/.* missing$", result.stdout, re.MULTILINE)) == 2
 
 
 @pytest.mark.parametrize("command", [["info", "--tensors"], ["diff"], ["verify"], ["ls"]])

@@ -1,0 +1,1 @@
+"""Delta saves: a state of which nothing, a little or everything has changed since the checkpoint before."""
