@@ -565,26 +565,41 @@ def test_chunks_that_are_differences_are_taken_over_with_what_they_refer_to_or_n
     assert small.load(directory / "next", "11111") == small.bits(second | {"scalar": torch.tensor(9.0)})
 
 
-def rename_data(path: Path, old: str, new: str) -> None:
-    """Another name for a data file, in the index and in the manifest."""
+def rewrite_index(path: Path, change: Callable[[dict[str, Any], Any], Any]) -> None:
+    """Changes a header and returns a table; the manifest is made to fit."""
     index = path / "rank-00000.index"
     data = index.read_bytes()
     size = struct.unpack_from("<Q", data, 8)[0]
     header = json.loads(data[16 : 16 + size])
-    table = data[-(-(16 + size) // 64) * 64 :]
-    header["files"] = [new if name == old else name for name in header["files"]]
+    table = change(header, np.frombuffer(data[-(-(16 + size) // 64) * 64 :], CHUNK_DTYPE).copy())
     text = json.dumps(header, separators=(",", ":")).encode()
     head = struct.pack("<8sQ", b"SNAPSIDX", len(text)) + text
     index.unlink()
 
-    def change(facts: dict[str, Any]) -> None:
+    def fit(facts: dict[str, Any]) -> None:
+        (writer,) = facts["writers"]
+        put(path, writer["index"], head + bytes(-len(head) % 64) + table.tobytes())
+        for number, entry in enumerate(writer["data"]):
+            entry["xxh128"] = _native.digest_hex(table[table["file"] == number].tobytes())
+
+    rewrite_manifest(path, fit)
+
+
+def rename_data(path: Path, old: str, new: str) -> None:
+    """Another name for a data file, in the index and in the manifest."""
+
+    def in_manifest(facts: dict[str, Any]) -> None:
         for entry in [*facts["writers"][0]["data"], *facts.get("shared", [])]:
             if entry["name"] == old:
                 entry["name"] = new
-        put(path, facts["writers"][0]["index"], head + bytes(-len(head) % 64) + table)
+
+    def in_index(header: dict[str, Any], table: Any) -> Any:
+        header["files"] = [new if name == old else name for name in header["files"]]
+        return table
 
     (path / old).rename(path / new)
-    rewrite_manifest(path, change)
+    rewrite_manifest(path, in_manifest)
+    rewrite_index(path, in_index)
 
 
 def test_a_base_with_file_names_of_its_own_is_used_or_makes_the_save_a_full_one(run: Path) -> None:
@@ -600,6 +615,26 @@ def test_a_base_whose_own_file_would_have_the_name_of_one_that_it_shares(run: Pa
     rename_data(base, shared.name, f"base/{document(base).save_id}.rank-00000.data")
     small.assert_holds(base, small.PREVIOUS)
     assert_full(run, base)
+
+
+def test_a_base_that_says_other_things_under_its_old_save_id_is_read_again(run: Path) -> None:
+    """What the process remembers of a save is of the index that it wrote, not of any that has the save's name."""
+    base = run / "previous"
+    save(run, "12323", checkpoint_id=base, overwrite=True, base=None)
+    data = (base / "rank-00000.data").read_bytes()
+
+    def swap(header: dict[str, Any], table: Any) -> Any:
+        table["offset"][[1, 2]] = table["offset"][[2, 1]]
+        return table
+
+    rewrite_index(base, swap)
+    replace(
+        base / "rank-00000.data",
+        data[:65536] + data[2 * 65536 : 3 * 65536] + data[65536 : 2 * 65536] + data[3 * 65536 :],
+    )
+    small.assert_holds(base, "12323")
+    assert save(run, "12324").stats["unchanged_chunks"] == 4
+    small.assert_holds(run / "next", "12324")
 
 
 def test_a_base_with_more_deltas_behind_it_than_a_number_holds(run: Path) -> None:
