@@ -104,10 +104,12 @@ def record_of(path: Path, name: str) -> Any:
 
 @pytest.mark.parametrize("codec", [None, "zstd"])
 @pytest.mark.parametrize("carry", [False, True], ids=["linked", "carried"])
-def test_deltas_of_deltas_load_what_was_saved(directory: Path, codec: str | None, carry: bool) -> None:
-    paths = make_chain(directory, 4, codec=codec, carry=carry)
+@pytest.mark.parametrize("xor", [False, True], ids=["plain", "xor"])
+def test_deltas_of_deltas_load_what_was_saved(directory: Path, codec: str | None, carry: bool, xor: bool) -> None:
+    paths = make_chain(directory, 4, codec=codec, carry=carry, xor=xor)
     for step, path in enumerate(paths):
         assert_holds(path, step)
+    assert bool(Reader(paths[-1]).indexes[0].references) == xor
     last = manifest.read(str(paths[-1]))
     assert last.base is not None
     assert (last.base.depth, last.base.step, last.base.name) == (3, 2, "step-2")
@@ -298,6 +300,23 @@ def test_the_rank_that_used_a_damaged_chunk_is_named_where_ranks_share_a_file(di
 
 def _save_own(rank: int, path: str) -> None:
     ss.save({f"rank-{rank}": torch.full((20_000,), float(rank))}, checkpoint_id=path, codec="zstd")
+
+
+def test_a_damaged_reference_is_found_and_named(directory: Path) -> None:
+    """No shard is in it, but a chunk of `large` is its difference from it."""
+    path = make_chain(directory, 2, xor=True)[1]
+    (index,) = Reader(path).indexes
+    reference = np.frombuffer(index.table, CHUNK_DTYPE)[-1]
+    (file,) = shared_files(path)
+    data = bytearray(file.read_bytes())
+    data[int(reference["offset"]) + 9] ^= 1
+    replaced(file, bytes(data))
+    with pytest.raises(ss.CorruptCheckpointError, match="digest mismatch") as caught:
+        load(path)
+    assert (caught.value.tensor, caught.value.rank) == ("large", 0)
+    problems = ss.verify(path).problems
+    assert any(str(file) in problem for problem in problems), problems
+    assert any("tensor='large'" in problem for problem in problems), problems
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "dangling", "fifo"])
