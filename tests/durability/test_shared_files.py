@@ -376,6 +376,18 @@ def test_verify_finds_own_files_that_chunks_do_not_cover(directory: Path) -> Non
     assert ss.verify(path).problems == (f"{own}: chunks do not cover the file exactly (rank 0)",)
 
 
+def test_equal_rows_of_an_own_file_are_one_chunk(directory: Path) -> None:
+    twins = {name: torch.arange(30_000.0) for name in ("a", "b")}
+    for name in ("before", "after"):
+        ss.save(twins, checkpoint_id=directory / name)
+    path = make_delta(directory / "before", directory / "after", directory / "delta", carry=True)
+    table = np.frombuffer(Reader(path).indexes[0].table, CHUNK_DTYPE)
+    assert (len(table), len(np.unique(table))) == (4, 2)
+    assert ss.verify(path)
+    reference_reader.read(path)
+    assert ss.Checkpoint.open(path).load_tensors()["b"].equal(twins["b"])
+
+
 # Around it ----------------------------------------------------------------------------------------------------------
 
 
