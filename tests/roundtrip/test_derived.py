@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,38 @@ def test_each_save_of_one_structure_derives_what_rounds_then(tmp_path: Path) -> 
     assert save("d", False) == {}
     assert save("e", True) == {"p": "m"}
     assert rows_of(tmp_path / "a")["p"]["xxh128"] != rows_of(tmp_path / "e")["p"]["xxh128"]
+
+
+@pytest.mark.parametrize("codec", [None, "xor-zstd"])
+def test_deltas_of_a_state_whose_parameters_are_derived_now_and_then(tmp_path: Path, codec: str | None) -> None:
+    """What the base derived has no bytes there: it is written when it is derived no more, and not before."""
+    master, parameter = pair(torch.bfloat16, 300, 400)
+    state: dict[str, Any] = {"m": master, "p": parameter, "tied": parameter, "frozen": torch.randn(200, 300)}
+
+    def save(number: int, *, derive: bool) -> tuple[dict[str, str], int]:
+        path = tmp_path / str(number)
+        base = tmp_path / str(number - 1) if number else None
+        saved = ss.save(state, checkpoint_id=path, base=base, codec=codec, derive=derive)
+        assert nested_equal(ss.Checkpoint.open(path).state_dict(), state)
+        assert_readers_agree(path)
+        return derived_names(path), int(saved.own_nbytes)
+
+    derived = {"p": "m", "tied": "m"}
+    assert save(0, derive=True)[0] == derived
+    assert save(1, derive=True) == (derived, 0)
+    master += 0.25
+    parameter.copy_(master)
+    assert save(2, derive=True)[0] == derived
+    parameter[7, 7] += 1
+    names, written = save(3, derive=True)
+    assert (names, written > 0.5 * parameter.nbytes) == ({}, True)
+    assert save(4, derive=False) == ({}, 0)
+    parameter.copy_(master)
+    assert save(5, derive=True) == (derived, 0)
+    assert save(6, derive=False)[0] == {}
+    for number in range(6):
+        shutil.rmtree(tmp_path / str(number))
+    assert nested_equal(ss.Checkpoint.open(tmp_path / "6").state_dict(), state)
 
 
 @pytest.mark.parametrize("codec", [None, "zstd"])

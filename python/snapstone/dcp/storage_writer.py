@@ -28,7 +28,7 @@ from ..plan import TensorItem
 from ..progress import Progress
 from ..share import Share
 from ..staleness import heed_unchanged, owned_unchanged
-from ..structure import StructureCache, StructureKeys, make_structure
+from ..structure import StructureCache, StructureKeys, make_structure, without_derived
 from ..target import Target
 from ..tensors import LocalShard
 from ..trace import Trace
@@ -299,6 +299,10 @@ class StorageWriter(StorageWriterInterface):
                     items, taken.paths, ties, list(range(len(items))), sum(i.nbytes for i in items), options.chunk_bytes
                 )
             _cache.put(rank, key, structure)
+            if options.derive:
+                structure, trace.stats["derived_bytes"] = without_derived(
+                    structure, taken.shards, taken.paths, ties, options.chunk_bytes
+                )
         rung, _ = _native.choose_rung(saving.target.parent)
         note, step = saving.note, saving.target.step
         comparison = None
