@@ -137,6 +137,10 @@ class Stored:
     contents: Sequence[StoredTensor]
     step: int | None
 
+    @property
+    def shared(self) -> list[FileEntry]:
+        return [entry for entry in self.files if os.path.dirname(entry.name)]
+
     def before(self) -> Before:
         """For a save of the same contents."""
         table = np.frombuffer(self.table, CHUNK_DTYPE)

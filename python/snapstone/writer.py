@@ -302,11 +302,11 @@ class Writer:
         share.drop_sparse_files(self._used_bytes)
         entry, self._stored = share.write_index(self.save_id, self.group.world_size, step, self._objects)
         with self.trace.span("sync"):
-            self._staging.sync()
+            self._staging.sync([os.path.basename(one.name) for one in self._stored.shared])
         return _json(
             {
                 "writer": entry.to_json(),
-                "shared": [one.to_json() for one in self._stored.files[len(entry.data) :]],
+                "shared": [one.to_json() for one in self._stored.shared],
                 "unchanged": unchanged,
             }
         )

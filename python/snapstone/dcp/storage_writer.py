@@ -326,7 +326,7 @@ class StorageWriter(StorageWriterInterface):
             unchanged = owned_unchanged(share.contents, taken.paths, share.before(_memory), step, share.digests)
             share.drop_sparse_files(share.used_bytes())
             entry, stored = share.write_index(note.save_id, note.world_size, step, objects)
-            saving.staging.sync()
+            saving.staging.sync([os.path.basename(one.name) for one in stored.shared])
         finally:
             share.close()
             trace.close()
@@ -335,7 +335,7 @@ class StorageWriter(StorageWriterInterface):
             "save_id": note.save_id,
             "writer": entry.to_json(),
             "nbytes": structure.payload_bytes,
-            "shared": [one.to_json() for one in stored.files[len(entry.data) :]],
+            "shared": [one.to_json() for one in stored.shared],
             "unchanged": unchanged,
         }
         if self.dcp_metadata:
