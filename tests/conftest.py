@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 
@@ -49,7 +51,19 @@ def has_o_direct() -> bool:
     return True
 
 
+def browser() -> str | None:
+    """A Chromium or Chrome of this machine that playwright can drive, if both are there."""
+    if importlib.util.find_spec("playwright") is None:
+        return None
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return os.environ.get("CHROMIUM") or next((path for name in names if (path := shutil.which(name))), None)
+
+
 NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
+    "needs_browser": (
+        "a browser: playwright (make setup) and Chromium (apt-get install chromium)",
+        lambda: bool(browser()),
+    ),
     "needs_cuda": ("a CUDA device", has_cuda),
     "needs_io_uring": ("a kernel that allows io_uring", has_io_uring),
     "needs_o_direct": ("a temporary directory that takes O_DIRECT", has_o_direct),

@@ -7,8 +7,8 @@ So the ends of one vote on two ranks are the same moment, but for that time:
 1. the ends of the votes of each rank are listed in order, and matched with those of the reference rank one by one;
    where one rank has more of them, for example because another died, the match that agrees best with itself is taken;
 2. the offset of a rank is the median of the differences, and its spread half of what the middle half of them covers;
-3. ranks whose offsets are closer together than 100 ms have the same clock: one offset serves them all, so that nothing
-   is lost between ranks of one host.
+3. ranks whose offsets are closer together than that time can be have the same clock: one offset serves them all, so
+   that nothing is lost between ranks of one host.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-__all__ = ["SAME_CLOCK_US", "Alignment", "aligned"]
+__all__ = ["Alignment", "aligned"]
 
-# Clocks of two hosts differ by the time between their boots: seconds to months. A vote that is noticed late by one rank
-# moves its median by milliseconds.
-SAME_CLOCK_US = 100_000.0
+# Ranks ask for the outcome of a vote every 50 ms or more often, and less often where they are many, so two of them notice
+# it at most this far apart. Clocks of two hosts differ by the time between their boots: seconds to months.
+_SAME_CLOCK_US = 100_000.0
+_SAME_CLOCK_US_PER_RANK = 200.0
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,11 @@ def _offset(reference: Sequence[float], ends: Sequence[float]) -> Alignment:
 
 def _shared(offsets: Mapping[int, float], reference: int) -> dict[int, float]:
     """One offset per host: neighbours in the order of their offsets that are close have the same clock."""
+    same_clock = max(_SAME_CLOCK_US, _SAME_CLOCK_US_PER_RANK * len(offsets))
     found: dict[int, float] = {}
     host: list[int] = []
     for rank in [*sorted(offsets, key=lambda rank: offsets[rank]), -1]:
-        if host and (rank == -1 or offsets[rank] - offsets[host[-1]] > SAME_CLOCK_US):
+        if host and (rank == -1 or offsets[rank] - offsets[host[-1]] > same_clock):
             offset = 0.0 if reference in host else median(offsets[member] for member in host)
             found |= dict.fromkeys(host, offset)
             host = []

@@ -38,8 +38,8 @@ def format_number(value: float, digits: int = 3) -> str:
     """1234567 as 1,230,000; 0.012345 as 0.0123; a minus sign that is one."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "–"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     rounded = round(value, digits - 1 - math.floor(math.log10(abs(value))))
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))  # 0.9996 has become 1.00
     if decimals > 9:
         return f"{value:.2e}".replace("-", "−")
     return f"{rounded:,.{decimals}f}".replace("-", "−")

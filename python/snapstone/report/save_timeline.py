@@ -10,7 +10,7 @@ from .drawing import Drawing, fitted
 from .engines import Engine
 from .fields import Fields
 from .palette import stage_class
-from .quantity import format_bytes, format_number, format_seconds, seconds_axis
+from .quantity import format_bytes, format_seconds, seconds_axis
 from .scale import Scale, ticks
 from .table import Table
 
@@ -164,7 +164,7 @@ def _draw(drawing: Drawing, groups: Sequence[tuple[int, Sequence[_Lane]]], end: 
 
 
 def _group(drawing: Drawing, rank: int, lanes: Sequence[_Lane], scale: Scale, y: float, wide: bool) -> None:
-    drawing.text(0, y + 12, f"rank {format_number(rank, 9)}", "name")
+    drawing.text(0, y + 12, f"rank {rank}", "name")
     if not wide:
         y += 16
     gap = (scale.high - scale.low) / (scale.end - scale.begin)  # of a pixel
