@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+
 from report.hostile import SCRIPT, write_hostile
 from report.measured import disk_document, load_document, stall_document, write_results
-
 from snapstone.bench import results
 from snapstone.report import Measurements, page
 
@@ -26,9 +27,9 @@ CHARTS = [
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 ALLOWED = {
-    "html", "head", "meta", "link", "title", "style", "body", "header", "main", "footer", "nav", "section", "ul", "li", "a",
-    "h1", "h2", "h3", "p", "pre", "div", "figure", "figcaption", "details", "summary", "table", "caption", "thead", "tbody",
-    "tr", "th", "td", "svg", "desc", "g", "rect", "line", "circle", "polyline", "polygon", "text",
+    "html", "head", "meta", "link", "title", "style", "body", "header", "main", "footer", "nav", "section", "ul", "li",
+    "a", "h1", "h2", "h3", "p", "pre", "div", "figure", "figcaption", "details", "summary", "table", "caption", "thead",
+    "tbody", "tr", "th", "td", "svg", "desc", "g", "rect", "line", "circle", "polyline", "polygon", "text",
 }  # fmt: skip
 
 
@@ -195,7 +196,7 @@ def test_bars_begin_at_zero_and_are_as_long_as_their_values(tmp_path: Path) -> N
     places = [(float(bar.get("x", "")), float(bar.get("width", ""))) for bar in bars if bar is not None]
     base = next(float(line.get("x1", "")) for line in drawing.iter("line") if line.get("class") == "base")
     assert {x for x, _ in places} == {base}
-    for (_, shorter), (_, longer) in zip(places, places[1:], strict=False):
+    for (_, shorter), (_, longer) in pairwise(places):
         assert longer == pytest.approx(2 * shorter, abs=0.2)
 
 

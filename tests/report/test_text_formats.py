@@ -10,9 +10,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
 from report.hostile import write_hostile
 from report.measured import stall_document, write_results
-
 from snapstone.report import Measurements, csv_text, json_document, markdown, standalone_chart
 
 

@@ -19,8 +19,8 @@ from statistics import median
 
 __all__ = ["Alignment", "aligned"]
 
-# Ranks ask for the outcome of a vote every 50 ms or more often, and less often where they are many, so two of them notice
-# it at most this far apart. Clocks of two hosts differ by the time between their boots: seconds to months.
+# Ranks ask for the outcome of a vote every 50 ms or more often, and less often where they are many, so two of them
+# notice it at most this far apart. Clocks of two hosts differ by the time between their boots: seconds to months.
 _SAME_CLOCK_US = 100_000.0
 _SAME_CLOCK_US_PER_RANK = 200.0
 

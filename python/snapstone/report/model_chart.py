@@ -83,7 +83,7 @@ def _table(rows: Sequence[Fields]) -> Table:
             ]
         )
     headers = (
-        "engine", "GPUs", "stall", "to durable", "between failures", "best interval, Young/Daly", 
+        "engine", "GPUs", "stall", "to durable", "between failures", "best interval, Young/Daly",
         "best interval, exact", "goodput", "goodput, simulated", "lost per failure",
     )  # fmt: skip
     return Table("Model of a cluster", headers, cells, frozenset(range(1, len(headers))))
