@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 
@@ -51,18 +49,16 @@ def has_o_direct() -> bool:
     return True
 
 
-def browser() -> str | None:
-    """A Chromium or Chrome of this machine that playwright can drive, if both are there."""
-    if importlib.util.find_spec("playwright") is None:
-        return None
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    return os.environ.get("CHROMIUM") or next((path for name in names if (path := shutil.which(name))), None)
+def has_browser() -> bool:
+    from report.chromium import chromium_path
+
+    return chromium_path() is not None
 
 
 NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "needs_browser": (
         "a browser: playwright (make setup) and Chromium (apt-get install chromium)",
-        lambda: bool(browser()),
+        has_browser,
     ),
     "needs_cuda": ("a CUDA device", has_cuda),
     "needs_io_uring": ("a kernel that allows io_uring", has_io_uring),
