@@ -10,7 +10,11 @@ from snapstone.bench import results
 from snapstone.bench.results import Document
 
 GB = 10**9
-PARTS = results.LEDGER_ROWS
+# In a report of `write_results`.
+CHARTS = [
+    "chart-stall-1", "chart-ledger-1", "chart-steps-1", "chart-timeline-1-1", "chart-load-1", "chart-roofline",
+    "chart-disk-1", "chart-model-1",
+]  # fmt: skip
 
 ENVIRONMENT: Any = {
     "hardware": {"cpu": "AMD EPYC 9B45", "cores": 2, "memory_bytes": 25 * GB, "accelerator": None, "device": "cpu"},

@@ -14,17 +14,12 @@ import pytest
 
 from report.chromium import chromium_path
 from report.hostile import write_hostile
-from report.measured import write_results
+from report.measured import CHARTS, write_results
 from snapstone.report import Measurements, page
 
 pytestmark = [pytest.mark.needs_browser, pytest.mark.timeout(120)]
 
 PHONE, DESK = 390, 1280
-
-CHARTS = [
-    "chart-stall-1", "chart-ledger-1", "chart-steps-1", "chart-timeline-1-1", "chart-load-1", "chart-roofline",
-    "chart-disk-1", "chart-model-1",
-]  # fmt: skip
 
 # Text outside its drawing, and text over other text of the same drawing, by more than rounding.
 MISPLACED = """() => {

@@ -16,14 +16,9 @@ from xml.etree import ElementTree
 import pytest
 
 from report.hostile import SCRIPT, write_hostile
-from report.measured import disk_document, load_document, stall_document, write_results
+from report.measured import CHARTS, disk_document, load_document, stall_document, write_results
 from snapstone.bench import results
 from snapstone.report import Measurements, page
-
-CHARTS = [
-    "chart-stall-1", "chart-ledger-1", "chart-steps-1", "chart-timeline-1-1", "chart-load-1", "chart-roofline",
-    "chart-disk-1", "chart-model-1",
-]  # fmt: skip
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 ALLOWED = {

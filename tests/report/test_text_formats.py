@@ -69,7 +69,7 @@ def test_markdown_has_the_table_with_its_conditions(measurements: Measurements) 
     assert "AMD EPYC 9B45; ext4; torch 2.13.0" in text
     assert "    snapstone bench stall --model 'llama 1b'" in text
     assert (
-        text.index("| snapstone | 1.2.3 |") < text.index("| dcp direct |") < text.index("| probe uring-fixed write |")
+        text.index("| snapstone | 1.2.3 |") < text.index("| dcp direct |") < text.index("| probe uring-fixed, write |")
     )
 
 

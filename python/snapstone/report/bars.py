@@ -49,10 +49,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Limit:
-    """A dashed line that bars are compared with."""
+    """A dashed line across rows `first` to `last` (excluded), which are compared with it."""
 
     name: str
     value: float
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class _Frame:
     scale: Scale
     label_end: float
     text_begin: float
+    range_begin: float
     width: float
 
 
@@ -76,17 +79,22 @@ def bars_drawing(
 ) -> Drawing:
     """Draws `rows` in their order, below `top`; `axis` is of `quantity`."""
     frame = _frame(drawing.width, rows, limits)
-    names_top = top
-    y = top = top + 6.0 + 18.0 * len(limits)
+    y = top = top + 6.0
     placed: list[tuple[Row, float]] = []
-    for row in rows:
+    names: dict[int, float] = {}
+    for number, row in enumerate(rows):
+        for index, limit in enumerate(limits):
+            if limit.first == number:
+                names[index] = y + 10
+                y += 20.0
         placed.append((row, y))
         y += _height(row, frame)
     _axis(drawing, frame, axis(max(abs(frame.scale.low), frame.scale.high)), top, y)
+    for index, begin in names.items():
+        last = limits[index].last
+        _limit(drawing, frame, limits[index], begin, placed[last][1] if last < len(placed) else y)
     for row, begin in placed:
         _row(drawing, frame, row, begin)
-    for number, limit in enumerate(limits):
-        _limit(drawing, frame, limit, names_top + 14.0 + 18.0 * number, y)
     drawing.height = y + 22
     return drawing
 
@@ -99,13 +107,14 @@ def _frame(width: float, rows: Sequence[Row], limits: Sequence[Limit]) -> _Frame
         high = low + 1.0
     wide = width >= WIDE
     if not wide:
-        return _Frame(False, Scale(low, high, 4, width - 12), 0, 0, width)
-    names = min(max((text_width(row.name, 13.5) for row in rows), default=0) + 12, 190)
+        return _Frame(False, Scale(low, high, 4, width - 12), 0, 0, 0, width)
+    names = min(max((text_width(row.name, 13, bold=True) for row in rows), default=0) + 14, 200)
     labels = min(max((text_width(bar.label, 11) for bar in bars), default=0) + 10, 130)
-    values = max((text_width(bar.value, 13.5) + text_width(bar.range, 11) + 18 for bar in bars), default=60)
+    values = max((text_width(bar.value, 13, bold=True) for bar in bars), default=60) + 8
+    ranges = max((text_width(bar.range, 11) for bar in bars), default=0)
     begin = names + labels
-    text_begin = max(width - values, begin + 200)
-    return _Frame(True, Scale(low, high, begin, text_begin - 8), begin - 8, text_begin, width)
+    text_begin = max(width - values - ranges, begin + 200)
+    return _Frame(True, Scale(low, high, begin, text_begin - 12), begin - 8, text_begin, text_begin + values, width)
 
 
 def _height(row: Row, frame: _Frame) -> float:
@@ -138,7 +147,7 @@ def _row(drawing: Drawing, frame: _Frame, row: Row, y: float) -> None:
     if frame.wide:
         widest = max((text_width(bar.label, 11) for bar in row.bars), default=0.0)
         name_width = frame.label_end - (widest + 8 if widest else 0)
-    drawing.text(0, y + 14, fitted(row.name, name_width, 13.5), "name", title=row.name)
+    drawing.text(0, y + 14, fitted(row.name, name_width, 13, bold=True), "name", title=row.name)
     if not frame.wide:
         y += 20
     if row.failure:
@@ -163,9 +172,8 @@ def _bar(drawing: Drawing, frame: _Frame, row: Row, bar: Bar, y: float) -> float
         if bar.label:
             drawing.text(frame.label_end, y + 13, bar.label, "muted small", anchor="end")
         top, height = y + 2.0, 14.0
-        x = frame.text_begin
-        drawing.text(x, y + 14, bar.value, "value")
-        drawing.text(x + text_width(bar.value, 13.5) + 8, y + 13, bar.range, "muted small")
+        drawing.text(frame.text_begin, y + 14, bar.value, "value")
+        drawing.text(frame.range_begin, y + 13, bar.range, "muted small")
         after = y + 20
     else:
         drawing.text(0, y + 12, bar.label, "muted small")
@@ -195,19 +203,18 @@ def _parts(drawing: Drawing, frame: _Frame, bar: Bar, top: float, height: float)
             drawing.rect(x, top, max(width - gap, 1.5 if len(bar.parts) == 1 else 0.0), height, css, title=name, r=1.5)
         right, left = (end, left) if value >= 0 else (right, end)
     middle = top + height / 2
-    for point in bar.points:
-        drawing.circle(scale(point), middle, 2.2, "dot")
     if bar.spread and bar.spread.count > 1:
         x1, x2 = scale(bar.spread.low), scale(bar.spread.high)
         drawing.line(x1, middle, x2, middle, "whisker")
         for x in (x1, x2):
             drawing.line(x, middle - 4, x, middle + 4, "whisker")
+    for point in bar.points:
+        drawing.circle(scale(point), middle, 2.4, "dot")
 
 
 def _limit(drawing: Drawing, frame: _Frame, limit: Limit, y: float, bottom: float) -> None:
     x = frame.scale(limit.value)
-    drawing.line(x, y + 4, x, bottom, "limit")
+    drawing.line(x, y + 4, x, bottom - 6, "limit")
     name = fitted(limit.name, frame.width, 11)
-    half = text_width(name, 11) / 2
-    x = min(max(x, half), frame.width - half)
-    drawing.text(x, y, name, "limit-name small", anchor="middle")
+    x = min(max(x, text_width(name, 11)), frame.width)
+    drawing.text(x, y, name, "limit-name small", anchor="end")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from .bars import Bar, Limit, Row, bars_drawing
 from .chart import Chart
@@ -18,12 +19,26 @@ __all__ = ["disk_chart", "limits_of", "roofline_chart"]
 _OPERATIONS = {"write": "disk, writing", "read": "disk, reading"}
 
 
+@dataclass(frozen=True)
+class _Rate:
+    """What an engine made of the hardware: bytes per second of whole saves or loads."""
+
+    engine: str
+    what: str
+    operation: str
+    spread: Spread
+
+
 def _rate_range(spread: Spread) -> str:
     return f"{format_rate(spread.low)} – {format_rate(spread.high)}" if spread.count > 1 else ""
 
 
 def _probe_name(probe: Fields) -> str:
-    return " ".join(part for part in (probe.text("tool"), probe.text("rung"), probe.text("operation")) if part)
+    return " ".join(f"{probe.text('tool')} {probe.text('rung')}".split()) or "(no name)"
+
+
+def _probe_in_words(probe: Fields) -> str:
+    return f"{_probe_name(probe)}, {probe.text('operation') or 'no operation'}"
 
 
 def disk_chart(identity: str, disk: Measurement) -> Chart | None:
@@ -33,13 +48,16 @@ def disk_chart(identity: str, disk: Measurement) -> Chart | None:
         return None
     probes.sort(key=lambda one: (one[0].text("operation") != "write", -(one[1].median if one[1] else 0.0)))
     rows = [
-        Row(_probe_name(probe), (_rate_bar(spread, "s0" if probe.text("operation") == "write" else "s2"),))
+        Row(
+            _probe_name(probe),
+            (_rate_bar(spread, "s0" if probe.text("operation") == "write" else "s2", probe.text("operation")),),
+        )
         for probe, spread in probes
         if spread
     ]
     cells = [
         [
-            _probe_name(probe),
+            _probe_in_words(probe),
             *([format_rate(spread.median), _rate_range(spread), str(spread.count)] if spread else ["–", "", "0"]),
             format_bytes(probe.number("nbytes")),
             probe.text("reason"),
@@ -48,11 +66,13 @@ def disk_chart(identity: str, disk: Measurement) -> Chart | None:
     ]
     headers = ("probe", "median", "range", "runs", "bytes", "absent because")
     absent = [
-        f"{_probe_name(probe)} ({probe.text('reason') or 'no reason given'})" for probe, spread in probes if not spread
+        f"{_probe_in_words(probe)} ({probe.text('reason') or 'no reason given'})"
+        for probe, spread in probes
+        if not spread
     ]
 
     def draw(name: str, width: float) -> Drawing:
-        words = "; ".join(f"{row.name}: {row.bars[0].value}" for row in rows) or "no probe ran"
+        words = "; ".join(f"{row.name}, {row.bars[0].label}: {row.bars[0].value}" for row in rows) or "no probe ran"
         return bars_drawing(Drawing(name, "Rate of the disk, by way of doing I/O", words, width), rows, rate_axis)
 
     directory = disk.environment("storage").text("directory")
@@ -71,14 +91,13 @@ def _rate_bar(spread: Spread, css: str, label: str = "", beside: str = "") -> Ba
     return Bar(label, (("", spread.median, css),), format_rate(spread.median), beside or _rate_range(spread), spread)
 
 
-def limits_of(disks: Sequence[Measurement]) -> dict[str, Limit]:
-    """The best median rate of each operation, over all disk documents."""
-    best: dict[str, Limit] = {}
+def limits_of(disks: Sequence[Measurement]) -> dict[str, tuple[float, str]]:
+    """The best median rate of each operation over all disk documents, and the probe that it is of."""
+    best: dict[str, tuple[float, str]] = {}
     for probe in (probe for disk in disks for probe in disk.fields.items("probes")):
         spread, operation = Spread.of(probe.numbers("bytes_per_second")), probe.text("operation")
-        if spread and (operation not in best or spread.median > best[operation].value):
-            name = f"{_OPERATIONS.get(operation, operation)}: {format_rate(spread.median)} ({_probe_name(probe)})"
-            best[operation] = Limit(name, spread.median)
+        if spread and spread.median > best.get(operation, (0.0, ""))[0]:
+            best[operation] = (spread.median, _probe_name(probe))
     return best
 
 
@@ -86,28 +105,25 @@ def roofline_chart(
     identity: str,
     stalls: Sequence[tuple[Measurement, Sequence[Engine]]],
     loads: Sequence[Measurement],
-    limits: dict[str, Limit],
+    limits: dict[str, tuple[float, str]],
 ) -> Chart | None:
     """Bytes per second of whole saves and loads under the measured limits; None without a limit or without a rate."""
     rates = [*_save_rates(stalls), *_load_rates(loads)]
     if not limits or not rates:
         return None
-    rates.sort(key=lambda one: (one[1] != "write", -one[2].median))
+    rates.sort(key=lambda one: (one.operation != "write", -one.spread.median))
     rows, cells = [], []
-    for name, operation, spread in rates:
-        limit = limits.get(operation)
-        share = (
-            f"{format_number(100 * spread.median / limit.value)} % of the limit"
-            if limit and limit.value
-            else "no limit known"
-        )
-        rows.append(Row(name, (_rate_bar(spread, "s0" if operation == "write" else "s2", beside=share),)))
-        cells.append([name, operation, format_rate(spread.median), _rate_range(spread), share])
-    headers = ("operation", "direction", "median", "range", "share of the limit")
-    lines = sorted(limits.values(), key=lambda limit: limit.value)
+    for one in rates:
+        limit = limits.get(one.operation)
+        share = f"{format_number(100 * one.spread.median / limit[0])} % of the limit" if limit else "no limit known"
+        css = "s0" if one.operation == "write" else "s2"
+        rows.append(Row(one.engine, (_rate_bar(one.spread, css, one.what, share),)))
+        cells.append([one.engine, one.what, format_rate(one.spread.median), _rate_range(one.spread), share])
+    headers = ("engine", "operation", "median", "range", "share of the limit")
+    lines = _lines([one.operation for one in rates], limits)
 
     def draw(name: str, width: float) -> Drawing:
-        words = "; ".join(f"{row[0]}: {row[2]}, {row[4]}" for row in cells)
+        words = "; ".join(f"{row[0]}, {row[1]}: {row[2]}, {row[4]}" for row in cells)
         return bars_drawing(Drawing(name, "Rates under the measured limits", words, width), rows, rate_axis, lines)
 
     return Chart(
@@ -120,7 +136,19 @@ def roofline_chart(
     )
 
 
-def _save_rates(stalls: Sequence[tuple[Measurement, Sequence[Engine]]]) -> list[tuple[str, str, Spread]]:
+def _lines(operations: Sequence[str], limits: dict[str, tuple[float, str]]) -> list[Limit]:
+    """A limit across the rows of its operation, which stand together."""
+    found = []
+    for operation in dict.fromkeys(operations):
+        if operation in limits:
+            rate, probe = limits[operation]
+            first = operations.index(operation)
+            name = f"{_OPERATIONS.get(operation, operation)}: {format_rate(rate)} ({probe})"
+            found.append(Limit(name, rate, first, first + operations.count(operation)))
+    return found
+
+
+def _save_rates(stalls: Sequence[tuple[Measurement, Sequence[Engine]]]) -> list[_Rate]:
     found = []
     for measurement, engines in stalls:
         nbytes = measurement.fields.fields("workload").number("nbytes")
@@ -128,16 +156,16 @@ def _save_rates(stalls: Sequence[tuple[Measurement, Sequence[Engine]]]) -> list[
             times = next((one.durable for one in engine.cadences if one.durable and one.durable.low > 0), None)
             if nbytes and times and engine.shown:
                 rates = Spread(nbytes / times.median, nbytes / times.high, nbytes / times.low, times.count)
-                found.append((f"{engine.title}, save", "write", rates))
+                found.append(_Rate(engine.title, "save", "write", rates))
     return found
 
 
-def _load_rates(loads: Sequence[Measurement]) -> list[tuple[str, str, Spread]]:
+def _load_rates(loads: Sequence[Measurement]) -> list[_Rate]:
     found = []
     for one in (one for load in loads for one in load.fields.items("loads")):
         nbytes = one.number("bytes_read") or one.number("nbytes")
         rates = Spread.of([nbytes / seconds for seconds in one.numbers("seconds") if nbytes and seconds > 0])
         if rates and one.text("status") in ("measured", "partial"):
-            name = ", ".join(part for part in (one.text("engine"), "load", one.text("strategy")) if part)
-            found.append((name, "read", rates))
+            engine = " ".join(one.text("engine").split()) or "(no name)"
+            found.append(_Rate(engine, " ".join(f"load {one.text('strategy')}".split()), "read", rates))
     return found

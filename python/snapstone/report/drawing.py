@@ -13,7 +13,8 @@ from html import escape
 
 __all__ = ["Drawing", "fitted", "text_width", "wrapped"]
 
-_ADVANCE_EM = 0.56  # of an average character of a sans-serif face
+_ADVANCE_EM = 0.58  # of an average character of a sans-serif face
+_BOLD = 1.16
 
 
 class Drawing:
@@ -80,28 +81,28 @@ def _title(text: str) -> str:
     return f"<title>{escape(text)}</title>" if text else ""
 
 
-def text_width(text: str, size: float) -> float:
+def text_width(text: str, size: float, *, bold: bool = False) -> float:
     """About the pixels that `text` takes in a font of `size` pixels; characters beyond Latin count as wide ones."""
-    return sum(_ADVANCE_EM if ord(c) < 0x2E80 else 1.0 for c in text) * size
+    return sum(_ADVANCE_EM if ord(c) < 0x2E80 else 1.0 for c in text) * size * (_BOLD if bold else 1.0)
 
 
-def fitted(text: str, width: float, size: float) -> str:
+def fitted(text: str, width: float, size: float, *, bold: bool = False) -> str:
     """`text`, cut with an ellipsis where it would be wider than `width` pixels."""
     text = " ".join(text.split())
-    if text_width(text, size) <= width:
+    if text_width(text, size, bold=bold) <= width:
         return text
-    while text and text_width(text + "…", size) > width:
+    while text and text_width(text + "…", size, bold=bold) > width:
         text = text[:-1] if len(text) < 80 else text[: len(text) // 2]
     return text.rstrip() + "…"
 
 
-def wrapped(text: str, width: float, size: float, lines: int) -> list[str]:
+def wrapped(text: str, width: float, size: float, lines: int, *, bold: bool = False) -> list[str]:
     """At most `lines` lines of `width` pixels, broken between words."""
     left = text.split()
     found: list[str] = []
     while left and len(found) < lines - 1:
         line = [left.pop(0)]
-        while left and text_width(" ".join([*line, left[0]]), size) <= width:
+        while left and text_width(" ".join([*line, left[0]]), size, bold=bold) <= width:
             line.append(left.pop(0))
-        found.append(fitted(" ".join(line), width, size))
-    return [*found, fitted(" ".join(left), width, size)] if left else found
+        found.append(fitted(" ".join(line), width, size, bold=bold))
+    return [*found, fitted(" ".join(left), width, size, bold=bold)] if left else found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .engines import Cadence, Engine
 from .fields import Fields
-from .quantity import Spread, format_bytes, format_count, format_rate, format_seconds
+from .quantity import Spread, compact_range, format_bytes, format_count, format_rate, format_seconds
 from .table import Table
 
 __all__ = ["counters_table", "engine_table", "options_table", "truth_table"]
@@ -15,10 +15,15 @@ __all__ = ["counters_table", "engine_table", "options_table", "truth_table"]
 def engine_table(engines: Sequence[Engine]) -> Table:
     """One row per engine: stalls, time to durable, special saves, status."""
     headers = (
-        "engine", "version", "stall", "stall, back to back", "to durable", "first save: call", "first save: durable",
-        "after a change of plan: call", "syncs itself", "status",
+        "engine", "version", "stall per save", "stall, tight cadence", "to durable", "first save: call",
+        "first save: durable", "changed plan: call", "syncs", "status",
     )  # fmt: skip
-    return Table("Engines", headers, [_engine_cells(one) for one in engines], frozenset(range(2, 8)))
+    return Table(
+        "Engines (those that do not sync their files are charged a syncfs)",
+        headers,
+        [_engine_cells(one) for one in engines],
+        frozenset(range(2, 8)),
+    )
 
 
 def _engine_cells(engine: Engine) -> list[str]:
@@ -39,7 +44,7 @@ def _engine_cells(engine: Engine) -> list[str]:
         format_seconds(first.number("call")),
         format_seconds(first.number("durable")),
         format_seconds(changed.number("call")),
-        "yes" if engine.fields.flag("syncs") else "no, charged a syncfs",
+        "yes" if engine.fields.flag("syncs") else "no",
         f"{status}, {skipped} skipped" if skipped else status,
     ]
 
@@ -47,9 +52,8 @@ def _engine_cells(engine: Engine) -> list[str]:
 def _stall(cadence: Cadence | None) -> str:
     if cadence is None or cadence.stall is None:
         return "–"
-    low, high = format_seconds(cadence.stall.low), format_seconds(cadence.stall.high)
     middle = format_seconds(cadence.stall.median)
-    return middle if cadence.stall.count < 2 else f"{middle} ({low} – {high})"
+    return middle if cadence.stall.count < 2 else f"{middle} ({compact_range(cadence.stall)})"
 
 
 def counters_table(engines: Sequence[Engine]) -> Table | None:

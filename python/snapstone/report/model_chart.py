@@ -10,11 +10,11 @@ from .documents import Measurement
 from .drawing import Drawing, fitted, text_width
 from .fields import Fields
 from .palette import SERIES_COUNT
-from .quantity import format_count, format_number, format_seconds
+from .quantity import format_count, format_named, format_number, format_seconds
 from .scale import Scale
 from .table import Table
 
-__all__ = ["model_chart"]
+__all__ = ["inputs_table", "model_chart"]
 
 _HEIGHT = 300.0
 
@@ -46,6 +46,19 @@ def model_chart(identity: str, measurement: Measurement) -> Chart | None:
     )
 
 
+def inputs_table(measurement: Measurement) -> Table | None:
+    """What the model was given, and where that is from. None when the document has no input."""
+    inputs = measurement.fields.fields("inputs")
+    sources = inputs.fields("sources")
+    rows = []
+    for name in inputs.names():
+        number = inputs.number(name)
+        value = inputs.text(name) if number is None else format_named(name, number)
+        if value:
+            rows.append([name.replace("_", " "), value, sources.text(name)])
+    return Table("Inputs of the model", ("input", "value", "source"), rows, frozenset({1})) if rows else None
+
+
 def _series(rows: Sequence[Fields]) -> list[tuple[str, list[Point]]]:
     """By engine, the best at its largest cluster first."""
     found: dict[str, list[Point]] = {}
@@ -58,7 +71,7 @@ def _series(rows: Sequence[Fields]) -> list[tuple[str, list[Point]]]:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{format_number(100 * share)} %"
+    return "–" if share is None else f"{format_number(100 * share)} %".replace(".0 %", " %")
 
 
 def _table(rows: Sequence[Fields]) -> Table:
@@ -115,6 +128,11 @@ def _draw(drawing: Drawing, series: Sequence[tuple[str, Sequence[Point]]]) -> Dr
     return drawing
 
 
+def _power(power: int) -> str:
+    """1000 as 1k: on a phone the numbers of neighbours would touch."""
+    return f"{10 ** (power % 3)}{('', 'k', 'M', 'G')[power // 3]}" if 0 <= power < 12 else f"1e{power}"
+
+
 def _axes(drawing: Drawing, x_scale: Scale, y_scale: Scale) -> None:
     step = 0.05 if y_scale.high - y_scale.low <= 0.35 else 0.1 if y_scale.high - y_scale.low <= 0.6 else 0.2
     for index in range(round((y_scale.high - y_scale.low) / step) + 1):
@@ -123,5 +141,5 @@ def _axes(drawing: Drawing, x_scale: Scale, y_scale: Scale) -> None:
         drawing.text(x_scale.begin - 8, y_scale(share) + 4, _percent(share), "tick", anchor="end")
     for power in range(math.ceil(x_scale.low - 1e-9), math.floor(x_scale.high + 1e-9) + 1):
         drawing.line(x_scale(power), y_scale.end, x_scale(power), y_scale.begin, "grid")
-        drawing.text(x_scale(power), _HEIGHT + 16, format_count(10.0**power), "tick", anchor="middle")
+        drawing.text(x_scale(power), _HEIGHT + 16, _power(power), "tick", anchor="middle")
     drawing.text(x_scale.end, _HEIGHT + 34, "GPUs", "tick", anchor="end")

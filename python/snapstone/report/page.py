@@ -6,6 +6,7 @@ load or run either.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from html import escape
 
 from .documents import Measurement, Measurements
@@ -14,7 +15,7 @@ from .sections import Section, command_of, environment_table, sections_of
 
 __all__ = ["page"]
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 _STYLE = """
 *{box-sizing:border-box}
@@ -40,13 +41,17 @@ svg.chart{display:block;width:100%;height:auto}
 .narrow{display:none}
 details{margin:.8rem 0 0}
 summary{cursor:pointer;color:var(--link);font-size:.9rem}
+.tabled{margin-top:2.2rem}.tabled caption{color:var(--ink);font-weight:600;font-size:1.05rem}
 details.more{border-top:1px solid var(--grid);padding-top:.5rem}
 .scroll{overflow-x:auto;margin:.7rem 0 0;max-width:100%}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--muted);padding:0 0 .3rem}
 th,td{padding:.35rem .9rem .35rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--grid);
-min-width:4rem;max-width:26rem;overflow-wrap:anywhere}
-td.number{white-space:nowrap}
+min-width:4rem;max-width:26rem;overflow-wrap:break-word}
+td:last-child{min-width:11rem}
+td.number,tbody th{white-space:nowrap}
+tbody th{max-width:16rem;overflow:hidden;text-overflow:ellipsis}
+td.number,td.number:last-child{min-width:4rem}
 thead th{color:var(--muted);font-weight:600;border-bottom-color:var(--rule);vertical-align:bottom;overflow-wrap:normal}
 tbody th{font-weight:600}
 .number{text-align:right}
@@ -66,8 +71,6 @@ h1{font-size:1.5rem}h2{font-size:1.25rem;margin-top:2.6rem}.wide{display:none}.n
 def page(measurements: Measurements) -> str:
     """The whole file. Texts of documents are escaped where they become HTML: in `Table`, `Drawing`, `Chart`, here."""
     sections = sections_of(measurements)
-    dates = sorted(date for one in measurements.all if (date := one.fields.text("date")))
-    when = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "at an unknown time"
     count = len(measurements.all)
     links = [(section.identity, section.title) for section in sections] + [("environment", "Environment and commands")]
     contents = "".join(f'<li><a href="#{escape(identity)}">{escape(title)}</a></li>' for identity, title in links)
@@ -79,12 +82,27 @@ def page(measurements: Measurements) -> str:
         f"<title>Checkpoint benchmark: {escape(measurements.directory)}</title>\n"
         f"<style>{THEME}{CHART_STYLE}{_STYLE}</style>\n</head>\n<body>\n"
         f'<header><h1>Checkpoint benchmark</h1><p class="lead">{count} measurement{"s" if count != 1 else ""} in '
-        f"{escape(measurements.directory)}, {escape(when)}</p>"
+        f"{escape(measurements.directory)}, {escape(_when(measurements))}</p>"
         f'<nav aria-label="Contents"><ul>{contents}</ul></nav></header>\n<main>\n{_alerts(measurements)}'
         f"{''.join(map(_section, sections))}{_environment(measurements)}</main>\n"
         "<footer><p>Made by snapstone report. Units are decimal: a GB is 10⁹ bytes. docs/report.md explains each "
         "chart, docs/bench.md how it was measured.</p></footer>\n</body>\n</html>\n"
     )
+
+
+def _when(measurements: Measurements) -> str:
+    dates = sorted(date for one in measurements.all if (date := one.fields.text("date")))
+    if not dates:
+        return "at an unknown time"
+    return " to ".join(dict.fromkeys(_minute(date) for date in (dates[0], dates[-1])))
+
+
+def _minute(date: str) -> str:
+    """ISO 8601 to the minute, as people write it; what is none of it as it is."""
+    try:
+        return datetime.fromisoformat(date).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError):
+        return date
 
 
 def _alerts(measurements: Measurements) -> str:
@@ -114,7 +132,7 @@ def _section(section: Section) -> str:
     for chart in section.folded:
         parts.append(f'<details class="more"><summary>{escape(chart.title)}</summary>{chart.html()}</details>')
     for table in section.tables:
-        parts.append(f"<h3>{escape(table.caption)}</h3>{table.html()}")
+        parts.append(f'<div class="tabled">{table.html()}</div>')
     return "\n".join([*parts, "</section>\n"])
 
 
@@ -124,11 +142,11 @@ def _environment(measurements: Measurements) -> str:
     commands = "".join(_command(one) for one in measurements.all)
     return (
         '<section id="environment"><h2>Environment and commands</h2>'
-        f"{environment_table(measurements).html()}{commands}</section>\n"
+        f'{environment_table(measurements).html()}<div class="tabled">{commands}</div></section>\n'
     )
 
 
 def _command(measurement: Measurement) -> str:
     command = command_of(measurement) or "(the document does not say)"
-    facts = f"{measurement.name}, {measurement.fields.text('date') or 'no date'}"
+    facts = f"{measurement.name}, {_minute(measurement.fields.text('date')) or 'no date'}"
     return f'<p class="facts">{escape(facts)}</p><pre>{escape(command)}</pre>'

@@ -13,7 +13,7 @@ SERIES_COUNT = 7
 _LIGHT = {
     "paper": "#ffffff", "panel": "#f6f7f9", "ink": "#1b1f24", "muted": "#5b6470", "rule": "#d9dde3", "grid": "#e8ebef",
     "bad": "#b3261e", "bad-paper": "#fdecea", "link": "#0b57a4", "idle": "#9aa3ad",
-    "s0": "#0072b2", "s1": "#d55e00", "s2": "#009e73", "s3": "#b35a92", "s4": "#2f9fd8", "s5": "#b27a00",
+    "s0": "#0072b2", "s1": "#d55e00", "s2": "#009e73", "s3": "#b35a92", "s4": "#2491cb", "s5": "#b27a00",
     "s6": "#5b6470",
 }  # fmt: skip
 _DARK = {
@@ -40,13 +40,12 @@ _SERIES = "".join(
 
 CHART_STYLE = (
     '.chart text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",sans-serif;'
-    "font-size:13px;font-variant-numeric:tabular-nums}\n"
+    "font-size:13px;font-variant-numeric:tabular-nums;paint-order:stroke;stroke:var(--paper);stroke-width:3px}\n"
     ".chart .ink{fill:var(--ink)}.chart .name{fill:var(--ink);font-weight:600}.chart .muted{fill:var(--muted)}"
     ".chart .value{fill:var(--ink);font-weight:600}.chart .bad{fill:var(--bad)}.chart .idle{fill:var(--idle)}"
     ".chart .small,.chart .tick{font-size:11px}.chart .tick{fill:var(--muted)}"
-    ".chart .onbar{font-size:11px;fill:var(--paper);font-weight:600}\n"
     ".chart .grid{stroke:var(--grid)}.chart .base{stroke:var(--muted)}.chart .rule{stroke:var(--rule)}"
-    ".chart .whisker{stroke:var(--ink);stroke-width:1.5}.chart .dot{fill:var(--ink);opacity:.45}"
+    ".chart .whisker{stroke:var(--ink);stroke-width:1.5}.chart .dot{fill:var(--paper);stroke:var(--ink)}"
     ".chart .cross{stroke:var(--bad);stroke-width:2.5;stroke-linecap:round}"
     ".chart .limit{stroke:var(--bad);stroke-width:1.5;stroke-dasharray:5 3}.chart .limit-name{fill:var(--bad)}"
     ".chart .faint{opacity:.55}.chart .lane{fill:var(--panel)}.chart .gap{fill:var(--paper)}"

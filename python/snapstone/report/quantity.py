@@ -12,6 +12,7 @@ __all__ = [
     "compact_range",
     "format_bytes",
     "format_count",
+    "format_named",
     "format_number",
     "format_rate",
     "format_seconds",
@@ -88,6 +89,17 @@ def format_count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
+def format_named(name: str, value: float) -> str:
+    """A number whose name says its unit, as all names in documents do."""
+    if name.endswith("per_second"):
+        return format_rate(value)
+    if name.endswith("bytes") or "_bytes_" in name:
+        return format_bytes(value)
+    if name.endswith("seconds"):
+        return format_seconds(value)
+    return f"{value:,.6g}"
+
+
 def compact_range(spread: Spread) -> str:
     """The spread of seconds, with one unit: "110–150 ms"; "" of a single measurement."""
     if spread.count < 2 or spread.high >= 300:
@@ -100,9 +112,13 @@ def compact_range(spread: Spread) -> str:
 def seconds_axis(high: float) -> Callable[[float], str]:
     """Writes values of an axis that ends at `high` seconds, all in one unit."""
     factor, unit = _seconds_unit(high)
-    return lambda value: f"{format_number(value / factor)} {unit}"
+    return lambda value: f"{_tick(value / factor)} {unit}"
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.6g}".replace("-", "−")
 
 
 def rate_axis(high: float) -> Callable[[float], str]:
     factor, unit = _bytes_unit(high)
-    return lambda value: f"{format_number(value / factor)} {unit}/s"
+    return lambda value: f"{_tick(value / factor)} {unit}/s"

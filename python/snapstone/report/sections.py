@@ -11,9 +11,10 @@ from .disk_charts import disk_chart, limits_of, roofline_chart
 from .documents import Measurement, Measurements
 from .engine_tables import counters_table, engine_table, options_table, truth_table
 from .engines import Engine, engines_of
+from .fields import Fields
 from .load_chart import load_chart
-from .model_chart import model_chart
-from .quantity import compact_range, format_bytes, format_count, format_number, format_seconds
+from .model_chart import inputs_table, model_chart
+from .quantity import compact_range, format_bytes, format_count, format_named, format_number, format_seconds
 from .save_timeline import timeline_chart
 from .stall_charts import ledger_chart, stall_chart
 from .step_strip import step_chart
@@ -51,8 +52,9 @@ def sections_of(measurements: Measurements) -> list[Section]:
     if hardware.charts or hardware.lines:
         found.append(hardware)
     for number, one in enumerate(measurements.of_kind("model"), start=1):
-        section = Section(f"model-{number}", f"Model of a cluster: {one.name}", [_inputs_line(one)])
+        section = Section(f"model-{number}", f"Model of a cluster: {_label(one)}")
         section.charts += _present([model_chart(f"chart-model-{number}", one)])
+        section.tables += [table for table in (inputs_table(one),) if table is not None]
         found.append(section)
     return found
 
@@ -63,7 +65,7 @@ def _present(charts: Iterable[Chart | None]) -> list[Chart]:
 
 def _stall_section(number: int, measurement: Measurement, engines: list[Engine]) -> Section:
     model = measurement.fields.fields("workload").text("model")
-    section = Section(f"stall-{number}", f"Stall: {model or measurement.name}", [workload_line(measurement)])
+    section = Section(f"stall-{number}", f"Stall: {model or _label(measurement)}", [workload_line(measurement)])
     if said := headline(engines):
         section.lines.append(said)
     section.charts.append(stall_chart(f"chart-stall-{number}", engines))
@@ -83,16 +85,21 @@ def _stall_section(number: int, measurement: Measurement, engines: list[Engine])
 def _load_section(number: int, measurement: Measurement) -> Section:
     checkpoint = measurement.fields.fields("checkpoint")
     facts = [
-        f"{name.replace('_', ' ')} {_checkpoint_fact(name, checkpoint.text(name))}" for name in checkpoint.names()[:8]
+        f"{name.replace('_', ' ')} {fact}" for name in checkpoint.names()[:8] if (fact := _fact_of(checkpoint, name))
     ]
-    facts = [fact for fact in facts if not fact.endswith(" ")]
-    section = Section(f"load-{number}", f"Load: {measurement.name}", ["; ".join([*facts, _machine(measurement)])])
+    section = Section(f"load-{number}", f"Load: {_label(measurement)}", ["; ".join([*facts, _machine(measurement)])])
     section.charts += _present([load_chart(f"chart-load-{number}", measurement)])
     return section
 
 
-def _checkpoint_fact(name: str, value: str) -> str:
-    return format_bytes(float(value)) if name.endswith("bytes") and value.isdigit() else value
+def _fact_of(fields: Fields, name: str) -> str:
+    number = fields.number(name)
+    return fields.text(name) if number is None else format_named(name, number)
+
+
+def _label(measurement: Measurement) -> str:
+    """What the one who measured called it."""
+    return measurement.name.removesuffix(".json").removeprefix(f"{measurement.kind}-")
 
 
 def _machine(measurement: Measurement) -> str:
@@ -128,19 +135,13 @@ def workload_line(measurement: Measurement) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _inputs_line(measurement: Measurement) -> str:
-    inputs = measurement.fields.fields("inputs")
-    given = [f"{name.replace('_', ' ')} {inputs.text(name)}" for name in inputs.names()[:20] if inputs.text(name)]
-    return f"Inputs: {', '.join(given)}" if given else "Inputs are not in the document."
-
-
 def headline(engines: list[Engine]) -> str:
     """The two smallest stalls in words, "" when nothing was measured; only what spreads apart is called smaller."""
     measured = [(one.title, one.stall) for one in engines if one.shown and one.stall]
     if not measured:
         return ""
     (title, best), *others = measured
-    said = f"Smallest stall: {title}, {format_seconds(best.median)} per save"
+    said = f"Smallest stall{_cadence(engines[0])}: {title}, {format_seconds(best.median)} per save"
     said += f" ({compact_range(best)} over {best.count} pairs)." if best.count > 1 else "."
     if not others:
         return said
@@ -149,6 +150,11 @@ def headline(engines: list[Engine]) -> str:
     if best.high >= second.low:
         return f"{said}; their spreads overlap."
     return f"{said}, {format_number(second.median / best.median, 2)} times that." if best.median > 0 else f"{said}."
+
+
+def _cadence(engine: Engine) -> str:
+    label = next((one.label for one in engine.cadences if one.stall and one.interval_steps), "")
+    return f" with a save {label}" if label else ""
 
 
 def command_of(measurement: Measurement) -> str:

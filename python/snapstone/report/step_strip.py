@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from .chart import WIDE, Chart
-from .drawing import Drawing, fitted
+from .drawing import Drawing, fitted, wrapped
 from .engines import Engine
 from .quantity import Spread, compact_range, format_seconds, seconds_axis
 from .scale import Scale, ticks
@@ -96,13 +96,14 @@ def _binned(steps: Sequence[_Step], count: int) -> list[_Step]:
 
 def _draw(drawing: Drawing, strips: Sequence[tuple[Engine, Sequence[_Step]]], top: float) -> Drawing:
     wide = drawing.width >= WIDE
-    left = 150.0 if wide else 44.0
+    left = 150.0 if wide else 52.0
     y = _key(drawing)
     for engine, steps in strips:
         if wide:
-            drawing.text(0, y + 24, fitted(engine.title, left - 52, 13.5), "name", title=engine.title)
+            for number, line in enumerate(wrapped(engine.title, left - 56, 13, 3, bold=True)):
+                drawing.text(0, y + 27 + 17 * number, line, "name", title=engine.title)
         else:
-            drawing.text(0, y + 12, fitted(engine.title, drawing.width, 13.5), "name", title=engine.title)
+            drawing.text(0, y + 12, fitted(engine.title, drawing.width, 13, bold=True), "name", title=engine.title)
             y += 18
         _strip(drawing, _binned(steps, int((drawing.width - left) / 3)), Scale(0, top, y + _HEIGHT, y + 16), left)
         y += _HEIGHT + 20
