@@ -9,6 +9,7 @@ from typing import Any
 
 from ..bench import results
 from .fields import Fields
+from .quantity import format_bytes
 
 __all__ = ["Measurement", "Measurements"]
 
@@ -67,7 +68,7 @@ class Measurements:
         for part, name, title in _COMPARED:
             values: dict[str, list[str]] = {}
             for one in measured:
-                values.setdefault(one.environment(part).text(name) or "none", []).append(one.name)
+                values.setdefault(_value(one.environment(part), name), []).append(one.name)
             if len(values) > 1:
                 found.append(f"{title}: {'; '.join(f'{value} ({_listed(names)})' for value, names in values.items())}")
         return found
@@ -82,6 +83,11 @@ class Measurements:
                 )
             found += [f"{one.name}: {problem}" for problem in one.fields.texts("problems")]
         return found
+
+
+def _value(fields: Fields, name: str) -> str:
+    """Memory to three digits: what a kernel keeps for itself differs from boot to boot."""
+    return format_bytes(fields.number(name)) if name.endswith("bytes") else fields.text(name) or "none"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -10,6 +10,8 @@ from .quantity import Spread
 
 __all__ = ["Cadence", "Engine", "engines_of"]
 
+_TITLE_CHARACTERS_MAX = 100
+
 STATUSES = ("measured", "partial", "failed", "absent")
 
 
@@ -75,7 +77,7 @@ def _order(engine: Engine) -> tuple[int, float, str]:
 
 
 def _engine(fields: Fields) -> Engine:
-    name = " ".join(fields.text("name").split()) or "(no name)"
+    name = " ".join(fields.text("name").split())[:_TITLE_CHARACTERS_MAX] or "(no name)"
     status = fields.text("status")
     reason = fields.text("reason")
     if status not in STATUSES:
@@ -89,7 +91,7 @@ def _engine(fields: Fields) -> Engine:
         status, reason = "failed", reason or "no stall was measured"
     return Engine(
         name,
-        " ".join(fields.text("title").split()) or name,
+        " ".join(fields.text("title").split())[:_TITLE_CHARACTERS_MAX] or name,
         fields.text("version"),
         status,
         reason or {"failed": "no reason given", "absent": "not installed"}.get(status, ""),
