@@ -48,7 +48,7 @@ table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nu
 caption{text-align:left;color:var(--muted);padding:0 0 .3rem}
 th,td{padding:.35rem .9rem .35rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--grid);
 min-width:4rem;max-width:26rem;overflow-wrap:break-word}
-td:last-child{min-width:11rem}
+td:last-child{min-width:18rem}
 td.number,tbody th{white-space:nowrap}
 tbody th{max-width:16rem;overflow:hidden;text-overflow:ellipsis}
 td.number,td.number:last-child{min-width:4rem}
@@ -64,6 +64,7 @@ font:.82rem/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospac
 footer{margin-top:4rem;padding-bottom:3rem;font-size:.85rem}
 @media (max-width:760px){header,main,footer{padding-left:20px;padding-right:20px}header{padding-top:28px}
 h1{font-size:1.5rem}h2{font-size:1.25rem;margin-top:2.6rem}.wide{display:none}.narrow{display:block;max-width:480px}}
+@media (min-width:1000px){.tabled .scroll{max-width:none;margin-right:calc(-1*min((100vw - 940px)/2,240px))}}
 @media print{details{display:none}.scroll{overflow:visible}h2,figure{break-inside:avoid}}
 """
 
