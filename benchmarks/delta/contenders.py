@@ -36,6 +36,7 @@ class Contender(ABC):
     role: ClassVar[str]  # "ours", "reference" for what it is compared with, or "context"
     package: ClassVar[str]  # the distribution whose version is recorded
     loads: ClassVar[bool] = True
+    depends_on_change: ClassVar[bool] = False  # what it writes; then every case is checked
 
     def unavailable(self) -> str | None:
         """Why this cannot run here, or None."""
@@ -82,6 +83,7 @@ class Delta(Full):
     name = "delta"
     label = "snapstone, save(base=...)"
     role = "ours"
+    depends_on_change = True
 
     def begin(self, state: State, directory: Path) -> None:
         self._base = directory
@@ -129,6 +131,7 @@ class Moonclip(Contender):
     label = "moonclip, blocking, no compression"
     role = "context"
     package = "moonclip"
+    depends_on_change = True
     _MANY: ClassVar[int] = 1 << 20
 
     def __init__(self) -> None:

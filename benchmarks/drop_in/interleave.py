@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,6 +14,7 @@ from drop_in.rank import NOT_IN_THIS_VERSION
 __all__ = ["Entry", "interleave"]
 
 REASON_LENGTH_MAX = 300
+ROUNDS_MIN = 2
 
 
 @dataclass(slots=True)
@@ -48,11 +51,13 @@ def interleave(
     warm_up: Callable[[Any], object],
     step: Callable[[Any], Mapping[str, float]],
     scrub: Mapping[str, str],
+    seconds_max: float = math.inf,
 ) -> None:
     """A warm-up of each contender, which checks its bits and is not counted, then `rounds` of `step`, the order rotated
     every round. A contender that fails is out, with the reason in its entry; the others go on. `scrub`: paths that a
-    reason may quote, and what is recorded instead.
+    reason may quote, and what is recorded instead. After `seconds_max`, the warm-ups included, no third round begins.
     """
+    begin = time.monotonic()
     active: list[Contender] = []
 
     def attempt(contender: Contender, work: Callable[[Contender], Any]) -> Any:
@@ -72,6 +77,9 @@ def interleave(
             entries[contender.name].verified = True
             active.append(contender)
     for number in range(rounds):
+        if number >= ROUNDS_MIN and time.monotonic() - begin > seconds_max:
+            _say(title, f"{number} rounds only, to keep the run short")
+            break
         _say(title, f"round {number + 1} of {rounds}")
         turn = number % max(len(active), 1)
         for contender in active[turn:] + active[:turn]:

@@ -154,3 +154,26 @@ def test_a_contender_that_loads_other_bits_gets_no_time(tmp_path: Path, monkeypa
         assert "1 of 99 tensors came back different" in row["engines"]["full"]["skipped"]
         assert row["engines"]["full"]["samples"] == {}
         assert row["engines"]["delta"]["verified"]
+
+
+def test_a_case_that_takes_too_long_ends_after_two_rounds() -> None:
+    interleave = importlib.import_module("drop_in.interleave")
+    contender = importlib.import_module("delta.contenders").Hashing()
+    entries = {contender.name: interleave.Entry(contender.label, contender.package, contender.role, None)}
+
+    def rounds(seconds_max: float) -> int:
+        entries[contender.name].samples.clear()
+        interleave.interleave(
+            "title",
+            [contender],
+            entries,
+            5,
+            warm_up=lambda one: None,
+            step=lambda one: {"save_seconds": 1.0},
+            scrub={},
+            seconds_max=seconds_max,
+        )
+        return len(entries[contender.name].samples["save_seconds"])
+
+    assert rounds(60.0) == 5
+    assert rounds(-1.0) == 2
