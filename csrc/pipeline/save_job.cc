@@ -265,12 +265,14 @@ void SaveJob::announce(std::uint64_t chunk, std::uint32_t stored_bytes) {
     ++next_place_;
   }
   reserve_for_placed();
-  changed_->notify_all();
+  if (waiting_for_place_ > 0) changed_->notify_all();  // else it would wake whoever waits for the end, chunk by chunk
 }
 
 bool SaveJob::wait_for_place(std::uint64_t chunk) {
   std::unique_lock lock(mutex_);
+  ++waiting_for_place_;
   changed_->wait(lock, [&] { return next_place_ > chunk || stopped(); });
+  --waiting_for_place_;
   return next_place_ > chunk;
 }
 

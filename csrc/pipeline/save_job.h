@@ -107,6 +107,7 @@ class SaveJob : public Job {
   // Guarded by mutex_:
   std::vector<std::int64_t> announced_;  // by chunk: bytes in the file, or kUnknown
   std::uint64_t next_place_ = 0;         // the first chunk without a place
+  unsigned waiting_for_place_ = 0;
   std::uint64_t file_bytes_ = 0;
   std::uint64_t reserved_bytes_ = 0;
 };

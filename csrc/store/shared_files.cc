@@ -53,12 +53,15 @@ void link_shared_files(const std::string& checkpoint_path, std::span<const std::
   }
 }
 
-void keep_shared_files(const os::Directory& directory, std::span<const SharedFile> files) {
+bool keep_shared_files(const os::Directory& directory, std::span<const SharedFile> files) {
+  bool removed = false;
   for (const os::Entry& entry : os::list_directory(directory)) {
-    const bool wanted = std::ranges::any_of(files, [&](const SharedFile& file) { return file.name == entry.name; });
-    if (!wanted) os::unlink_at(directory, entry.name);
+    if (std::ranges::any_of(files, [&](const SharedFile& file) { return file.name == entry.name; })) continue;
+    os::unlink_at(directory, entry.name);
+    removed = true;
   }
   for (const SharedFile& file : files) checked(directory, file.name, file.nbytes);
+  return removed;
 }
 
 }  // namespace snapstone::store

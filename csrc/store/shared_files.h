@@ -26,7 +26,8 @@ struct SharedFile {
 // `manifest_digest`: what the earlier checkpoint's MANIFEST.xxh128 must hold. Another writer may have made a link.
 void link_shared_files(const std::string& checkpoint_path, std::span<const std::uint8_t> manifest_digest,
                        std::span<const SharedFile> files, const os::Directory& target);
-// Removes every other name; OsError(ENOENT), CorruptError if one of the files is not there as it should be.
-void keep_shared_files(const os::Directory& directory, std::span<const SharedFile> files);
+// Removes every other name, and says whether there was one; OsError(ENOENT), CorruptError if one of the files is not
+// there as it should be.
+bool keep_shared_files(const os::Directory& directory, std::span<const SharedFile> files);
 
 }  // namespace snapstone::store

@@ -7,7 +7,7 @@
 //   3. all:  fsync the files in `base/` that it uses: a base that was copied may never have been synced; fsync `base/`
 //            and the staging directory: the entries of step 2 are durable.
 //   4. all:  vote; any error or silence ends the save here and the lead discards.
-//   5. lead: unlink what is in `base/` and not used, check the rest, fsync `base/`; write MANIFEST.json and
+//   5. lead: unlink what is in `base/` and not used, and fsync it then; check the rest; write MANIFEST.json and
 //      MANIFEST.xxh128, fsync each; unlink OWNER.
 //   6. lead: fsync the staging directory.
 //   7. lead: rename to the final name. THE COMMIT POINT. A crash leaves the old state or the committed one.
@@ -178,8 +178,7 @@ void Staging::keep_shared(std::span<const SharedFile> files) {
     return;
   }
   open_shared();
-  keep_shared_files(*shared_, files);
-  os::sync_directory(*shared_);
+  if (keep_shared_files(*shared_, files)) os::sync_directory(*shared_);
 }
 
 void Staging::sync(std::span<const std::string> shared) const {
