@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import snapstone as ss
 from durability import small
@@ -324,3 +326,30 @@ def test_a_full_save_after_damage_is_whole_and_so_are_its_deltas(run: Path) -> N
     save(run, "11124", checkpoint_id=run / "later", base="auto")
     small.assert_holds(run / "full", NEXT)
     small.assert_holds(run / "later", "11124")
+
+
+# Many -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_many_deltas_needs_few_descriptors_and_few_bytes(directory: Path, small_chunks: None) -> None:
+    """Each save leaves a file that the next ones use: without a limit the last one could not be opened any more."""
+    run, saves = directory / "run", 120
+    state = {f"layer{number}": torch.full((16_384,), float(number)) for number in range(saves)}
+    ss.save(state, checkpoint_id=run / "0")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    written = 0
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, hard))
+    try:
+        for number in range(saves):
+            state[f"layer{number}"] += 1
+            saved = ss.save(state, checkpoint_id=run / f"{number + 1}", base=run / f"{number}")
+            shutil.rmtree(run / f"{number}")
+            written += saved.own_nbytes
+            assert len(document(Path(saved.path)).shared) <= 32
+        target = {name: torch.zeros_like(value) for name, value in state.items()}
+        ss.load(target, checkpoint_id=run / f"{saves}")
+        assert ss.verify(run / f"{saves}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert small.bits(target) == small.bits(state)
+    assert written <= 5 * saves * 65536, "chunks are carried a few times, not with every save"
