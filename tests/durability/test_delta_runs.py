@@ -63,7 +63,8 @@ def retyped(value: torch.Tensor, drawn: int) -> torch.Tensor:
     """The same bytes, as something else."""
     dtype = DTYPES[drawn % len(DTYPES)]
     fits = value.numel() and value.nbytes % dtype.itemsize == 0
-    return value.reshape(-1).view(torch.uint8).clone().view(dtype) if fits else value
+    copy = value.clone(memory_format=torch.contiguous_format)
+    return copy.reshape(-1).view(torch.uint8).view(dtype) if fits else value
 
 
 def filled(value: torch.Tensor, drawn: int) -> torch.Tensor:
