@@ -121,7 +121,9 @@ void bind_staging(py::module_& module) {
             staging.keep_shared(files);
           },
           py::arg("files"))
-      .def("sync", &Staging::sync, Released())
+      .def(
+          "sync", [](const Staging& staging, const std::vector<std::string>& shared) { staging.sync(shared); },
+          py::arg("shared") = std::vector<std::string>(), Released())
       .def(
           "commit",
           [](Staging& staging, const py::bytes& manifest, const py::bytes& manifest_digest,

@@ -4,7 +4,8 @@
 //   1. lead: mkdir `.staging-<save_id>` (0700), flock it shared, write OWNER.
 //      all, with a base: hard-link its data files into `base/`, so that it may go meanwhile.
 //   2. all:  create data and index files O_EXCL|O_NOFOLLOW, write, fsync each once, close.
-//   3. all:  fsync `base/` and the staging directory: the entries of step 2 are durable.
+//   3. all:  fsync the files in `base/` that it uses: a base that was copied may never have been synced; fsync `base/`
+//            and the staging directory: the entries of step 2 are durable.
 //   4. all:  vote; any error or silence ends the save here and the lead discards.
 //   5. lead: unlink what is in `base/` and not used, check the rest, fsync `base/`; write MANIFEST.json and
 //      MANIFEST.xxh128, fsync each; unlink OWNER.
@@ -181,7 +182,11 @@ void Staging::keep_shared(std::span<const SharedFile> files) {
   os::sync_directory(*shared_);
 }
 
-void Staging::sync() const {
+void Staging::sync(std::span<const std::string> shared) const {
+  for (const std::string& name : shared) {
+    if (!shared_) throw OsError(ENOENT, "fsync", directory_.path + "/" + kSharedName + "/" + name);
+    os::sync(os::open_for_read(shared_->fd.get(), shared_->path, name, false));
+  }
   if (shared_) os::sync_directory(*shared_);
   os::sync_directory(directory_);
 }

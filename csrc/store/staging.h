@@ -56,7 +56,9 @@ class Staging {
                    std::span<const SharedFile> files);
   // The lead, before it commits: `base/` is what holds these files and nothing else, or is not there without any.
   void keep_shared(std::span<const SharedFile> files);
-  void sync() const;
+  // Step 3 of the protocol; `shared` names the files in `base/` that this writer's records use. Another program may
+  // have made them (a copy of a checkpoint) and never synced.
+  void sync(std::span<const std::string> shared = {}) const;
 
   // Steps 5 to 8 of the protocol in staging.cc. `final_name` is a component of the parent directory. OsError(EEXIST) if
   // it exists and `overwrite` is false, or if what exists is not a checkpoint.

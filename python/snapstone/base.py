@@ -40,6 +40,7 @@ __all__ = [
 NO_RECORD: int = _native.SaveJob.NO_RECORD
 _XOR_CODECS = range(5, 9)
 _REMEMBERED_MAX = 4
+_DEPTH_MAX = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,8 @@ class BaseCheckpoint:
         """What the manifest of a save that is compared with this checkpoint says of it."""
         name = os.path.basename(self.path)
         found = self.manifest
-        return Base(found.save_id, found.step, name if _native.is_file_name(name) else found.save_id, self.depth + 1)
+        depth = min(self.depth + 1, _DEPTH_MAX)
+        return Base(found.save_id, found.step, name if _native.is_file_name(name) else found.save_id, depth)
 
 
 def choose(wanted: str | None, run: str, full_every: int | None) -> BaseCheckpoint | None:
@@ -124,13 +126,20 @@ class Before(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What one writer of a checkpoint stored: the files that its records count, and the records."""
+    """What one writer of a checkpoint stored: the files that its records count, and the records. `index_xxh128` is the
+    digest of the index that says so.
+    """
 
+    index_xxh128: str
     files: Sequence[FileEntry]
     table: bytes
     references: int
     contents: Sequence[StoredTensor]
     step: int | None
+
+    @property
+    def shared(self) -> list[FileEntry]:
+        return [entry for entry in self.files if os.path.dirname(entry.name)]
 
     def before(self) -> Before:
         """For a save of the same contents."""
@@ -176,9 +185,12 @@ class Memory:
             while len(self._entries) > _REMEMBERED_MAX:
                 del self._entries[next(iter(self._entries))]
 
-    def find(self, rank: int, save_id: str) -> Stored | None:
+    def find(self, rank: int, document: Manifest) -> Stored | None:
+        """If the rank wrote the index that the manifest names."""
         with self._lock:
-            return self._entries.get((rank, save_id))
+            found = self._entries.get((rank, document.save_id))
+        known = rank < document.world_size and document.writers[rank].index.xxh128
+        return found if found is not None and found.index_xxh128 == known else None
 
     def last(self, rank: int, contents: Sequence[StoredTensor]) -> Stored | None:
         """The last save of exactly these shards in exactly these places."""
@@ -211,7 +223,7 @@ def link(
 
 def compare(base: BaseCheckpoint, structure: Structure, rank: int, memory: Memory) -> Comparison:
     """Raises CheckpointError or OSError if indexes of the base cannot be read."""
-    mine = memory.find(rank, base.manifest.save_id)
+    mine = memory.find(rank, base.manifest)
     if mine is None and rank < base.manifest.world_size:
         mine = _read(base, rank)
     chunk_count = structure.layout.chunk_count
@@ -236,11 +248,11 @@ def _read(base: BaseCheckpoint, rank: int) -> Stored:
     parsed = open_index(base.path, base.manifest, writer)
     contents = [stored for stored in parsed.tensors if stored.place.chunk_count]
     files = files_of(base.manifest, writer, parsed)
-    return Stored(files, parsed.table, parsed.references, contents, base.manifest.step)
+    return Stored(writer.index.xxh128, files, parsed.table, parsed.references, contents, base.manifest.step)
 
 
 def _comparison(base: BaseCheckpoint, every: Sequence[Stored], record_of_chunk: Any) -> Comparison:
-    """Of the base's files those that chunks may need."""
+    """Of the base's files those that chunks may need. CheckpointError if two of them cannot be told apart by name."""
     tables = []
     numbers: dict[str, int] = {}
     files: list[SharedFile] = []
@@ -255,6 +267,8 @@ def _comparison(base: BaseCheckpoint, every: Sequence[Stored], record_of_chunk: 
                 files.append(shared)
                 numbers[shared.entry.name] = len(files)
             renumbered[number] = numbers[shared.entry.name]
+            if files[renumbered[number] - 1] != shared:
+                raise CheckpointError(f"two files would be {shared.entry.name}", path=base.path)
         table["file"] = renumbered[table["file"]]
         tables.append(table)
         referring = first_record + np.flatnonzero(np.isin(table["codec"], _XOR_CODECS))
@@ -276,10 +290,15 @@ def _comparison(base: BaseCheckpoint, every: Sequence[Stored], record_of_chunk: 
 
 
 def _shared_file(base: BaseCheckpoint, entry: FileEntry) -> SharedFile:
+    """CheckpointError for a name that this version's writer gives no file: it would not know its own checkpoint."""
     directory, name = os.path.split(entry.name)
-    if directory:
-        return SharedFile(entry, True, name)
-    shared = FileEntry(manifest.shared_name(base.manifest.save_id, name), entry.nbytes, entry.xxh128)
+    try:
+        if directory:
+            manifest.origin_of_shared(entry.name)
+            return SharedFile(entry, True, name)
+        shared = FileEntry(manifest.shared_name(base.manifest.save_id, name), entry.nbytes, entry.xxh128)
+    except ValueError as error:
+        raise CheckpointError(str(error), path=base.path) from None
     return SharedFile(shared, False, name)
 
 

@@ -238,7 +238,7 @@ class Share:
         ]
         writer = manifest.Writer(self._rank, FileEntry(name, len(data), _native.digest_hex(data)), tuple(entries))
         files = (*entries, *(one.entry for one in shared))
-        return writer, Stored(files, table, references, self._structure.contents, step)
+        return writer, Stored(writer.index.xxh128, files, table, references, self._structure.contents, step)
 
     def _count(self, records: Any) -> None:
         if self._comparison is None:

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from . import _native, index, plan, state, tensors
-from .derive import Derivation
+from .derive import Derivation, find_derived
 from .index import Place, StoredTensor
 from .plan import TensorItem
 from .tensors import LocalShard
 
-__all__ = ["Structure", "StructureCache", "StructureKeys", "describe_all", "make_structure"]
+__all__ = ["Structure", "StructureCache", "StructureKeys", "describe_all", "make_structure", "without_derived"]
 
 
 @dataclass(slots=True)
@@ -126,3 +126,21 @@ def make_structure(
     return Structure(
         layout, positions, owners, contents, index.encode_tensors(stored), payload_bytes, item_bytes, is_floating
     )
+
+
+def without_derived(
+    structure: Structure,
+    shards: list[LocalShard],
+    paths: Mapping[str, state.LeafPath],
+    ties: list[int],
+    chunk_bytes: int,
+) -> tuple[Structure, int]:
+    """The structure of the same shards in which those that are others rounded have no bytes, and how many bytes that
+    is. The rank's own decision, which its index tells; the state must not change yet.
+    """
+    derived, nbytes = find_derived(shards, ties, structure.written)
+    if not derived:
+        return structure, 0
+    items = [shard.item for shard in shards]
+    positions, payload_bytes = structure.written, structure.payload_bytes
+    return make_structure(items, paths, ties, positions, payload_bytes, chunk_bytes, derived), nbytes

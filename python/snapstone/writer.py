@@ -19,14 +19,13 @@ from .agreement import assign
 from .base import Memory, Stored, choose, link, sharing_stats
 from .collective import Channel, Deadline, Group
 from .config import SaveOptions
-from .derive import find_derived
 from .errors import CheckpointError, RankFailedError
 from .manifest import Manifest
 from .outcome import Outcome
 from .progress import Progress
 from .share import Share
 from .staleness import heed_unchanged, owned_unchanged
-from .structure import Structure, StructureCache, StructureKeys, describe_all, make_structure
+from .structure import Structure, StructureCache, StructureKeys, describe_all, make_structure, without_derived
 from .target import Target
 from .tensors import LocalShard
 from .trace import Trace
@@ -124,7 +123,10 @@ class Writer:
             self.rung, _ = _native.choose_rung(self.target.parent)
         assert self._structure is not None
         if self.options.derive:
-            self._leave_out_derived(self._structure)
+            with self.trace.span("derive"), garbage.paused():
+                self._structure, self.trace.stats["derived_bytes"] = without_derived(
+                    self._structure, self._shards, self._flattened.paths, self._ties, self.options.chunk_bytes
+                )
         comparison = None
         if self._base is not None:
             with self.trace.span("compare"):
@@ -148,24 +150,6 @@ class Writer:
             keep_staged=keep_staged,
             comparison=comparison,
         )
-
-    def _leave_out_derived(self, structure: Structure) -> None:
-        """This rank's own decision, which its index tells; the state must not change yet."""
-        with self.trace.span("derive"):
-            found, nbytes = find_derived(self._shards, self._ties, structure.written)
-            self.trace.stats["derived_bytes"] = nbytes
-        if found:
-            items = [shard.item for shard in self._shards]
-            with self.trace.span("plan"), garbage.paused():
-                self._structure = make_structure(
-                    items,
-                    self._flattened.paths,
-                    self._ties,
-                    structure.written,
-                    structure.payload_bytes,
-                    self.options.chunk_bytes,
-                    found,
-                )
 
     def _describe(self) -> bytes:
         self._shards = describe_all(self._flattened)
@@ -318,11 +302,11 @@ class Writer:
         share.drop_sparse_files(self._used_bytes)
         entry, self._stored = share.write_index(self.save_id, self.group.world_size, step, self._objects)
         with self.trace.span("sync"):
-            self._staging.sync()
+            self._staging.sync([os.path.basename(one.name) for one in self._stored.shared])
         return _json(
             {
                 "writer": entry.to_json(),
-                "shared": [one.to_json() for one in self._stored.files[len(entry.data) :]],
+                "shared": [one.to_json() for one in self._stored.shared],
                 "unchanged": unchanged,
             }
         )

@@ -215,6 +215,24 @@ def test_a_state_is_stale_when_nothing_changed_on_any_rank(tmp_path: Path) -> No
 # ---- through torch.distributed.checkpoint
 
 
+def _mixed_precision(rank: int, run: Path) -> list[int]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    master = distribute_tensor(full("rows"), mesh, [Shard(0)], src_data_rank=None)
+    state = {"weight": master.bfloat16(), "master": master}
+    for name, derive in (("stored", False), ("derived", True)):
+        dcp.save(state, storage_writer=StorageWriter(run / name, derive=derive))
+        dist.barrier()
+    return [ss.Checkpoint.open(run / name).own_nbytes for name in ("stored", "derived")]
+
+
+def test_a_storage_writer_that_derives_weights_from_masters(tmp_path: Path) -> None:
+    for stored, derived in values(run_ranks(2, _mixed_precision, tmp_path)):
+        assert (stored, derived) == (NBYTES * 3 // 2, NBYTES)
+    checkpoint = ss.Checkpoint.open(tmp_path / "derived")
+    assert torch.equal(checkpoint.get_tensor("weight"), full("rows").bfloat16())
+    assert ss.verify(tmp_path / "derived")
+
+
 def _through_dcp(rank: int, run: Path) -> list[int]:
     sizes = []
     for step in (0, 64, 128):

@@ -141,7 +141,12 @@ def test_a_rank_that_writes_on_into_a_failed_save_hears_what_failed(tmp_path: Pa
 
 
 def _bad_argument(rank: int, run: Path) -> list[Any]:
-    arguments: list[dict[str, Any]] = [{"codec": "nope"}, {"metadata": {"x": object()}}, {"timeout": -1}, {"base": "x"}]
+    arguments: list[dict[str, Any]] = [
+        {"codec": "nope"},
+        {"metadata": {"x": object()}},
+        {"timeout": -1},
+        {"full_every": 0},
+    ]
     ended = [attempt(lambda: save(rank, run, 2, **(bad if rank == 1 else {}))) for bad in arguments]  # noqa: B023
     ended.append(
         attempt(lambda: ss.async_save(state(rank, 2), checkpoint_id=run / "step-2", fence="no" if rank else "now"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import select
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -66,7 +67,14 @@ def killed_at(rank: int, run: str, kind: str, rules: list[str]) -> list[int]:
 
 
 def save_and_die(run: Path, kind: str, rule: str) -> None:
-    """State 1 as "previous", unharmed; then state 2 as "next" or, when kind is "overwrite", in the place of state 1."""
+    """State 1 as "previous", unharmed; then state 2 as "next" or, when kind is "overwrite", in the place of state 1. Of
+    the kinds in `small.DELTAS`, a delta save in a copy of the run "prepared" beside `run`.
+    """
+    if kind in small.DELTAS:
+        shutil.copytree(run.with_name("prepared"), run, copy_function=os.link)
+        _native.fault_arm(rule)
+        small.save_delta(run, kind)
+        return
     ss.save(small.state(1), checkpoint_id=run / "previous")
     _native.fault_arm(rule)
     if kind == "overwrite":

@@ -29,9 +29,23 @@ def state(seed: int = 0) -> dict[str, Any]:
     }
 
 
-def blank() -> dict[str, Any]:
-    """A state to load into: the names of `state`, other values."""
-    return {name: value * 0 - 77 if isinstance(value, torch.Tensor) else None for name, value in state(1).items()}
+def layers(seeds: str) -> dict[str, Any]:
+    """Four tensors of a chunk each (with SNAPSTONE_CHUNK_BYTES=65536) and a packed one, each made from a digit of
+    `seeds`; what two states have in common is what their digits say.
+    """
+    made = [torch.randn(16_384, generator=torch.Generator().manual_seed(int(digit))) for digit in seeds[:4]]
+    tensors = {f"layer{number}": tensor for number, tensor in enumerate(made)}
+    return {**tensors, "scalar": torch.tensor(float(seeds[4])), "seeds": seeds}
+
+
+def make(what: int | str) -> dict[str, Any]:
+    """`state` of a number, `layers` of digits."""
+    return layers(what) if isinstance(what, str) else state(what)
+
+
+def blank(what: int | str = 1) -> dict[str, Any]:
+    """A state to load into: the names of `make(what)`, other values."""
+    return {name: value * 0 - 77 if isinstance(value, torch.Tensor) else None for name, value in make(what).items()}
 
 
 def bits(values: dict[str, Any]) -> Bits:
@@ -44,17 +58,43 @@ def bits(values: dict[str, Any]) -> Bits:
     }
 
 
-def load(path: Path) -> Bits:
-    target = blank()
+def load(path: Path, what: int | str = 1) -> Bits:
+    """What the checkpoint at `path` holds of the names in `make(what)`."""
+    target = blank(what)
     ss.load(target, checkpoint_id=path)
     return bits(target)
 
 
-def assert_holds(path: Path, seed: int) -> None:
-    """The checkpoint at `path` is `state(seed)`, bit for bit and in every byte of its files."""
-    assert load(path) == bits(state(seed)), path
+def assert_holds(path: Path, what: int | str) -> None:
+    """The checkpoint at `path` is `make(what)`, bit for bit and in every byte of its files."""
+    assert load(path, what) == bits(make(what)), path
     report = ss.verify(path)
     assert report, report.problems
+
+
+# A full save, then a delta save that links its file and has one of its own, in the same run. "previous" is the base of
+# what tests do next: a save that links both files; one that links the newer and carries a chunk of the older; one that
+# takes the place of its base.
+ORIGIN, PREVIOUS = "11111", "11122"
+DELTAS = {"link": "11123", "carry": "13323", "replace": "11123"}
+
+
+def save_previous(run: Path) -> None:
+    """ "origin" and "previous"."""
+    ss.save(layers(ORIGIN), checkpoint_id=run / "origin", overwrite=True)
+    ss.save(layers(PREVIOUS), checkpoint_id=run / "previous", base=run / "origin", overwrite=True)
+
+
+def save_delta(run: Path, kind: str, **options: Any) -> ss.Checkpoint:
+    """One of DELTAS as "next", or in the place of "previous"."""
+    base = run / "previous"
+    target = base if kind == "replace" else run / "next"
+    return ss.save(layers(DELTAS[kind]), checkpoint_id=target, base=base, overwrite=kind == "replace", **options)
+
+
+def tree(path: Path) -> dict[str, tuple[int, bytes]]:
+    """Inode and contents of every file under `path`."""
+    return {str(file): (file.stat().st_ino, file.read_bytes()) for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 def leftovers(run: Path) -> list[str]:

@@ -5,6 +5,7 @@ Invariants:
   2. Whatever is visible under a checkpoint's name is whole: the old one, the new one, never anything between.
   3. The next save in the directory works, and removes what the dead left. What belongs to a living process, to
      somebody else, or to nobody known, stays.
+  4. A delta save that was killed has not touched its base, and one that was committed needs none.
 """
 
 from __future__ import annotations
@@ -37,21 +38,31 @@ def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_recovered(run: Path, kind: str) -> str:
     """Checks a run directory in which a save was killed; says whether the save had been committed."""
-    if kind == "overwrite":
+    previous, following = (small.PREVIOUS, small.DELTAS[kind]) if kind in small.DELTAS else (1, 2)
+    if kind in ("overwrite", "replace"):
         assert ss.verify(run / "previous"), run
-        held = small.load(run / "previous")
-        assert held in (small.bits(small.state(1)), small.bits(small.state(2))), run
-        committed = held == small.bits(small.state(2))
+        held = small.load(run / "previous", following)
+        old, new = small.bits(small.make(previous)), small.bits(small.make(following))
+        assert held in (old, new), run
+        committed = held == new
     else:
-        small.assert_holds(run / "previous", 1)
+        small.assert_holds(run / "previous", previous)
         committed = (run / "next").exists()
         if committed:
-            small.assert_holds(run / "next", 2)
-    assert sorted(set(os.listdir(run)) - {"previous", "next"}) == small.leftovers(run)
+            small.assert_holds(run / "next", following)
+    assert sorted(set(os.listdir(run)) - {"origin", "previous", "next"}) == small.leftovers(run)
     before = small.leftovers(run)
     assert len(before) <= 1
-    ss.save(small.state(3), checkpoint_id=run / "after")
-    small.assert_holds(run / "after", 3)
+    if kind in small.DELTAS:
+        small.assert_holds(run / "origin", small.ORIGIN)
+        ss.save(small.layers("45678"), checkpoint_id=run / "after", base="auto")
+        for name in ("origin", "after"):
+            shutil.rmtree(run / name)
+        if committed:
+            small.assert_holds(run / ("previous" if kind == "replace" else "next"), following)
+    else:
+        ss.save(small.state(3), checkpoint_id=run / "after")
+        small.assert_holds(run / "after", 3)
     for name in small.leftovers(run):
         # Killed before it could say whose it is, or after it had said that all is done: a matter of ten minutes.
         assert not owner_of(run / name), name
@@ -68,6 +79,10 @@ def assert_recovered(run: Path, kind: str) -> str:
         ("", "overwrite", 1, 1),
         ("uring", "async", 2, 3),
         ("threads-direct", "zstd", 3, 3),
+        ("", "link", 1, 1),
+        ("", "carry", 1, 1),
+        ("", "replace", 1, 1),
+        ("threads-direct", "carry", 2, 3),
     ],
 )
 def test_killed_at_every_call(
@@ -77,6 +92,8 @@ def test_killed_at_every_call(
         if _native.try_rung(str(directory), rung):
             pytest.skip(f"{rung}: {_native.try_rung(str(directory), rung)}")
         monkeypatch.setenv("SNAPSTONE_IO", rung)
+    if kind in small.DELTAS:
+        small.save_previous(directory / "prepared")
     (ended,) = ranks.values(
         ranks.run_ranks(1, doomed.killed_at_every_call, str(directory), kind, start, stride, store="none", timeout=100)
     )

@@ -104,10 +104,12 @@ def record_of(path: Path, name: str) -> Any:
 
 @pytest.mark.parametrize("codec", [None, "zstd"])
 @pytest.mark.parametrize("carry", [False, True], ids=["linked", "carried"])
-def test_deltas_of_deltas_load_what_was_saved(directory: Path, codec: str | None, carry: bool) -> None:
-    paths = make_chain(directory, 4, codec=codec, carry=carry)
+@pytest.mark.parametrize("xor", [False, True], ids=["plain", "xor"])
+def test_deltas_of_deltas_load_what_was_saved(directory: Path, codec: str | None, carry: bool, xor: bool) -> None:
+    paths = make_chain(directory, 4, codec=codec, carry=carry, xor=xor)
     for step, path in enumerate(paths):
         assert_holds(path, step)
+    assert bool(Reader(paths[-1]).indexes[0].references) == xor
     last = manifest.read(str(paths[-1]))
     assert last.base is not None
     assert (last.base.depth, last.base.step, last.base.name) == (3, 2, "step-2")
@@ -300,6 +302,23 @@ def _save_own(rank: int, path: str) -> None:
     ss.save({f"rank-{rank}": torch.full((20_000,), float(rank))}, checkpoint_id=path, codec="zstd")
 
 
+def test_a_damaged_reference_is_found_and_named(directory: Path) -> None:
+    """No shard is in it, but a chunk of `large` is its difference from it."""
+    path = make_chain(directory, 2, xor=True)[1]
+    (index,) = Reader(path).indexes
+    reference = np.frombuffer(index.table, CHUNK_DTYPE)[-1]
+    (file,) = shared_files(path)
+    data = bytearray(file.read_bytes())
+    data[int(reference["offset"]) + 9] ^= 1
+    replaced(file, bytes(data))
+    with pytest.raises(ss.CorruptCheckpointError, match="digest mismatch") as caught:
+        load(path)
+    assert (caught.value.tensor, caught.value.rank) == ("large", 0)
+    problems = ss.verify(path).problems
+    assert any(str(file) in problem for problem in problems), problems
+    assert any("tensor='large'" in problem for problem in problems), problems
+
+
 @pytest.mark.parametrize("kind", ["file", "directory", "dangling", "fifo"])
 def test_what_stands_in_the_place_of_a_shared_file_is_not_followed(delta: Path, directory: Path, kind: str) -> None:
     (file,) = shared_files(delta)
@@ -355,6 +374,18 @@ def test_verify_finds_own_files_that_chunks_do_not_cover(directory: Path) -> Non
 
     rewrite_manifest(path, grow)
     assert ss.verify(path).problems == (f"{own}: chunks do not cover the file exactly (rank 0)",)
+
+
+def test_equal_rows_of_an_own_file_are_one_chunk(directory: Path) -> None:
+    twins = {name: torch.arange(30_000.0) for name in ("a", "b")}
+    for name in ("before", "after"):
+        ss.save(twins, checkpoint_id=directory / name)
+    path = make_delta(directory / "before", directory / "after", directory / "delta", carry=True)
+    table = np.frombuffer(Reader(path).indexes[0].table, CHUNK_DTYPE)
+    assert (len(table), len(np.unique(table))) == (4, 2)
+    assert ss.verify(path)
+    reference_reader.read(path)
+    assert ss.Checkpoint.open(path).load_tensors()["b"].equal(twins["b"])
 
 
 # Around it ----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from ..plan import TensorItem
 from ..progress import Progress
 from ..share import Share
 from ..staleness import heed_unchanged, owned_unchanged
-from ..structure import StructureCache, StructureKeys, make_structure
+from ..structure import StructureCache, StructureKeys, make_structure, without_derived
 from ..target import Target
 from ..tensors import LocalShard
 from ..trace import Trace
@@ -299,6 +299,10 @@ class StorageWriter(StorageWriterInterface):
                     items, taken.paths, ties, list(range(len(items))), sum(i.nbytes for i in items), options.chunk_bytes
                 )
             _cache.put(rank, key, structure)
+            if options.derive:
+                structure, trace.stats["derived_bytes"] = without_derived(
+                    structure, taken.shards, taken.paths, ties, options.chunk_bytes
+                )
         rung, _ = _native.choose_rung(saving.target.parent)
         note, step = saving.note, saving.target.step
         comparison = None
@@ -322,7 +326,7 @@ class StorageWriter(StorageWriterInterface):
             unchanged = owned_unchanged(share.contents, taken.paths, share.before(_memory), step, share.digests)
             share.drop_sparse_files(share.used_bytes())
             entry, stored = share.write_index(note.save_id, note.world_size, step, objects)
-            saving.staging.sync()
+            saving.staging.sync([os.path.basename(one.name) for one in stored.shared])
         finally:
             share.close()
             trace.close()
@@ -331,7 +335,7 @@ class StorageWriter(StorageWriterInterface):
             "save_id": note.save_id,
             "writer": entry.to_json(),
             "nbytes": structure.payload_bytes,
-            "shared": [one.to_json() for one in stored.files[len(entry.data) :]],
+            "shared": [one.to_json() for one in stored.shared],
             "unchanged": unchanged,
         }
         if self.dcp_metadata:
