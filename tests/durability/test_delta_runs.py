@@ -28,8 +28,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import snapstone as ss
 from durability import small
+from durability.based import forget as forget_earlier_saves
 from durability.conftest import MEMORY
-from snapstone import manifest, writer
+from snapstone import manifest
 from snapstone.index import CHUNK_DTYPE, padded
 from snapstone.reader import Reader
 
@@ -153,7 +154,7 @@ class Run(RuleBasedStateMachine):
         if len(self.saved) >= CHECKPOINTS_MAX and name not in self.saved:
             return
         if forget:
-            writer._memory._entries.clear()
+            forget_earlier_saves()
         expected = copied(self.state)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
