@@ -88,7 +88,7 @@ class Cluster:
         zero_is_fine = name in ("restart_seconds", "load_seconds", "overlap_share")
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero_is_fine):
             raise ValueError(f"{name}={value}: must be {'0 or more' if zero_is_fine else 'more than 0'} and finite")
-        if value > _MOST or 0 < value < _LEAST:
+        if value > _MOST or (value < _LEAST and not zero_is_fine):
             raise ValueError(f"{name}={value}: must be between {_LEAST:g} and {_MOST:g}")
         if name == "overlap_share" and value > 1:
             raise ValueError(f"overlap_share={value}: a part of a step, at most 1")

@@ -88,7 +88,8 @@ def shares(timing: Timing, cadence_seconds: float) -> Shares:
     # Stalls of a cycle, each until its end or a failure, then the wait at the cycle's end if there is one.
     worked = math.exp(-rate * cadence_seconds)
     stalled = -math.expm1(-rate * timing.stall_seconds)
-    waited = math.exp(-rate * (timing.stall_seconds + cadence_seconds)) - math.exp(-rate * cycle)
+    unblocked = timing.stall_seconds + cadence_seconds
+    waited = math.exp(-rate * unblocked) * -math.expm1(-rate * (cycle - unblocked))
     stall = (1 - recovery) * worked * (stalled + waited) / -math.expm1(-rate * cycle)
     return Shares(kept, stall, max(0.0, 1 - kept - stall - recovery), recovery)
 
