@@ -11,6 +11,7 @@ import click
 __all__ = ["bench"]
 
 _SUBCOMMANDS: Final[Mapping[str, tuple[str, str]]] = {  # name: module of this package, command in it
+    "stall": ("bench_stall", "stall"),
 }
 
 
