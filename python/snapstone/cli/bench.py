@@ -12,6 +12,7 @@ __all__ = ["bench"]
 
 _SUBCOMMANDS: Final[Mapping[str, tuple[str, str]]] = {  # name: module of this package, command in it
     "model": ("bench_model", "model"),
+    "stall": ("bench_stall", "stall"),
 }
 
 

@@ -70,11 +70,12 @@ def _take_stall(found: Findings, path: Path, document: Document) -> None:
     workload, world = document["workload"], document["environment"]["world"]
     if workload["step_seconds"] is not None and workload["step_seconds"]["median"] > 0:
         found._set("step_seconds", workload["step_seconds"]["median"], path)
-    rank_bytes = max(workload["nbytes_of_rank"], default=0)
-    if not rank_bytes or not workload["nbytes"]:
+    # What a rank saves, not what it holds: the same where each byte is on one rank.
+    rank_bytes = workload["nbytes"] / max(1, world["ranks"])
+    if rank_bytes <= 0:
         found.problems.append(f"{path}: the state has no bytes, its engines are left out")
         return
-    found._set("state_bytes_per_gpu", float(rank_bytes), path)
+    found._set("state_bytes_per_gpu", rank_bytes, path)
     for engine in document["engines"]:
         stall, durable, problem = _times(engine)
         if problem:
