@@ -96,8 +96,6 @@ def model(
     found = findings(results) if results is not None else Findings()
     cluster, sources = figures_of(figures, found)
     chosen = engines_of([name for names in engines for name in names.split(",") if name], found, fixed_seconds)
-    for problem in found.problems:
-        click.echo(f"snapstone: left out: {printable(problem)}", err=True)
     document, rows = model_document(
         cluster,
         sources,
@@ -110,6 +108,8 @@ def model(
         runs=runs,
         seed=seed,
     )
+    for problem in document["problems"]:
+        click.echo(f"snapstone: {printable(problem)}", err=True)
     path = None
     if out is not None:
         from ..bench.results import write

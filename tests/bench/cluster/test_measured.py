@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from snapstone.bench import results
-from snapstone.bench.cluster import Cluster, Findings, engines_of, figures_of, findings, timing_of
+from snapstone.bench.cluster import Cluster, Findings, engines_of, figures_of, findings, model_document, timing_of
 from snapstone.bench.environment import environment
 from snapstone.bench.results import EngineResult
 
@@ -67,14 +67,21 @@ def engine(
     return cast("EngineResult", found)
 
 
-def write_stall(directory: Path, label: str, *engines: EngineResult, step: float = 2.0, **options: Any) -> Path:
+def write_stall(
+    directory: Path,
+    label: str,
+    *engines: EngineResult,
+    step: float = 2.0,
+    rank_bytes: int = 2_000_000_000,
+    **options: Any,
+) -> Path:
     workload = {
         "model": "tiny",
         "parallelism": "fsdp 16",
         "state_only": False,
         "tensors": 4,
-        "nbytes": 32_000_000_000,
-        "nbytes_of_rank": [2_000_000_000] * RANKS,
+        "nbytes": RANKS * rank_bytes,
+        "nbytes_of_rank": [rank_bytes] * RANKS,
         "step_seconds": {"median": step, "low": step, "high": step},
     }
     protocol = {"pairs": 5, "saves_per_block": 8, "steps_per_block": 80, "seed": 0}
@@ -152,11 +159,47 @@ def test_engines_without_a_time_are_left_out_and_named(tmp_path: Path) -> None:
     found = findings(tmp_path)
     assert list(found.engines) == ["good"]
     assert found.engines["good"].stall_seconds_per_byte == 0, "a loop with saves was faster: noise, not a gain"
-    assert len(found.problems) == 4
+    assert len(found.problems) == 5
     assert "stall-new.json: version 2" in found.problems[0]
-    assert found.problems[1].endswith("gone: absent: it is not installed")
-    assert found.problems[2].endswith("wrong: failed: it is not installed")
-    assert found.problems[3].endswith("hasty: no stall was measured at the relaxed cadence")
+    assert found.problems[1].endswith("good: a stall of -0.1 s is noise, taken for 0")
+    assert found.problems[2].endswith("gone: left out: absent: it is not installed")
+    assert found.problems[3].endswith("wrong: left out: failed: it is not installed")
+    assert found.problems[4].endswith("hasty: left out: no stall was measured at the relaxed cadence")
+
+
+def test_sizes_make_a_line_with_a_fixed_part(tmp_path: Path) -> None:
+    """0.5 s and 0.1 s per GB of a rank; 1 s and 0.125 s per GB of a host, which has eight of them."""
+    for number, gigabytes in enumerate((1, 2, 4)):
+        each = engine("line", [0.5 + 0.1 * gigabytes], [1 + 8 * gigabytes / 8])
+        write_stall(tmp_path, f"{number}", each, rank_bytes=gigabytes * 10**9)
+    found = findings(tmp_path).engines["line"]
+    for gigabytes in (0.5, 16):
+        timing = timing_of(found, Cluster(state_bytes_per_gpu=gigabytes * 1e9), 64)
+        assert timing.stall_seconds == pytest.approx(0.5 + 0.1 * gigabytes)
+        assert timing.durable_seconds == pytest.approx(1 + gigabytes)
+
+
+def test_sizes_that_make_no_line_are_in_proportion_to_the_largest(tmp_path: Path) -> None:
+    """Noise that makes the larger save the faster one, or the stall at no bytes negative."""
+    for number, (gigabytes, faster, steeper) in enumerate(((1, 3.0, 0.1), (2, 2.0, 2.0))):
+        engines = engine("faster", [faster], [faster]), engine("steeper", [steeper], [steeper])
+        write_stall(tmp_path, f"{number}", *engines, rank_bytes=gigabytes * 10**9)
+    for name, measured in findings(tmp_path).engines.items():
+        timing = timing_of(measured, Cluster(state_bytes_per_gpu=4e9), 64)
+        assert (timing.stall_seconds, timing.durable_seconds) == (pytest.approx(4.0), pytest.approx(4.0)), name
+
+
+def test_a_plan_far_from_what_was_measured_says_so(tmp_path: Path) -> None:
+    write_stall(tmp_path, "a", engine("fast", [0.3], [4.0]))
+    found = findings(tmp_path)
+    engines = engines_of(["fast", "staged"], found)
+    for state_bytes, expected in ((20e9, []), (21e9, ["fast: planned for 10.5 times the bytes"])):
+        document, _ = model_document(
+            Cluster(state_bytes_per_gpu=state_bytes), {}, engines, (8, 16), command=[], environment=environment(".")
+        )
+        assert [
+            problem[: len("fast: planned for 10.5 times the bytes")] for problem in document["problems"]
+        ] == expected
 
 
 def test_a_directory_without_measurements_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ __all__ = ["Engine", "engines_of", "figures_of", "model_document"]
 
 Engine = Modelled | Measured | Given
 
+_EXTRAPOLATION_MAX = 10.0
+
 
 def figures_of(given: Mapping[str, Any], found: Findings) -> tuple[Cluster, dict[str, str]]:
     """The cluster, and the source of each figure that is not a default: an option wins over a measurement.
@@ -94,7 +96,21 @@ def model_document(
         "seed": seed,
     }
     document["rows"] = cast("list[ModelRow]", rows)
-    document["problems"] = list(problems)
+    document["problems"] = [*problems, *_extrapolations(cluster, engines, sizes)]
     document["seconds"] = time.monotonic() - begin
     document["complete"] = True
     return document, rows
+
+
+def _extrapolations(cluster: Cluster, engines: Sequence[Engine], sizes: Sequence[int]) -> list[str]:
+    """Engines that were measured with far fewer bytes than they are planned for."""
+    found: list[str] = []
+    for engine in engines:
+        if isinstance(engine, Measured):
+            factor = max(engine.extrapolation(cluster, gpus) for gpus in sizes)
+            if factor > _EXTRAPOLATION_MAX:
+                found.append(
+                    f"{engine.name}: planned for {factor:.3g} times the bytes of a GPU that it was measured with; "
+                    "measure it with more"
+                )
+    return found

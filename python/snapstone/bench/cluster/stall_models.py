@@ -66,7 +66,7 @@ class Modelled:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """An engine as `snapstone bench stall` found it. Its stall grows with the bytes that a GPU saves.
+    """An engine as `snapstone bench stall` found it: both times are lines over the bytes that are saved.
 
     It is not taken to be faster on another disk than where it was measured: its rates are caps.
     """
@@ -75,15 +75,23 @@ class Measured:
     stall_seconds_per_byte: float  # of what one rank saves
     write_bytes_per_second: float  # of one host: bytes of a save over its time to durable
     load_bytes_per_second: float | None = None  # of one host, where loads were measured
+    fixed_stall_seconds: float = 0.0  # known where several sizes were measured
+    fixed_durable_seconds: float = 0.0
+    largest_bytes: float | None = None  # that a rank saved while it was measured
 
     def stall_seconds(self, cluster: Cluster, gpus: int) -> float:
-        return self.stall_seconds_per_byte * cluster.bytes_per_gpu(gpus) / cluster.replicas
+        return self.fixed_stall_seconds + self.stall_seconds_per_byte * cluster.bytes_per_gpu(gpus) / cluster.replicas
 
     def durable_seconds(self, cluster: Cluster, gpus: int) -> float:
-        return max(self.stall_seconds(cluster, gpus), cluster.write_seconds(gpus, self.write_bytes_per_second))
+        written = self.fixed_durable_seconds + cluster.write_seconds(gpus, self.write_bytes_per_second)
+        return max(self.stall_seconds(cluster, gpus), written)
 
     def load_seconds(self, cluster: Cluster, gpus: int) -> float:
         return cluster.read_seconds(gpus, self.load_bytes_per_second)
+
+    def extrapolation(self, cluster: Cluster, gpus: int) -> float:
+        """How many times what was measured a rank would save; 1 where that is not known."""
+        return cluster.bytes_per_gpu(gpus) / cluster.replicas / self.largest_bytes if self.largest_bytes else 1.0
 
 
 @dataclass(frozen=True, slots=True)
