@@ -97,9 +97,8 @@ def test_figures_are_those_that_were_measured(tmp_path: Path) -> None:
     assert (cluster.disk_write_bytes_per_second, cluster.disk_read_bytes_per_second) == (4e9, 9e9)
     assert (cluster.step_seconds, cluster.state_bytes_per_gpu) == (2.0, 2e9)
     assert sources["disk_write_bytes_per_second"] == "measured: disk-nvme.json"
-    described = cluster.described(sources)
-    assert described["step_seconds"] == {"value": 2.0, "source": "measured: stall-a.json"}
-    assert described["mtbf_gpu_hours"]["source"].startswith("default: ")
+    assert cluster.sources(sources)["step_seconds"] == "measured: stall-a.json"
+    assert cluster.sources(sources)["mtbf_gpu_hours"].startswith("default: ")
     assert found.problems == []
 
 
@@ -128,6 +127,13 @@ def load(name: str, strategy: str, seconds: list[float], status: str = "measured
         "status": status,
         "reason": None,
     }
+
+
+def test_ranks_that_all_load_everything_load_that_often(tmp_path: Path) -> None:
+    write_stall(tmp_path, "a", engine("fast", [0.3], [4.0]))
+    write(tmp_path, "load", "a", checkpoint={"layout": "replicated"}, loads=[load("fast", "auto", [8.0])])
+    write(tmp_path, "load", "b", checkpoint={}, loads=[load("fast", "auto", [0.1], status="failed")])
+    assert findings(tmp_path).engines["fast"].load_bytes_per_second == 32e9 * RANKS / NODES / 8
 
 
 def test_options_win_over_measurements(tmp_path: Path) -> None:

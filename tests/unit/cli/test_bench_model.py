@@ -60,10 +60,12 @@ def test_json_has_every_documented_key(snapstone: Run) -> None:
     assert document["schema"] == "snapstone.bench-model/1"
     assert (document["format"], document["kind"], document["complete"]) == ("snapstone-bench", "model", True)
     assert {frozenset(row) for row in document["rows"]} == {frozenset(ROW_KEYS)}
-    figures = document["inputs"]["figures"]
-    assert set(figures) == set(Cluster.__dataclass_fields__)
-    assert figures["mtbf_gpu_hours"] == {"value": 45565.0, "source": "option"}
-    assert [engine["kind"] for engine in document["inputs"]["engines"]] == ["blocking", "staged", "hidden"]
+    inputs = document["inputs"]
+    figures = set(Cluster.__dataclass_fields__)
+    assert set(inputs) - figures == {"sources", "engines", "gpus", "interval_steps", "simulated_runs", "seed"}
+    assert set(inputs["sources"]) == figures <= set(inputs)
+    assert (inputs["mtbf_gpu_hours"], inputs["sources"]["mtbf_gpu_hours"]) == (45565, "option")
+    assert [engine["kind"] for engine in inputs["engines"]] == ["blocking", "staged", "hidden"]
 
 
 def test_a_plan_can_be_written_and_is_a_result(snapstone: Run, tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ def model_document(
     document = new_document("model", command, environment)
     rows = plan(cluster, engines, sizes, interval_steps=interval_steps, runs=runs, seed=seed)
     document["inputs"] = {
-        "figures": cluster.described(sources),
+        **cluster.values(),
+        "sources": cluster.sources(sources),
         "engines": [described(engine) for engine in engines],
         "gpus": list(sizes),
         "interval_steps": interval_steps,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-__all__ = ["GPUS_MAX", "Cluster", "mtbf_gpu_hours", "source_of_default"]
+__all__ = ["GPUS_MAX", "Cluster", "mtbf_gpu_hours"]
 
 GPUS_MAX: Final = 100_000_000
 
@@ -128,20 +128,12 @@ class Cluster:
     def _shared_seconds(self, nbytes: float) -> float:
         return nbytes / self.shared_bytes_per_second if self.shared_bytes_per_second else 0.0
 
-    def described(self, sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Each figure's value and its source: that of `sources`, or that of the default."""
-        return {
-            figure.name: {
-                "value": getattr(self, figure.name),
-                "source": sources.get(figure.name, f"default: {figure.metadata['source']}"),
-            }
-            for figure in fields(self)
-        }
+    def values(self) -> dict[str, Any]:
+        return {figure.name: getattr(self, figure.name) for figure in fields(self)}
 
-
-def source_of_default(name: str) -> str:
-    """Where the default of a figure comes from."""
-    return str({figure.name: figure for figure in fields(Cluster)}[name].metadata["source"])
+    def sources(self, known: Mapping[str, str]) -> dict[str, str]:
+        """Where each figure is from: what `known` says, else where the default is from."""
+        return {figure.name: known.get(figure.name, f"default: {figure.metadata['source']}") for figure in fields(self)}
 
 
 def mtbf_gpu_hours(interruptions: int, days: float, gpus: int) -> float:

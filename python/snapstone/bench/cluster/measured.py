@@ -142,11 +142,12 @@ def _times(engine: EngineResult) -> tuple[float, float] | str:
 
 
 def _load_rates(document: Document) -> dict[str, float]:
-    """Bytes per second of one host, by engine, with its fastest strategy."""
-    nodes = max(1, document["environment"]["world"]["nodes"])
+    """Bytes per second of one host into the memory of its ranks, by engine, with its fastest strategy."""
+    world = document["environment"]["world"]
+    copies = world["ranks"] if document["checkpoint"].get("layout") == "replicated" else 1
     rates: dict[str, float] = {}
     for load in document["loads"]:
         if load["status"] == "measured" and load["seconds"] and min(load["seconds"]) > 0:
-            rate = load["nbytes"] / nodes / statistics.median(load["seconds"])
+            rate = load["nbytes"] * copies / max(1, world["nodes"]) / statistics.median(load["seconds"])
             rates[load["engine"]] = max(rate, rates.get(load["engine"], 0.0))
     return rates
