@@ -90,7 +90,8 @@ def model(
       snapstone bench model --engine staged,mine=2.5/40 --state-bytes 5.7e12 --shared-bytes-per-second 2e12
       snapstone bench model --gpus 16384 --interval-steps 50 --simulate 5 --json
 
-    Exits with 2 when a figure is out of range or an engine unknown, with 3 when R does not exist.
+    Exits with 2 when a figure is out of range or an engine unknown, with 3 when R does not exist,
+    with 4 when a simulation is wanted and simpy is not installed.
     """
     sizes = _sizes(gpus)
     found = findings(results) if results is not None else Findings()

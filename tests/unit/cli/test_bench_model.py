@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,14 @@ def test_simulations_stand_beside_the_closed_form(snapstone: Run) -> None:
     assert first == again
     assert first["simulated_goodput"] != other["simulated_goodput"]
     assert first["goodput"] == other["goodput"]
+
+
+def test_a_simulation_without_simpy_says_what_to_install(snapstone: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simpy", None)  # as if it were not installed
+    assert snapstone("bench", "model", "--gpus", "100000").exit_code == 0
+    result = snapstone("bench", "model", "--gpus", "100000", "--simulate", "1")
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert result.stderr.endswith("needs the package simpy: pip install 'snapstone[bench]'\n")
 
 
 @pytest.mark.parametrize(
