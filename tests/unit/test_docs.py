@@ -131,7 +131,7 @@ def run(command: list[str], directory: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["quickstart.md", "tuning.md"])
+@pytest.mark.parametrize("name", ["quickstart.md", "tuning.md", "cluster-model.md"])
 def test_code_blocks_run(name: str, tmp_path: Path) -> None:
     found = blocks(ROOT / "docs" / name)
     assert found

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
+from .bench import bench
 from .compact import compact
 from .completion import completion
 from .diff import diff
@@ -70,7 +71,7 @@ def cli() -> None:
     """
 
 
-for _command in (ls, info, verify, diff, du, compact, doctor, completion):
+for _command in (ls, info, verify, diff, du, compact, doctor, bench, completion):
     cli.add_command(_command)
 
 
