@@ -148,7 +148,7 @@ def headline(engines: list[Engine]) -> str:
     name, second = others[0]
     said += f" Next: {name}, {format_seconds(second.median)}"
     if best.high >= second.low:
-        return f"{said}; their spreads overlap."
+        return f"{said}; their spreads overlap, so these pairs do not tell the two apart."
     return f"{said}, {format_number(second.median / best.median, 2)} times that." if best.median > 0 else f"{said}."
 
 

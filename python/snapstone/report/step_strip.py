@@ -96,7 +96,7 @@ def _binned(steps: Sequence[_Step], count: int) -> list[_Step]:
 
 def _draw(drawing: Drawing, strips: Sequence[tuple[Engine, Sequence[_Step]]], top: float) -> Drawing:
     wide = drawing.width >= WIDE
-    left = 150.0 if wide else 52.0
+    left = 200.0 if wide else 52.0
     y = _key(drawing)
     for engine, steps in strips:
         if wide:
