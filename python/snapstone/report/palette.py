@@ -68,7 +68,8 @@ LEDGER_CLASSES = {
 
 _STAGES = {
     "plan": 6, "stage": 0, "copy": 0, "d2h": 0, "digest": 4, "encode": 3, "decode": 3, "write": 1, "read": 1, "sync": 2,
-    "slot_wait": 6, "call": 0, "fence": 2, "finalize": 3, "save": 4, "vote": 5, "exchange": 5, "commit": 3, "scatter": 0,
+    "slot_wait": 6, "call": 0, "fence": 2, "finalize": 3, "save": 4, "vote": 5, "exchange": 5, "commit": 3,
+    "scatter": 0,
 }  # fmt: skip
 
 
