@@ -21,6 +21,7 @@ from .info import info
 from .ls import ls
 from .output import printable
 from .verify import verify
+from .watch import watch
 
 __all__ = ["cli", "main"]
 
@@ -66,11 +67,12 @@ def cli() -> None:
       snapstone diff runs/gpt/step-1 runs/gpt/step-2
       snapstone du runs/gpt                        # what it takes on the disk
       snapstone compact runs/gpt/step-00001000     # independent of the files it shares
+      snapstone watch runs/gpt                     # its saves, while it trains
       snapstone doctor /mnt/checkpoints            # what this machine can do there
     """
 
 
-for _command in (ls, info, verify, diff, du, compact, doctor, completion):
+for _command in (ls, info, verify, diff, du, compact, watch, doctor, completion):
     cli.add_command(_command)
 
 

@@ -13,7 +13,7 @@ from .output import bytes_option, emit, emit_json, emit_table, json_option, prin
 
 if TYPE_CHECKING:
     from .disk_use import DirectoryUse, RunUse
-    from .run_directory import Leftover
+    from ..run_directory import Leftover
 
 __all__ = ["du"]
 
@@ -37,7 +37,7 @@ def du(ctx: click.Context, run: str, as_json: bool, exact: bool) -> None:
     Exits with 1 when there is no checkpoint.
     """
     from .disk_use import use_of
-    from .run_directory import find_checkpoints, find_leftovers, is_checkpoint
+    from ..run_directory import find_checkpoints, find_leftovers, is_checkpoint
 
     found = find_checkpoints(run)
     leftovers = [] if is_checkpoint(run) else find_leftovers(run)
