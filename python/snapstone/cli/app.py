@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
+from .bench import bench
 from .compact import compact
 from .completion import completion
 from .diff import diff
@@ -72,7 +73,7 @@ def cli() -> None:
     """
 
 
-for _command in (ls, info, verify, diff, du, compact, watch, doctor, completion):
+for _command in (ls, info, verify, diff, du, compact, watch, doctor, bench, completion):
     cli.add_command(_command)
 
 
