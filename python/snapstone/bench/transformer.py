@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .models import Shape
 
-__all__ = ["Block", "Transformer", "initialise"]
+__all__ = ["Block", "Transformer"]
 
 
 def _rotate(x: Tensor) -> Tensor:
@@ -69,13 +69,3 @@ class Transformer(nn.Module):
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
         return logits
-
-
-@torch.no_grad()
-def initialise(module: nn.Module) -> None:
-    """Fills parameters in place, each rank its shards: norms with 1, matrices with small random numbers."""
-    for parameter in module.parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(std=0.02)

@@ -13,6 +13,7 @@ __all__ = ["bench"]
 _SUBCOMMANDS: Final[Mapping[str, tuple[str, str]]] = {  # name: module of this package, command in it
     "disk": ("bench_disk", "disk"),
     "load": ("bench_load", "load"),
+    "stall": ("bench_stall", "stall"),
 }
 
 

@@ -1,0 +1,56 @@
+"""The ranks of a measurement: how they meet, and what they tell each other outside the timed loops."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Ranks"]
+
+GROUP_TIMEOUT_SECONDS = 600
+
+
+class Ranks:
+    """Joins the ranks that torchrun started, or makes a group of one. Talks over a gloo group of its own."""
+
+    def __init__(self, device: str) -> None:
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if device == "cuda":
+            torch.cuda.set_device(self.local_rank)
+        self.backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        timeout = timedelta(seconds=GROUP_TIMEOUT_SECONDS)
+        if "RANK" not in os.environ:
+            os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
+            os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())})
+        dist.init_process_group(self.backend, timeout=timeout)
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+        self.nodes = self.world // int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        self._group = self.new_group()
+
+    def new_group(self) -> Any:
+        """A gloo group of all ranks."""
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_SECONDS))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on all ranks."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(self._group)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
