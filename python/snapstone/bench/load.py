@@ -206,12 +206,13 @@ def _add(document: Document, load: Load, outcome: _Outcome, ranks_of_node: int, 
         return
     load["seconds"].append(outcome.seconds)
     load["bytes_read"] = max(load["bytes_read"] or 0, outcome.bytes_read)
-    if load["cold_by"] == _COLD and outcome.storage_bytes is not None:
-        if outcome.storage_bytes < _MUCH * outcome.bytes_read / ranks_of_node:
-            document["problems"].append(
-                f"{load['strategy']}, load {len(load['seconds'])}: {outcome.bytes_read} bytes were read and "
-                f"{outcome.storage_bytes} came from the disk: the others were in a cache"
-            )
+    if load["cold_by"] != _COLD or outcome.storage_bytes is None:
+        return
+    if outcome.storage_bytes < _MUCH * outcome.bytes_read / ranks_of_node:
+        document["problems"].append(
+            f"{load['strategy']}, load {len(load['seconds'])}: {outcome.bytes_read} bytes were read and "
+            f"{outcome.storage_bytes} came from the disk: the others were in a cache"
+        )
 
 
 def _storage_bytes_read() -> int | None:

@@ -11,7 +11,7 @@ import click
 from .argument import directory_argument
 from .exit_codes import ExitCode
 from .output import emit, emit_json, emit_table, json_option, printable
-from .size import SIZE
+from .size import size_in_bytes
 
 if TYPE_CHECKING:
     from ..bench.results import Document, Probe
@@ -21,7 +21,14 @@ __all__ = ["disk"]
 
 @click.command(short_help="What a directory takes and gives, and each I/O rung in it.")
 @directory_argument("directory", metavar="[DIR]", default=".")
-@click.option("--size", type=SIZE, default="1GiB", show_default=True, help="Of the file: 512MiB, 4GiB, or bytes.")
+@click.option(
+    "--size",
+    type=size_in_bytes,
+    default="1GiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Of the file: 512MiB, 4GiB, or bytes.",
+)
 @click.option("--samples", type=click.IntRange(1, 1000), default=5, show_default=True, metavar="N", help="Rounds.")
 @click.option("--out", metavar="R", help="Directory for the result, disk-LABEL.json.")
 @click.option("--label", default="limit", show_default=True, metavar="LABEL", help="Of the result.")

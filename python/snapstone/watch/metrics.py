@@ -1,7 +1,7 @@
 """The same facts for Prometheus, in its text format over HTTP.
 
-Names and units follow Prometheus' conventions; `docs/watch.md` lists them. Each scrape looks at the directory anew. Needs
-the package `prometheus-client`, of the extra `bench`.
+Names and units follow Prometheus' conventions; `docs/watch.md` lists them. Each scrape looks at the directory anew.
+Needs the package `prometheus-client`, of the extra `bench`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
+from .durable import Durable
 from .watcher import Observation, Watcher
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MetricsServer"]
 
+_NOTHING = Durable("", None)
 _LEFTOVERS = (("staging", "dead"), ("trash", "dead"), ("trash", "unknown"))
 
 
@@ -31,7 +33,9 @@ class MetricsServer:
         try:
             from prometheus_client import CollectorRegistry, start_http_server
         except ImportError as error:
-            raise ImportError(f"--metrics-port needs prometheus-client: pip install 'snapstone[bench]' ({error})") from None
+            raise ImportError(
+                f"--metrics-port needs prometheus-client: pip install 'snapstone[bench]' ({error})"
+            ) from None
         registry = CollectorRegistry()
         registry.register(_Collector(watcher))
         self.address = address
@@ -86,7 +90,7 @@ def _gauge(name: str, text: str, value: float | None) -> GaugeMetricFamily:
 
 
 def _of_checkpoints(seen: Observation) -> Iterator[GaugeMetricFamily]:
-    last = seen.last
+    last = seen.last or _NOTHING
     damaged = len(seen.checkpoints) - len(seen.sound)
     yield _gauge("snapstone_checkpoints", "Committed checkpoints without a known problem.", len(seen.sound))
     yield _gauge("snapstone_damaged_checkpoints", "Checkpoints with a damaged manifest or files missing.", damaged)
@@ -94,14 +98,12 @@ def _of_checkpoints(seen: Observation) -> Iterator[GaugeMetricFamily]:
     yield _gauge(
         "snapstone_last_durable_timestamp_seconds",
         "When the last checkpoint was committed, since the epoch.",
-        last and last.committed_at,
+        last.committed_at,
     )
-    yield _gauge("snapstone_last_durable_step", "Training step of the last checkpoint.", last and last.step)
-    yield _gauge("snapstone_last_durable_size_bytes", "Bytes of all its tensors.", last and last.nbytes)
-    yield _gauge("snapstone_last_durable_stored_bytes", "Bytes that its save wrote.", last and last.stored_bytes)
-    yield _gauge(
-        "snapstone_checkpoint_interval_seconds", "Median time between the last commits.", seen.cadence_seconds
-    )
+    yield _gauge("snapstone_last_durable_step", "Training step of the last checkpoint.", last.step)
+    yield _gauge("snapstone_last_durable_size_bytes", "Bytes of all its tensors.", last.nbytes)
+    yield _gauge("snapstone_last_durable_stored_bytes", "Bytes that its save wrote.", last.stored_bytes)
+    yield _gauge("snapstone_checkpoint_interval_seconds", "Median time between the last commits.", seen.cadence_seconds)
     yield _gauge(
         "snapstone_checkpoint_interval_steps", "Median number of steps between the last commits.", seen.cadence_steps
     )

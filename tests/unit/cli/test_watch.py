@@ -1,4 +1,4 @@
-"""`snapstone watch`: what it says of durable checkpoints, of a save that another process is making, and of what is wrong.
+"""`snapstone watch`: what it says of durable checkpoints, of a save in another process, and of what is wrong.
 
 Saves are real ones, in processes of their own, held up in a write by the fault seam.
 """
@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from distributed.ranks import Ranks, announce
 
 import snapstone as ss
+from distributed.ranks import Ranks, announce
 from snapstone import _native
 from snapstone.watch import Observation, Watcher
 
@@ -126,9 +126,7 @@ def test_a_save_in_flight_shows_what_it_has_written_and_then_its_death(
         assert document["last_durable"] is None
         (shown,) = document["saves"]
         assert shown["name"] == save.name
-        assert shown["ranks"] == [
-            {"rank": 0, "written_bytes": save.written_bytes, "size_bytes": size, "done": False}
-        ]
+        assert shown["ranks"] == [{"rank": 0, "written_bytes": save.written_bytes, "size_bytes": size, "done": False}]
         ranks.signal(0, signal.SIGKILL)
         seen = seen_when(watcher, lambda seen: not seen.saves)
     assert [(one.name, one.state) for one in seen.leftovers] == [(save.name, "dead")]
