@@ -116,8 +116,9 @@ def _facts(seen: Observation, run: str, size: _Size) -> Iterator[tuple[str, str]
         yield "last durable", "none"
     else:
         step = "" if last.step is None else f"step {last.step}, "
-        stored = "" if last.stored_bytes == last.nbytes else f" ({size(last.stored_bytes or 0)} written)"
-        yield "last durable", f"{last.name}: {step}{human_age(age)} ago, {size(last.nbytes or 0)}{stored}"
+        sizes = [size(last.nbytes or 0), size(last.stored_bytes or 0)]
+        stored = "" if sizes[0] == sizes[1] else f" ({sizes[1]} written)"
+        yield "last durable", f"{last.name}: {step}{human_age(age)} ago, {sizes[0]}{stored}"
     yield "checkpoints", str(len(seen.sound))
     if (cadence := seen.cadence_seconds) is not None:
         steps = "" if seen.cadence_steps is None else f", {seen.cadence_steps:g} steps"
@@ -157,7 +158,7 @@ def _in_flight(seen: Observation, save: SaveInFlight, size: _Size) -> str:
     grows = save.stage == "writing" and save.written_bytes == save.size_bytes  # nobody has said how large it will be
     parts = [save.stage, size(save.written_bytes) + (" so far" if grows else f" of {size(save.size_bytes)}")]
     parts += [] if age is None else [f"for {_duration(age)}"]
-    parts += [] if not save.bytes_per_second else [f"{save.bytes_per_second / 1e9:.2f} GB/s"]
+    parts += [] if not save.bytes_per_second else [f"{size(round(save.bytes_per_second))}/s"]
     parts += [] if save.remaining_seconds is None else [f"{_duration(save.remaining_seconds)} left"]
     return ", ".join(parts) + ("" if save.state == "live" else f" ({save.state})")
 

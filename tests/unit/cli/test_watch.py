@@ -205,7 +205,7 @@ def test_once_prints_one_frame_for_people(snapstone: Run, run_path: Path) -> Non
     (run_path / "evil\x1b[31m" / "MANIFEST.json").write_text("{")
     result = snapstone("watch", run_path, "--once")
     facts = dict(re.split(r"  +", line, maxsplit=1) for line in result.stdout.splitlines() if "  " in line)
-    assert re.fullmatch(r"step-10: step 10, 1 min \d+ s ago, 1.1 MiB \(1.1 MiB written\)", facts["last durable"])
+    assert re.fullmatch(r"step-10: step 10, 1 min \d+ s ago, 1.1 MiB", facts["last durable"])
     assert facts["cadence"] == "every 1 min, 1 steps"
     assert facts["next"].startswith("due 4")
     assert facts["checkpoints"] == "2"
