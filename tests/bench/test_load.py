@@ -23,6 +23,7 @@ import torch
 import snapstone as ss
 from snapstone import _native
 from snapstone.bench import results
+from snapstone.bench.load_files import FILE_ENGINES, missing_package, raw_tensors
 from snapstone.bench.load_targets import Targets, nbytes_of_rank
 
 COMMAND = ["-m", "snapstone.bench", "load"]
@@ -109,8 +110,8 @@ def test_ranks_that_read_for_each_other_read_once(checkpoint: Path, tmp_path: Pa
     assert loads["direct"]["bytes_read"] >= 2 * nbytes()
     assert loads["scatter"]["bytes_read"] < 1.1 * nbytes()
     assert loads["broadcast"]["bytes_read"] < 1.1 * nbytes()
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("direct", "scatter", "broadcast"))]
-    assert [row[0] for row in rows] == ["direct", "scatter", "broadcast"]  # rank 0 alone prints
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("snapstone ")]
+    assert [row[1] for row in rows] == ["direct", "scatter", "broadcast"]  # rank 0 alone prints
 
 
 def test_sharded_ranks_want_their_parts_alone(checkpoint: Path, tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_a_load_that_fails_costs_its_strategy_and_no_other(checkpoint: Path, tmp
 
 def test_bytes_that_a_load_did_not_write_are_found(checkpoint: Path) -> None:
     with ss.Checkpoint.open(checkpoint) as opened:
-        targets = Targets(opened, "replicated", 0, 1)
+        targets = Targets(opened.load_tensors().items(), "replicated", 0, 1)
     assert targets.nbytes == nbytes()
     targets.forget()
     assert targets.wrong() == ["model.weight", "model.half", "model.bias", "step"]
@@ -184,6 +185,44 @@ def test_wrong_arguments_are_refused_before_anything_is_read(checkpoint: Path, t
     assert "telepathy" in unknown.stderr
     assert run(tmp_path / "absent", "--out", tmp_path).returncode == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_safetensors_file_is_loaded_by_the_packages_that_are_there(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    path = tmp_path / "model.safetensors"
+    tensors = {**state()["model"], "step": state()["step"], "none": torch.empty(0, 3)}
+    save_file(tensors, path)
+    os.sync()  # what is not on the disk yet cannot be dropped
+    done = run(path, "--samples", "2", "--out", tmp_path / "R")
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = results.read(tmp_path / "R" / "load-1-ranks-replicated.json")
+    assert [load["engine"] for load in document["loads"]] == list(FILE_ENGINES)
+    for load in document["loads"]:
+        if missing := missing_package(load["engine"]):
+            assert (load["status"], load["reason"], load["seconds"]) == ("absent", missing, [])
+        else:
+            assert (load["status"], load["strategy"], len(load["seconds"])) == ("measured", "file", 2)
+            assert load["nbytes"] == path.stat().st_size
+    assert run(path, "--layout", "sharded").returncode == 2
+
+
+def test_the_raw_reader_finds_what_safetensors_wrote_and_refuses_the_rest(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    path = tmp_path / "model.safetensors"
+    tensors = {**state()["model"], "step": state()["step"], "none": torch.empty(0, 3)}
+    save_file(tensors, path, metadata={"format": "pt"})
+    found = dict(raw_tensors(str(path)))
+    assert found.keys() == tensors.keys()
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ValueError, match="ends before"):
+        dict(raw_tensors(str(path)))
+    for wrong in (b"", b"\xff" * 16, (3).to_bytes(8, "little") + b"[1]"):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match="not a safetensors file"):
+            dict(raw_tensors(str(path)))
 
 
 class Slow:

@@ -262,8 +262,10 @@ class Rung(DiskProbe):
 
 
 def drop_pages(directory: str | os.PathLike[str]) -> None:
-    """Asks the kernel to drop the cached pages of every file below; those that are not on the disk yet stay."""
-    for path in Path(directory).rglob("*"):
+    """Asks the kernel to drop the cached pages of every file below, or of this one; those that are not on the disk yet
+    stay.
+    """
+    for path in (Path(directory), *Path(directory).rglob("*")):
         if path.is_file() and not path.is_symlink():
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
+
 from .disk_probes import drop_pages
 from .environment import environment, memory_available_bytes
+from .load_files import FILE_ENGINES, is_tensor_file, load_into, missing_package, raw_tensors
 from .load_targets import Layout, Targets, nbytes_of_rank
 from .ranks import Ranks
 from .results import Document, Load, new_document
@@ -43,19 +46,20 @@ def begin(
     command: Sequence[str],
     layout: Layout = "replicated",
 ) -> Document:
-    """A document of kind "load" that has measured nothing.
+    """A document of kind "load" that has measured nothing. Of a safetensors file, the engines are those that read it.
 
     Raises:
         CheckpointError: there is no checkpoint that can be read. ValueError: an unknown strategy, or none.
     """
-    from .. import Checkpoint, _native
+    from .. import Checkpoint
 
+    if is_tensor_file(path := os.path.abspath(os.fspath(checkpoint_path))):
+        return _begin_file(path, ranks, command, layout)
     for strategy in strategies:
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy {strategy!r}: use {', '.join(STRATEGIES)}")
     if not strategies:
         raise ValueError(f"no strategy: use {', '.join(STRATEGIES)}")
-    path = os.path.abspath(os.fspath(checkpoint_path))
     checkpoint = Checkpoint(path)
     document = new_document(
         "load", command, environment(path, ranks=ranks.world, nodes=ranks.nodes, backend=ranks.backend)
@@ -68,22 +72,42 @@ def begin(
         "world_size": checkpoint.world_size,
         "layout": layout,
     }
-    cold_by = _NOT_COLD if _native.file_system_facts(path)["memory_backed"] else _COLD
-    document["loads"] = [_row(strategy, ranks, checkpoint.nbytes, cold_by) for strategy in dict.fromkeys(strategies)]
+    document["loads"] = [
+        _row(ENGINE, strategy, checkpoint.nbytes, path, None if _differs(strategy, ranks) else _ALONE)
+        for strategy in dict.fromkeys(strategies)
+    ]
     return document
 
 
-def _row(strategy: str, ranks: Ranks, nbytes: int, cold_by: str) -> Load:
-    absent = ranks.world == 1 and strategy not in ("direct", "auto")
+def _differs(strategy: str, ranks: Ranks) -> bool:
+    return ranks.world > 1 or strategy in ("direct", "auto")
+
+
+def _begin_file(path: str, ranks: Ranks, command: Sequence[str], layout: Layout) -> Document:
+    if layout != "replicated":
+        raise ValueError(f"layout {layout!r}: a safetensors file is read whole by every rank")
+    nbytes = os.stat(path).st_size
+    where = environment(os.path.dirname(path), ranks=ranks.world, nodes=ranks.nodes, backend=ranks.backend)
+    document = new_document("load", command, where)
+    document["checkpoint"] = {"path": path, "step": None, "nbytes": nbytes, "own_nbytes": nbytes, "world_size": 1}
+    document["checkpoint"]["layout"] = layout
+    document["loads"] = [_row(name, "file", nbytes, path, missing_package(name)) for name in FILE_ENGINES]
+    return document
+
+
+def _row(engine: str, strategy: str, nbytes: int, path: str, absent: str | None) -> Load:
+    from .. import _native
+
+    directory = path if os.path.isdir(path) else os.path.dirname(path)
     return {
-        "engine": ENGINE,
+        "engine": engine,
         "strategy": strategy,
         "seconds": [],
         "nbytes": nbytes,
         "bytes_read": None,
-        "cold_by": cold_by,
+        "cold_by": _NOT_COLD if _native.file_system_facts(directory)["memory_backed"] else _COLD,
         "status": "absent" if absent else "partial",
-        "reason": _ALONE if absent else None,
+        "reason": absent,
     }
 
 
@@ -103,21 +127,18 @@ def measure(
 
     Raises:
         OSError: too little memory for the targets (ENOMEM), with the numbers. RankFailedError: a rank has died.
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: the checkpoint cannot be read. ValueError: the safetensors file cannot.
     """
-    from .. import Checkpoint
-
     saved = document["checkpoint"]
     layout = cast("Layout", saved["layout"])
     began = time.monotonic()
     _check_memory(saved["path"], nbytes_of_rank(saved["nbytes"], layout, ranks.world), ranks)
     report("reading the checkpoint once, to compare with")
-    with Checkpoint.open(saved["path"]) as checkpoint:
-        targets = Targets(checkpoint, layout, ranks.rank, ranks.world)
+    targets = Targets(_saved_tensors(saved["path"]), layout, ranks.rank, ranks.world)
     loads = [load for load in document["loads"] if load["status"] != "absent"]
     for number in range(samples + 1):
         for load in [load for load in loads if load["reason"] is None]:
-            report(f"{f'round {number} of {samples}' if number else 'warming up'}: {load['strategy']}")
+            report(f"{f'round {number} of {samples}' if number else 'warming up'}: {_name(load)}")
             outcome = _one_load(saved["path"], load, targets, ranks, timeout)
             _add(document, load, outcome, ranks.world // ranks.nodes, counts=number > 0)
         document["seconds"] = time.monotonic() - began
@@ -126,6 +147,21 @@ def measure(
         load["status"] = "measured" if load["reason"] is None else "partial" if load["seconds"] else "failed"
     document["complete"] = not document["problems"]
     keep()
+
+
+def _name(load: Load) -> str:
+    return load["strategy"] if load["engine"] == ENGINE else load["engine"]
+
+
+def _saved_tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    from .. import Checkpoint
+
+    if is_tensor_file(path):
+        yield from raw_tensors(path)
+        return
+    with Checkpoint.open(path) as checkpoint:
+        for name in checkpoint.keys():  # noqa: SIM118 - a Checkpoint is no mapping
+            yield name, checkpoint.get_tensor(name)
 
 
 def _check_memory(path: str, nbytes: int, ranks: Ranks) -> None:
@@ -143,33 +179,29 @@ def _check_memory(path: str, nbytes: int, ranks: Ranks) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """Of one load, of all ranks: the slowest one's seconds, and the sums of what they read."""
+    """Of one load, of all ranks: the slowest one's seconds, and the sums of what they read; by the engine's own count
+    or, where it keeps none, the kernel's.
+    """
 
     seconds: float
-    bytes_read: int
+    bytes_read: int | None
     storage_bytes: int | None
     failure: str | None
 
 
 def _one_load(path: str, load: Load, targets: Targets, ranks: Ranks, timeout: float) -> _Outcome:
-    from .. import CheckpointError
-    from .. import load as load_checkpoint
-
     targets.forget()
     if ranks.local_rank == 0:
         drop_pages(path)
     _everybody(ranks, None)
     before = _storage_bytes_read()
     began = time.monotonic()
-    failure, bytes_read = None, 0
+    failure, bytes_read = None, None
     try:
-        strategy = cast("Literal['auto', 'direct', 'scatter', 'broadcast']", load["strategy"])
-        loaded = load_checkpoint(targets.state, checkpoint_id=path, strict=False, strategy=strategy, timeout=timeout)
-        seconds = time.monotonic() - began
-        bytes_read = int(loaded.stats["bytes_read"])
-    except (CheckpointError, OSError) as error:
-        seconds = time.monotonic() - began
+        bytes_read = _load(path, load, targets, timeout)
+    except Exception as error:  # of somebody else's package, any
         failure = f"rank {ranks.rank}: {type(error).__name__}: {error}"
+    seconds = time.monotonic() - began
     after = _storage_bytes_read()
     if failure is None and (wrong := targets.wrong()):
         failure = f"rank {ranks.rank}: not what was saved: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
@@ -178,13 +210,32 @@ def _one_load(path: str, load: Load, targets: Targets, ranks: Ranks, timeout: fl
     failures = [one[3] for one in every if one[3] is not None]
     # Where one rank fails the others report that it did: its own words say more.
     failures.sort(key=lambda text: "RankFailedError" in text)
-    counted = [one[2] for one in every if one[2] is not None]
+    storage_bytes = _sum(one[2] for one in every)
     return _Outcome(
         max(one[0] for one in every),
-        sum(one[1] for one in every),
-        sum(counted) if len(counted) == len(every) else None,
+        storage_bytes if load["engine"] != ENGINE else _sum(one[1] for one in every),
+        storage_bytes,
         failures[0] if failures else None,
     )
+
+
+def _load(path: str, load: Load, targets: Targets, timeout: float) -> int | None:
+    """Bytes that this rank read, where the engine says."""
+    from .. import load as load_checkpoint
+
+    if load["engine"] != ENGINE:
+        load_into(load["engine"], path, targets.state)
+        return None
+    strategy = cast("Literal['auto', 'direct', 'scatter', 'broadcast']", load["strategy"])
+    loaded = load_checkpoint(targets.state, checkpoint_id=path, strict=False, strategy=strategy, timeout=timeout)
+    return int(loaded.stats["bytes_read"])
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """None unless all are known."""
+    found = list(counts)
+    known = [count for count in found if count is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 def _everybody(ranks: Ranks, value: Any) -> list[Any]:
@@ -200,17 +251,19 @@ def _everybody(ranks: Ranks, value: Any) -> list[Any]:
 def _add(document: Document, load: Load, outcome: _Outcome, ranks_of_node: int, *, counts: bool) -> None:
     if outcome.failure is not None:
         load["reason"] = outcome.failure
-        document["problems"].append(f"{load['strategy']}: {outcome.failure}")
+        document["problems"].append(f"{_name(load)}: {outcome.failure}")
         return
     if not counts:
         return
     load["seconds"].append(outcome.seconds)
-    load["bytes_read"] = max(load["bytes_read"] or 0, outcome.bytes_read)
+    if outcome.bytes_read is not None:
+        load["bytes_read"] = max(load["bytes_read"] or 0, outcome.bytes_read)
     if load["cold_by"] != _COLD or outcome.storage_bytes is None:
         return
-    if outcome.storage_bytes < _MUCH * outcome.bytes_read / ranks_of_node:
+    wanted_bytes = load["nbytes"] if load["engine"] != ENGINE else (outcome.bytes_read or 0) / ranks_of_node
+    if outcome.storage_bytes < _MUCH * wanted_bytes:
         document["problems"].append(
-            f"{load['strategy']}, load {len(load['seconds'])}: {outcome.bytes_read} bytes were read and "
+            f"{_name(load)}, load {len(load['seconds'])}: {wanted_bytes:.0f} bytes were read on a node and "
             f"{outcome.storage_bytes} came from the disk: the others were in a cache"
         )
 

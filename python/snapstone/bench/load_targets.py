@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from .. import _native
-
-if TYPE_CHECKING:
-    from .. import Checkpoint
 
 __all__ = ["LAYOUTS", "Layout", "Targets", "nbytes_of_rank"]
 
@@ -32,19 +30,20 @@ class _Target:
 
 
 class Targets:
-    """Memory of one rank for every tensor of a checkpoint. Every rank of the group makes one.
+    """Memory of one rank for every tensor that is to be loaded. Every rank of the group makes one.
 
     "replicated": each rank has the whole tensors. "sharded": each has its part along dimension 0, as FSDP2 has, and
-    the whole of tensors without dimensions. `digests` of what should stand there are taken from an independent read,
-    tensor by tensor.
+    the whole of tensors without dimensions. What should stand there is learned from `saved_tensors`, an independent
+    read, of which only digests are kept.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layout: Layout, rank: int, world: int) -> None:
+    def __init__(
+        self, saved_tensors: Iterable[tuple[str, torch.Tensor]], layout: Layout, rank: int, world: int
+    ) -> None:
         mesh = init_device_mesh("cpu", (world,)) if layout == "sharded" and world > 1 else None
         self.state: dict[str, Any] = {}
         self._targets: list[_Target] = []
-        for name in checkpoint.keys():  # noqa: SIM118 - a Checkpoint is no mapping
-            saved = checkpoint.get_tensor(name)
+        for name, saved in saved_tensors:
             whole = saved if mesh is None or saved.dim() == 0 else _part(saved, rank, world)
             part = whole.contiguous()
             memory = torch.empty(part.nbytes, dtype=torch.uint8)

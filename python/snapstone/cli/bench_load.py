@@ -19,7 +19,7 @@ __all__ = ["load"]
 
 
 @click.command(short_help="Cold loads of a checkpoint, by strategy.")
-@click.option("--from", "checkpoint", required=True, metavar="CKPT", help="The checkpoint.")
+@click.option("--from", "checkpoint", required=True, metavar="CKPT", help="The checkpoint, or a .safetensors file.")
 @click.option(
     "--strategy",
     "strategies",
@@ -62,13 +62,15 @@ def load(
     """Measures cold loads of a checkpoint, alone or by the ranks that torchrun starts.
 
     Each strategy in turn, several times; the page cache of the checkpoint's files is dropped before each load. Every
-    load verifies digests as always, and what it left in memory is compared with an independent read.
+    load verifies digests as always, and what it left in memory is compared with an independent read. A safetensors file
+    is loaded by the packages that are made for it, as far as they are installed.
 
     \b
     Examples:
       snapstone bench load --from runs/gpt/step-1000 --out R/
       torchrun --nproc-per-node 8 -m snapstone.bench load --from runs/gpt/step-1000 --out R/
       snapstone bench load --from runs/gpt/step-1000 --layout sharded --strategy direct,auto
+      snapstone bench load --from model.safetensors --out R/
 
     Alone, all strategies are one. Exits with 1 when a load failed, left a wrong byte, or was not cold.
     """
@@ -118,19 +120,20 @@ def _show(document: Document, world: int) -> None:
     saved = document["checkpoint"]
     who = "one rank" if world == 1 else f"{world} ranks"
     emit(printable(f"{saved['path']}: {human_bytes(saved['nbytes'])}, {saved['layout']}, loaded by {who}"))
-    headers = ["strategy", "seconds", "low", "high", "GB/s", "read", "loads"]
+    headers = ["engine", "strategy", "seconds", "low", "high", "GB/s", "read", "loads"]
     rows = []
     for one in document["loads"]:
         if times := one["seconds"]:
             middle = median(times)
             numbers = [f"{seconds:.3f}" for seconds in (middle, min(times), max(times))]
             rate = f"{one['nbytes'] / middle / 1e9:.2f}"
-            rows.append([one["strategy"], *numbers, rate, human_bytes(one["bytes_read"] or 0), str(len(times))])
+            read = "-" if one["bytes_read"] is None else human_bytes(one["bytes_read"])
+            rows.append([one["engine"], one["strategy"], *numbers, rate, read, str(len(times))])
     if rows:
-        emit_table(headers, rows, right=headers[1:])
+        emit_table(headers, rows, right=headers[2:])
         emit(f"cold by {document['loads'][0]['cold_by']}; seconds of the slowest rank")
     for one in document["loads"]:
         if one["status"] == "absent":
-            emit(printable(f"{one['strategy']}: {one['reason']}"))
+            emit(printable(f"{one['engine']} {one['strategy']}: {one['reason']}"))
     for problem in document["problems"]:
         emit(printable(f"problem: {problem}"))
