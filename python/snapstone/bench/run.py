@@ -5,6 +5,7 @@ The document is written after every pair, so that whatever ends this process lea
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -299,6 +300,8 @@ def _silent(text: str) -> None:
 
 def leave(code: int) -> NoReturn:
     """Ends this process without the interpreter's teardown, which would wait for engines that were interrupted."""
+    for process in multiprocessing.active_children():
+        process.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
