@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -42,10 +44,19 @@ def measure(
         finally:
             ended = process.poll() is not None
             if not ended:
-                os.killpg(process.pid, signal.SIGKILL)
+                process.terminate()  # torchrun then ends its ranks, which are in sessions of their own
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert ended, f"no end after {LIMIT_SECONDS} s: {err.read_text()[-2000:]}"
     return subprocess.CompletedProcess(command, process.returncode, out.read_text(), err.read_text())
+
+
+def memory_directory() -> tempfile.TemporaryDirectory[str]:
+    """For checkpoints of runs that look at times: syncing a disk would wait for what others write there."""
+    return tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
 
 
 @pytest.fixture

@@ -50,5 +50,5 @@ def test_the_transformer_learns() -> None:
 
 
 def test_an_unknown_model_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ValueError, match="--model gpt-9: unknown; there are tiny, small, .*llama-405b"):
+    with pytest.raises(ValueError, match=r"--model gpt-9: unknown; there are tiny, small, .*llama-405b"):
         shape_of("gpt-9")

@@ -6,13 +6,12 @@ All engines with a fault run in one measurement on two ranks, which every test b
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bench.conftest import Bench, measure
+from bench.conftest import Bench, measure, memory_directory
 from bench.planted import PLANTED_SECONDS
 from snapstone.bench import results
 from snapstone.bench.results import LEDGER_ROWS, Cadence, Document, EngineResult
@@ -32,7 +31,7 @@ PLANTED = {
 @pytest.fixture(scope="module")
 def planted() -> Iterator[Document]:
     engines = ",".join(f"{name}=planted:{kind}" for name, kind in PLANTED.items())
-    with tempfile.TemporaryDirectory() as directory:
+    with memory_directory() as directory:
         done = measure(
             Path(directory),
             *("stall", "--model", "tiny", "--state-only", "--step-seconds", 0.02, "--engine", engines),
@@ -134,12 +133,13 @@ def test_a_measurement_says_where_and_how_it_was_made(planted: Document) -> None
 
 def test_every_installed_engine_saves_the_truth(tmp_path: Path) -> None:
     """FSDP2 on two ranks, a real optimizer; an engine that is not installed is listed as absent."""
-    done = measure(
-        tmp_path,
-        *("stall", "--model", "tiny", "--engine", "all", "--fsdp", 2, "--cadence", "tight"),
-        *("--saves", 2, "--pairs", 1, "--checks", 1, "--kills", 0, "--out", tmp_path),
-        ranks=2,
-    )
+    with memory_directory() as directory:
+        done = measure(
+            tmp_path,
+            *("stall", "--model", "tiny", "--engine", "all", "--fsdp", 2, "--cadence", "tight", "--dir", directory),
+            *("--saves", 2, "--pairs", 1, "--checks", 1, "--kills", 0, "--out", tmp_path),
+            ranks=2,
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     document = results.read(tmp_path / "stall-tiny.json")
     assert document["complete"]
