@@ -49,7 +49,17 @@ def has_o_direct() -> bool:
     return True
 
 
+def has_browser() -> bool:
+    from report.chromium import chromium_path
+
+    return chromium_path() is not None
+
+
 NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
+    "needs_browser": (
+        "a browser: playwright (make setup) and Chromium (apt-get install chromium)",
+        has_browser,
+    ),
     "needs_cuda": ("a CUDA device", has_cuda),
     "needs_io_uring": ("a kernel that allows io_uring", has_io_uring),
     "needs_o_direct": ("a temporary directory that takes O_DIRECT", has_o_direct),

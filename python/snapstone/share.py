@@ -25,6 +25,8 @@ from .trace import Trace
 __all__ = ["Share"]
 
 _POLL_SECONDS = 0.1
+# Of one rank: each is an open file while the checkpoint is loaded, and processes may have 1024 of them.
+_LINKED_FILES_MAX = 32
 _DRAIN_SECONDS = 1.0  # after a failure, for requests that the kernel still has
 
 
@@ -182,29 +184,42 @@ class Share:
         }
 
     def drop_sparse_files(self, used_bytes: Mapping[str, int]) -> None:
-        """Copies this rank's chunks out of shared files of which less than half is used, into a file of its own.
+        """Copies this rank's chunks out of shared files of which less than half is used, into a file of its own. If
+        there are too many files, out of all but the largest.
 
         `used_bytes`: by all ranks.
         """
         if self._comparison is None:
             return
-        sparse = [
-            number
-            for number, shared in enumerate(self._comparison.files, 1)
-            if 2 * used_bytes.get(shared.entry.name, 0) < shared.entry.nbytes
-        ]
-        rows = np.flatnonzero(np.isin(self._records["file"], sparse))
+        rows = np.flatnonzero(np.isin(self._records["file"], self._files_to_drop(used_bytes)))
         if not len(rows):
             return
         places, place_of_row = np.unique(self._records[["file", "offset", "stored_bytes"]][rows], return_inverse=True)
         sizes = padded(places["stored_bytes"])
-        ranges = np.stack([places["file"].astype(np.uint64) - 1, places["offset"], sizes], axis=1)
+        files, source = np.unique(places["file"], return_inverse=True)
+        ranges = np.stack([source.astype(np.uint64), places["offset"], sizes], axis=1)
+        every = self._sources()
+        sources = [every[number - 1] for number in files.tolist()]
         with self._trace.span("carry", int(sizes.sum())):
-            self._carried_bytes = self._staging.copy_ranges(
-                self._carried_name, self._sources(), np.ascontiguousarray(ranges)
-            )
+            self._carried_bytes = self._staging.copy_ranges(self._carried_name, sources, np.ascontiguousarray(ranges))
         self._records["file"][rows] = len(self._comparison.files) + 1
         self._records["offset"][rows] = (np.cumsum(sizes) - sizes)[place_of_row]
+
+    def _files_to_drop(self, used_bytes: Mapping[str, int]) -> list[int]:
+        """Their numbers in this rank's records."""
+        assert self._comparison is not None
+        mine = self.used_bytes()
+        dropped: list[int] = []
+        kept: list[tuple[int, int]] = []
+        for number, shared in enumerate(self._comparison.files, 1):
+            name = shared.entry.name
+            if 2 * used_bytes.get(name, 0) < shared.entry.nbytes:
+                dropped.append(number)
+            elif name in mine:
+                kept.append((mine[name], number))
+        if len(kept) > _LINKED_FILES_MAX:  # half of them at once, so that a chunk is seldom copied again
+            dropped += [number for _, number in sorted(kept)[: -_LINKED_FILES_MAX // 2]]
+        return dropped
 
     def write_index(
         self, save_id: str, world_size: int, step: int | None, objects: dict[str, Any]

@@ -16,24 +16,26 @@ from .base import Before
 from .errors import CheckpointError
 from .index import StoredTensor
 from .state import LeafPath
+from .structure import Structure
 
 __all__ = ["heed_unchanged", "owned_unchanged"]
 
 
 def owned_unchanged(
-    contents: Iterable[StoredTensor],
-    paths: Mapping[str, LeafPath],
-    before: Before | None,
-    step: int | None,
-    digests: Any,
+    structure: Structure, paths: Mapping[str, LeafPath], before: Before | None, step: int | None, digests: Any
 ) -> bool | None:
     """Whether this rank's part of the optimizers' state is what it was at an earlier step; None if it cannot tell.
 
-    `digests` (16 bytes): of each chunk of this save, whose data file has `contents`.
+    `digests` (16 bytes): of each chunk of this save.
     """
     if before is None or before.step is None or step is None or before.step >= step:
         return None
-    return _all_same(contents, _owned_names(paths), before, digests)
+    if structure.owned_chunks is None:
+        structure.owned_chunks = _chunks_of(structure.contents, _owned_names(paths), len(digests))
+    owned = structure.owned_chunks
+    if not owned.any() or not before.known[owned].all():
+        return None
+    return bool((before.digests[owned] == digests[owned]).all())
 
 
 def heed_unchanged(found: Sequence[bool | None], on_unchanged: str, step: int | None, path: str, *, warn: bool) -> None:
@@ -60,16 +62,11 @@ def _owned_names(paths: Mapping[str, LeafPath]) -> set[str]:
     }
 
 
-def _all_same(contents: Iterable[StoredTensor], owned: set[str], before: Before, digests: Any) -> bool | None:
-    """Whether all chunks with owned tensors have the digests that they had; None if there is nothing to compare.
-
-    Chunks that owned tensors share with others count only where there are no others.
-    """
-    whole = np.zeros(len(digests), bool)
-    mixed = np.zeros(len(digests), bool)
+def _chunks_of(contents: Iterable[StoredTensor], owned: set[str], chunk_count: int) -> Any:
+    """Which chunks (bool) tell of owned tensors: those with nothing else in them, or else those that they share."""
+    holds = np.zeros(chunk_count, bool)
+    mixed = np.zeros(chunk_count, bool)
     for item, _, place, *_ in contents:
-        (whole if item.name in owned else mixed)[place.first_chunk : place.first_chunk + place.chunk_count] = True
-    compared = whole & ~mixed if (whole & ~mixed).any() else whole
-    if not compared.any() or not before.known[compared].all():
-        return None
-    return bool((before.digests[compared] == digests[compared]).all())
+        (holds if item.name in owned else mixed)[place.first_chunk : place.first_chunk + place.chunk_count] = True
+    alone = holds & ~mixed
+    return alone if alone.any() else holds

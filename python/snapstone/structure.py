@@ -34,6 +34,7 @@ class Structure:
     payload_bytes: int  # of all ranks
     item_bytes: list[int]  # of each shard in the layout: of its dtype if that is floating, else 1
     is_floating: list[int]  # likewise
+    owned_chunks: Any = None  # of the layout, bool: those that tell of an optimizer's state; found when first needed
 
 
 class StructureCache:

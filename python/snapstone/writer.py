@@ -297,8 +297,9 @@ class Writer:
         """What is left to write once the data file is there; what this rank's vote says."""
         share, step = self._share, self.target.step
         assert share is not None
+        assert self._structure is not None
         before = share.before(_memory)
-        unchanged = owned_unchanged(share.contents, self._flattened.paths, before, step, share.digests)
+        unchanged = owned_unchanged(self._structure, self._flattened.paths, before, step, share.digests)
         share.drop_sparse_files(self._used_bytes)
         entry, self._stored = share.write_index(self.save_id, self.group.world_size, step, self._objects)
         with self.trace.span("sync"):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import snapstone as ss
+from durability import small
+from durability.based import forget
 from durability.chain import CHUNK_BYTES
 from snapstone import _native
 
@@ -45,6 +47,14 @@ def use_rung(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SNAPSTONE_CHUNK_BYTES", str(CHUNK_BYTES))
+
+
+@pytest.fixture
+def run(directory: Path, small_chunks: None) -> Path:
+    """Of the checkpoints "origin" and its delta "previous". What this process remembers of them is forgotten."""
+    small.save_previous(directory / "run")
+    forget()
+    return directory / "run"
 
 
 @pytest.fixture(autouse=True)

@@ -50,10 +50,12 @@ def blank(what: int | str = 1) -> dict[str, Any]:
 
 def bits(values: dict[str, Any]) -> Bits:
     """Tensors as bytes, so that == means bit for bit."""
+
+    def of(tensor: torch.Tensor) -> bytes:
+        return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
+
     return {
-        name: (str(value.dtype), tuple(value.shape), value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        if isinstance(value, torch.Tensor)
-        else value
+        name: (str(value.dtype), tuple(value.shape), of(value)) if isinstance(value, torch.Tensor) else value
         for name, value in values.items()
     }
 

@@ -1,111 +1,34 @@
-"""Bases that are missing, damaged, elsewhere, hostile, or that go while a save is compared with them.
+"""Bases that are missing, damaged or elsewhere, and damage that a base and its deltas share.
 
 Invariants:
   1. A base that was named and has no readable manifest is the typed error that a load raises; nothing is left behind.
   2. Whatever else is wrong with a base: the save is a full one, with a warning that names it, and the checkpoint right.
   3. base="auto" takes the newest checkpoint with an intact manifest; without any the save is a full one.
-  4. What was committed holds what was saved whatever becomes of the base, before, during or after the save.
-  5. A wrong byte in a shared file is reported by every checkpoint that uses the chunk, by the name that the file has
+  4. A wrong byte in a shared file is reported by every checkpoint that uses the chunk, by the name that the file has
      there, and by no other checkpoint.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
+import resource
 import shutil
-import struct
-import threading
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import snapstone as ss
 from durability import small
-from durability.delta import make_delta, rewrite_manifest
-from durability.forge import put
-from snapstone import _native, manifest, writer
-from snapstone.index import CHUNK_DTYPE
-from snapstone.reader import Reader
-
-MIB = 1 << 20
-NEXT = small.DELTAS["link"]
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SNAPSTONE_CHUNK_BYTES", "65536")
-
-
-@pytest.fixture
-def run(directory: Path) -> Path:
-    """With "origin" and its delta "previous". What this process remembers of them is forgotten."""
-    small.save_previous(directory / "run")
-    forget()
-    return directory / "run"
-
-
-def forget() -> None:
-    writer._memory._entries.clear()
-
-
-def save(run: Path, what: int | str = NEXT, *, asynchronous: bool = False, **options: Any) -> ss.Checkpoint:
-    options = {"checkpoint_id": run / "next", "base": run / "previous", **options}
-    if asynchronous:
-        return ss.async_save(small.make(what), **options).result(30)
-    return ss.save(small.make(what), **options)
-
-
-def names(run: Path) -> list[str]:
-    return sorted(os.listdir(run))
-
-
-def document(path: Path) -> manifest.Manifest:
-    return manifest.read(str(path))
-
-
-def assert_full(run: Path, named: Path, what: int | str = NEXT, **options: Any) -> str:
-    """The save is a full one with one warning, which names the base; its text."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        saved = save(run, what, **options)
-    (warning,) = caught
-    text = str(warning.message)
-    assert issubclass(warning.category, RuntimeWarning)
-    assert text.startswith(f"rank 0 saves in full, without the base {named}: "), text
-    assert saved.stats["base_unused"].partition(": ")[2] in text
-    path = Path(options.get("checkpoint_id", run / "next"))
-    assert (document(path).base, document(path).shared) == (None, ())
-    assert not (path / "base").exists()
-    small.assert_holds(path, what)
-    assert small.leftovers(run) == []
-    return text
-
+from durability.based import NEXT, assert_full, cut, data_of_base, document, flip, forget, names, replace, save
+from durability.delta import rewrite_manifest
+from snapstone import manifest
 
 # A base that was named and cannot be read ---------------------------------------------------------------------------
-
-
-def cut(file: Path, nbytes: int = 1) -> None:
-    """In this checkpoint only: other links keep what they had."""
-    replace(file, file.read_bytes()[:-nbytes])
-
-
-def replace(file: Path, data: bytes) -> None:
-    file.unlink()
-    file.write_bytes(data)
-
-
-def flip(file: Path, offset: int) -> None:
-    data = bytearray(file.read_bytes())
-    data[offset] ^= 1
-    replace(file, bytes(data))
 
 
 def newer(base: Path) -> None:
@@ -166,10 +89,6 @@ def test_what_is_no_path_is_refused(run: Path, base: Any, error: Any) -> None:
 
 
 # A base whose manifest is right and that cannot be used ---------------------------------------------------------------
-
-
-def data_of_base(base: Path) -> Path:
-    return base / "rank-00000.data"
 
 
 def linked_in_base(base: Path) -> Path:
@@ -364,145 +283,6 @@ def test_every_nth_save_is_a_full_one(run: Path) -> None:
     assert depths == [2, 0, 1, 2, 0, 1, 2]
 
 
-# A base that goes while it is used ------------------------------------------------------------------------------------
-
-
-class Interference(threading.Thread):
-    """Does something to the base while a call of the save is held up."""
-
-    def __init__(self, reached: Callable[[], bool], deed: Callable[[], Any]) -> None:
-        super().__init__()
-        self.reached, self.deed = reached, deed
-        self.error: BaseException | None = None
-        self.in_time = False
-
-    def run(self) -> None:
-        try:
-            end = time.monotonic() + 10
-            while not self.reached():
-                if time.monotonic() > end:
-                    return
-                time.sleep(0.001)
-            self.deed()
-            self.in_time = True
-        except BaseException as error:
-            self.error = error
-
-    def __enter__(self) -> Interference:
-        self.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.join()
-        _native.fault_disarm()
-        if self.error is not None:
-            raise self.error
-        assert self.in_time
-
-
-def removed(base: Path) -> None:
-    shutil.rmtree(base)
-
-
-def replaced(base: Path) -> None:
-    """Another checkpoint has the name, with other bytes in files of the same names and sizes."""
-    other = base.with_name("other")
-    make_other(other)
-    base.rename(base.parent.with_name("moved"))
-    other.rename(base)
-
-
-def make_other(path: Path) -> None:
-    shutil.copytree(path.parent.with_name("prepared"), path)
-
-
-def emptied(base: Path) -> None:
-    """As a removal that was interrupted leaves it."""
-    data_of_base(base).unlink()
-    shutil.rmtree(base / "base")
-
-
-def renamed(base: Path) -> None:
-    base.rename(base.with_name("renamed"))
-
-
-DEEDS: dict[str, Callable[[Path], None]] = {
-    "removed": removed,
-    "replaced": replaced,
-    "emptied": emptied,
-    "renamed": renamed,
-}
-
-
-def seen(call: str, nth: int) -> Callable[[], bool]:
-    return lambda: _native.fault_seen(call) >= nth
-
-
-@pytest.mark.parametrize("deed", list(DEEDS))
-@pytest.mark.parametrize("moment", ["chosen", "linking", "half linked", "linked", "written", "committing"])
-def test_a_base_that_goes_during_the_save(run: Path, deed: str, moment: str) -> None:
-    shutil.copytree(run, run.with_name("for other"))
-    ss.save(
-        small.layers("55577"), checkpoint_id=run.with_name("prepared"), base=run.with_name("for other") / "previous"
-    )
-    forget()
-    call, nth = {
-        "chosen": ("flock", 1),  # of the staging directory, before the ranks look at the base
-        "linking": ("link", 1),
-        "half linked": ("link", 2),
-        "linked": ("fsync", 2),
-        "written": ("fsync", 3),
-        "committing": ("renameat2", 1),
-    }[moment]
-    _native.fault_arm(f"{call}:{nth}:delay=300")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with Interference(seen(call, nth), lambda: DEEDS[deed](run / "previous")):
-            save(run)
-    shared = len(document(run / "next").shared)
-    if moment == "chosen":
-        assert shared == 0
-    elif moment in ("linking", "half linked"):
-        assert shared == (2 if deed in ("replaced", "renamed") else 0), "an open directory is the one that was meant"
-    else:
-        assert shared == 2
-    assert [str(run / "previous") in str(one.message) for one in caught] == [True] * (shared == 0)
-    for name in set(names(run)) - {"next"}:
-        shutil.rmtree(run / name)
-    small.assert_holds(run / "next", NEXT)
-    assert small.leftovers(run) == []
-
-
-def test_a_target_that_is_the_base_and_goes_during_the_save(run: Path) -> None:
-    _native.fault_arm("fsync:2:delay=300")
-    with Interference(seen("fsync", 2), lambda: shutil.rmtree(run / "previous")):
-        save(run, checkpoint_id=run / "previous", overwrite=True)
-    small.assert_holds(run / "previous", NEXT)
-
-
-def test_checkpoints_that_are_rotated_while_the_next_is_saved(run: Path) -> None:
-    """One thread removes all but the newest two; the other saves with the newest as base."""
-    stop = threading.Event()
-
-    def rotate() -> None:
-        while not stop.is_set():
-            for path in sorted(run.glob("step-*"))[:-2]:
-                shutil.rmtree(path)
-            time.sleep(0.002)
-
-    rotating = threading.Thread(target=rotate)
-    rotating.start()
-    try:
-        for step in range(15):
-            seeds = f"1{step % 4}{step % 3}2{step % 10}"
-            save(run, seeds, checkpoint_id=run / f"step-{step:03}", base="auto")
-            small.assert_holds(run / f"step-{step:03}", seeds)
-    finally:
-        stop.set()
-        rotating.join()
-    assert small.leftovers(run) == []
-
-
 # Damage in what is shared ---------------------------------------------------------------------------------------------
 
 
@@ -548,96 +328,28 @@ def test_a_full_save_after_damage_is_whole_and_so_are_its_deltas(run: Path) -> N
     small.assert_holds(run / "later", "11124")
 
 
-# Bases that this version's writer did not make ------------------------------------------------------------------------
+# Many -----------------------------------------------------------------------------------------------------------------
 
 
-def test_chunks_that_are_differences_are_taken_over_with_what_they_refer_to_or_not_at_all(directory: Path) -> None:
-    first = small.layers("11111")
-    second = {name: value + 1 if name == "layer1" else value for name, value in first.items()}
-    for number, state in enumerate((first, second)):
-        ss.save(state, checkpoint_id=directory / f"full-{number}", codec="zstd")
-    base = make_delta(directory / "full-0", directory / "full-1", directory / "forged", xor=True)
-    codecs = np.frombuffer(Reader(base).indexes[0].table, CHUNK_DTYPE)["codec"]
-    assert (codecs >= 5).any()
-    ss.save(second | {"scalar": torch.tensor(9.0)}, checkpoint_id=directory / "next", base=base)
-    shutil.rmtree(base)
-    assert ss.verify(directory / "next").problems == ()
-    assert small.load(directory / "next", "11111") == small.bits(second | {"scalar": torch.tensor(9.0)})
-
-
-def rewrite_index(path: Path, change: Callable[[dict[str, Any], Any], Any]) -> None:
-    """Changes a header and returns a table; the manifest is made to fit."""
-    index = path / "rank-00000.index"
-    data = index.read_bytes()
-    size = struct.unpack_from("<Q", data, 8)[0]
-    header = json.loads(data[16 : 16 + size])
-    table = change(header, np.frombuffer(data[-(-(16 + size) // 64) * 64 :], CHUNK_DTYPE).copy())
-    text = json.dumps(header, separators=(",", ":")).encode()
-    head = struct.pack("<8sQ", b"SNAPSIDX", len(text)) + text
-    index.unlink()
-
-    def fit(facts: dict[str, Any]) -> None:
-        (writer,) = facts["writers"]
-        put(path, writer["index"], head + bytes(-len(head) % 64) + table.tobytes())
-        for number, entry in enumerate(writer["data"]):
-            entry["xxh128"] = _native.digest_hex(table[table["file"] == number].tobytes())
-
-    rewrite_manifest(path, fit)
-
-
-def rename_data(path: Path, old: str, new: str) -> None:
-    """Another name for a data file, in the index and in the manifest."""
-
-    def in_manifest(facts: dict[str, Any]) -> None:
-        for entry in [*facts["writers"][0]["data"], *facts.get("shared", [])]:
-            if entry["name"] == old:
-                entry["name"] = new
-
-    def in_index(header: dict[str, Any], table: Any) -> Any:
-        header["files"] = [new if name == old else name for name in header["files"]]
-        return table
-
-    (path / old).rename(path / new)
-    rewrite_manifest(path, in_manifest)
-    rewrite_index(path, in_index)
-
-
-def test_a_base_with_file_names_of_its_own_is_used_or_makes_the_save_a_full_one(run: Path) -> None:
-    rename_data(run / "previous", "rank-00000.data", "weights.bin")
-    small.assert_holds(run / "previous", small.PREVIOUS)
-    assert_full(run, run / "previous")
-
-
-def test_a_base_whose_own_file_would_have_the_name_of_one_that_it_shares(run: Path) -> None:
-    """Linked under one name, one file would stand for the other."""
-    base = run / "previous"
-    (shared,) = document(base).shared
-    rename_data(base, shared.name, f"base/{document(base).save_id}.rank-00000.data")
-    small.assert_holds(base, small.PREVIOUS)
-    assert_full(run, base)
-
-
-def test_a_base_that_says_other_things_under_its_old_save_id_is_read_again(run: Path) -> None:
-    """What the process remembers of a save is of the index that it wrote, not of any that has the save's name."""
-    base = run / "previous"
-    save(run, "12323", checkpoint_id=base, overwrite=True, base=None)
-    data = (base / "rank-00000.data").read_bytes()
-
-    def swap(header: dict[str, Any], table: Any) -> Any:
-        table["offset"][[1, 2]] = table["offset"][[2, 1]]
-        return table
-
-    rewrite_index(base, swap)
-    replace(
-        base / "rank-00000.data",
-        data[:65536] + data[2 * 65536 : 3 * 65536] + data[65536 : 2 * 65536] + data[3 * 65536 :],
-    )
-    small.assert_holds(base, "12323")
-    assert save(run, "12324").stats["unchanged_chunks"] == 4
-    small.assert_holds(run / "next", "12324")
-
-
-def test_a_base_with_more_deltas_behind_it_than_a_number_holds(run: Path) -> None:
-    rewrite_manifest(run / "previous", lambda facts: facts["base"].update(depth=(1 << 63) - 1))
-    save(run)
-    small.assert_holds(run / "next", NEXT)
+def test_a_run_of_many_deltas_needs_few_descriptors_and_few_bytes(directory: Path, small_chunks: None) -> None:
+    """Each save leaves a file that the next ones use: without a limit the last one could not be opened any more."""
+    run, saves = directory / "run", 120
+    state = {f"layer{number}": torch.full((16_384,), float(number)) for number in range(saves)}
+    ss.save(state, checkpoint_id=run / "0")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    written = 0
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, hard))
+    try:
+        for number in range(saves):
+            state[f"layer{number}"] += 1
+            saved = ss.save(state, checkpoint_id=run / f"{number + 1}", base=run / f"{number}")
+            shutil.rmtree(run / f"{number}")
+            written += saved.own_nbytes
+            assert len(document(Path(saved.path)).shared) <= 32
+        target = {name: torch.zeros_like(value) for name, value in state.items()}
+        ss.load(target, checkpoint_id=run / f"{saves}")
+        assert ss.verify(run / f"{saves}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert small.bits(target) == small.bits(state)
+    assert written <= 5 * saves * 65536, "chunks are carried a few times, not with every save"

@@ -24,9 +24,10 @@ import torch
 
 import snapstone as ss
 from durability import small
+from durability.based import forget
 from durability.seam import Fault, calls_of, faults, outcome_of
 from durability.small import DELTAS, RUNGS
-from snapstone import _native, manifest, writer
+from snapstone import _native, manifest
 
 OF_A_DELTA = {"open", "mkdir", "link", "fsync", "pwrite", "close", "unlink", "renameat2", "stat", "opendir", "pread"}
 # A failure of one of these is never got over: the bytes of the checkpoint would not be what it says, or not durable.
@@ -35,14 +36,7 @@ FULL_DISK = ("link", "copy_file_range", "fallocate", "mkdir", "pwrite")
 NO_LINKS = ("EMLINK", "EPERM", "EXDEV", "EOPNOTSUPP", "ENOSPC", "EDQUOT", "EIO")
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SNAPSTONE_CHUNK_BYTES", "65536")
-
-
-def forget() -> None:
-    """What this process knows of earlier saves: the next one reads the index of its base."""
-    writer._memory._entries.clear()
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 class Scene:

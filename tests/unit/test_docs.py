@@ -47,7 +47,7 @@ def mentions_of_tests(text: str) -> list[tuple[str, str]]:
 def has_test(path: Path, name: str) -> bool:
     text = path.read_text()
     if path.suffix == ".py":
-        return re.search(rf"^\s*def {re.escape(name)}\(", text, re.MULTILINE) is not None
+        return re.search(rf"^(\s*def|class) {re.escape(name)}\(", text, re.MULTILINE) is not None
     suite, _, case = name.partition(".")
     return re.search(rf"^TEST(_F|_P)?\({suite}, {case}\)", text, re.MULTILINE) is not None
 
@@ -131,7 +131,7 @@ def run(command: list[str], directory: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["quickstart.md", "tuning.md"])
+@pytest.mark.parametrize("name", ["quickstart.md", "tuning.md", "cluster-model.md"])
 def test_code_blocks_run(name: str, tmp_path: Path) -> None:
     found = blocks(ROOT / "docs" / name)
     assert found

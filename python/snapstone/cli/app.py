@@ -21,6 +21,8 @@ from .exit_codes import ExitCode, code_of, message_of
 from .info import info
 from .ls import ls
 from .output import printable
+from .report import report
+from .trace import trace
 from .verify import verify
 from .watch import watch
 
@@ -73,7 +75,7 @@ def cli() -> None:
     """
 
 
-for _command in (ls, info, verify, diff, du, compact, watch, doctor, bench, completion):
+for _command in (ls, info, verify, diff, du, compact, watch, doctor, bench, report, trace, completion):
     cli.add_command(_command)
 
 

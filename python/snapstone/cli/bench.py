@@ -13,6 +13,7 @@ __all__ = ["bench"]
 _SUBCOMMANDS: Final[Mapping[str, tuple[str, str]]] = {  # name: module of this package, command in it
     "disk": ("bench_disk", "disk"),
     "load": ("bench_load", "load"),
+    "model": ("bench_model", "model"),
     "stall": ("bench_stall", "stall"),
 }
 
@@ -39,6 +40,7 @@ def bench() -> None:
     \b
     Examples:
       snapstone bench stall --model tiny --engine snapstone,dcp --out R/
+      snapstone bench model --from R/ --gpus 1024,16384
 
     Every measurement leaves one JSON document in the directory given by --out.
     """

@@ -23,6 +23,7 @@ __all__ = [
     "human_age",
     "human_bytes",
     "json_option",
+    "json_text",
     "json_value",
     "painted",
     "printable",
@@ -110,7 +111,11 @@ def _close_stdout() -> None:
 
 
 def emit_json(command: str, document: Mapping[str, Any]) -> None:
-    emit(json.dumps({"schema": f"snapstone.{command}/1", **document}, indent=2, ensure_ascii=True, allow_nan=False))
+    emit(json_text(command, document))
+
+
+def json_text(command: str, document: Mapping[str, Any]) -> str:
+    return json.dumps({"schema": f"snapstone.{command}/1", **document}, indent=2, ensure_ascii=True, allow_nan=False)
 
 
 def json_value(value: Any) -> Any:

@@ -323,7 +323,7 @@ class StorageWriter(StorageWriterInterface):
         try:
             share.start()
             share.wait_written(saving.deadline, Progress(False, "save", 0))
-            unchanged = owned_unchanged(share.contents, taken.paths, share.before(_memory), step, share.digests)
+            unchanged = owned_unchanged(structure, taken.paths, share.before(_memory), step, share.digests)
             share.drop_sparse_files(share.used_bytes())
             entry, stored = share.write_index(note.save_id, note.world_size, step, objects)
             saving.staging.sync([os.path.basename(one.name) for one in stored.shared])

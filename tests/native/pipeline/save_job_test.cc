@@ -244,7 +244,7 @@ TEST_F(SaveJobTest, sources_may_change_once_staged) {
 TEST_F(SaveJobTest, waiting_for_staging_ends_with_a_failed_job) {
   ring_ = ring_of(2);
   const Tensors tensors = some_tensors(50 * kTestChunkBytes);
-  const ArmedFaults faults("pwrite:3:errno=EIO");
+  const ArmedFaults faults("pwrite:3+:errno=EIO");
   const auto job = save_job(tensors, "a");
   EXPECT_FALSE(job->wait_staged(1ms));
   start(job);
