@@ -32,8 +32,7 @@ def trace(ctx: click.Context, results: str, output: str, as_json: bool) -> None:
 
     \b
     Examples:
-      SNAPSTONE_TRACE=R/run.json torchrun --nproc-per-node 8 train.py
-      snapstone trace R/ -o trace.json
+      snapstone trace R/ -o trace.json             # after SNAPSTONE_TRACE=R/run.json torchrun ... train.py
       snapstone trace R/ --json | jq .clocks
 
     Exits with 1 when R has no event.
