@@ -7,7 +7,9 @@ print goes to a file. Everything here is called in the child.
 from __future__ import annotations
 
 import os
+import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -38,7 +40,8 @@ class Task:
 
 
 def run(task: Task, pipe: Connection) -> None:
-    """The process's target."""
+    """The process's target. It leads a process group, so that what engines start ends with it."""
+    os.setsid()
     log = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -49,9 +52,10 @@ def run(task: Task, pipe: Connection) -> None:
         answer = _work(task, pipe)
     except BaseException as error:
         answer = ("error", _line(error))
-    pipe.send(answer)
-    pipe.poll(GROUP_TIMEOUT_SECONDS)  # rank 0 serves the store: nobody leaves before all have answered
-    os._exit(0)
+    with suppress(OSError):
+        pipe.send(answer)
+        pipe.poll(GROUP_TIMEOUT_SECONDS)  # rank 0 serves the store: nobody leaves before all have answered
+    os.killpg(0, signal.SIGKILL)
 
 
 def _work(task: Task, pipe: Connection) -> tuple[str, Any]:

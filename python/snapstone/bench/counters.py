@@ -16,7 +16,7 @@ INTERVAL_SECONDS = 0.25
 def _psutil() -> Any | None:
     """None where the extra `bench` is not installed."""
     try:
-        import psutil  # type: ignore[import-untyped,unused-ignore]
+        import psutil
     except ImportError:
         return None
     return psutil

@@ -197,7 +197,7 @@ class EngineResult(TypedDict):
 
 
 class Probe(TypedDict):
-    tool: Literal["fio", "probe"]
+    tool: Literal["fio", "probe", "snapstone"]  # snapstone: a save or load through the rung
     rung: str
     operation: Literal["write", "read"]
     bytes_per_second: list[float]

@@ -5,6 +5,7 @@ The document is written after every pair, so that whatever ends this process lea
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from . import results
 from .engines import chosen, engine_class
@@ -72,17 +73,9 @@ def run(request: Request, report: Callable[[str], None]) -> int:
     names = chosen(request.engine)
     check_request(request)
     signal.signal(signal.SIGTERM, _interrupt)
-    ranks = Ranks(request.device)
     directory = request.directory or request.out
-    problem = None
-    try:
-        _check_place(request, ranks, directory)
-    except (ValueError, OSError) as error:
-        problem = error
-    problems: list[Any] = [one for one in ranks.gather(problem) if one is not None]
-    if problems:
-        raise problems[0]
-    return _Run(request, names, ranks, directory, report).measure()
+    _check_place(request, directory)
+    return _Run(request, names, Ranks(request.device), directory, report).measure()
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
@@ -93,7 +86,7 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 def check_request(request: Request) -> None:
     """ValueError for numbers that make no sense, and for layouts that do not fit the ranks and the model."""
     shape = shape_of(request.model)
-    Layout.of(int(os.environ.get("WORLD_SIZE", "1")), request.fsdp, request.tp, shape.key_heads)
+    Layout.of(_from_launcher("WORLD_SIZE", 1), request.fsdp, request.tp, shape.key_heads)
     for name in ("saves", "pairs", "batch", "length"):
         if getattr(request, name) < 1:
             raise ValueError(f"--{name} {getattr(request, name)}: must be at least 1")
@@ -101,7 +94,12 @@ def check_request(request: Request) -> None:
         raise ValueError(f"--interval-steps {request.interval_steps}: must be at least 1")
 
 
-def _check_place(request: Request, ranks: Ranks, directory: Path) -> None:
+def _from_launcher(name: str, default: int) -> int:
+    """What torchrun says about the ranks, before they meet."""
+    return int(os.environ.get(name, default))
+
+
+def _check_place(request: Request, directory: Path) -> None:
     """Whether directories can be written, and memory and disk hold what is to come; raises with the numbers."""
     for path in {request.out, directory}:
         path.mkdir(parents=True, exist_ok=True)
@@ -109,21 +107,21 @@ def _check_place(request: Request, ranks: Ranks, directory: Path) -> None:
             raise PermissionError(13, "the directory cannot be written", os.fspath(path))
     shape = shape_of(request.model)
     nbytes = state_nbytes(shape, request.precision)
-    local_ranks = ranks.world // ranks.nodes
+    world = _from_launcher("WORLD_SIZE", 1)
+    local_ranks = _from_launcher("LOCAL_WORLD_SIZE", world)
     needed = COPIES_IN_MEMORY * local_ranks * nbytes // (request.fsdp * request.tp)
     available = memory_available_bytes()
-    if ranks.local_rank == 0 and needed > available:
+    if _from_launcher("LOCAL_RANK", 0) == 0 and needed > available:
         raise ValueError(
             f"--model {request.model}: {_gib(needed)} of memory are needed on this machine (the state of {local_ranks} "
             f"ranks {COPIES_IN_MEMORY} times: itself, an engine's copy, a load that is compared), {_gib(available)} "
             "are available; take a smaller model or more ranks with --fsdp"
         )
     # Engines without deduplication write the replicas too.
-    stored = nbytes * ranks.world // (request.fsdp * request.tp) if request.fsdp * request.tp > 1 else nbytes
-    stored = max(stored, nbytes * ranks.world // (request.fsdp * request.tp))
+    stored = nbytes * world // (request.fsdp * request.tp)
     wanted = int(DISK_MARGIN * stored * (request.saves + 2))
     free = shutil.disk_usage(directory).free
-    if ranks.rank == 0 and wanted > free:
+    if _from_launcher("RANK", 0) == 0 and wanted > free:
         raise ValueError(
             f"{directory}: {_gib(wanted)} of disk are needed ({request.saves} saves and 2 more of {_gib(stored)}), "
             f"{_gib(free)} are free; take fewer --saves or another --dir"
@@ -299,6 +297,8 @@ def _silent(text: str) -> None:
 
 def leave(code: int) -> NoReturn:
     """Ends this process without the interpreter's teardown, which would wait for engines that were interrupted."""
+    for process in multiprocessing.active_children():
+        process.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

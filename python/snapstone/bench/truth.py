@@ -35,6 +35,7 @@ __all__ = ["Check", "Witness"]
 Check = tuple[Path, dict[str, str]]
 KILLED_NBYTES_MAX = 512 << 20  # per rank: a larger model is stood for by a smaller one
 SURVIVORS_SECONDS = 0.5
+LEAVE_SECONDS = 10.0
 
 
 def _forking() -> Any:
@@ -175,32 +176,17 @@ class _Child:
         """Lets it go, and waits."""
         with suppress(OSError):
             self._pipe.send("leave")
-        self._process.join(10)
+        self._process.join(LEAVE_SECONDS)
         self.kill()
 
     def kill(self) -> None:
-        if self._process.is_alive():
-            assert self._process.pid is not None
-            for pid in (*_descendants(self._process.pid), self._process.pid):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+        """Ends it and everything that it started, at once."""
+        assert self._process.pid is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.join()
         self._pipe.close()
-
-
-def _descendants(pid: int) -> list[int]:
-    """Some engines leave writers behind when the process that started them dies."""
-    found: list[int] = []
-    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(one) for one in thread.read_text().split()]
-        except OSError:
-            continue
-        for child in children:
-            found.extend((*_descendants(child), child))
-    return found
 
 
 def _how(error: BaseException) -> str:

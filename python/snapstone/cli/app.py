@@ -24,6 +24,7 @@ from .output import printable
 from .report import report
 from .trace import trace
 from .verify import verify
+from .watch import watch
 
 __all__ = ["cli", "main"]
 
@@ -69,11 +70,12 @@ def cli() -> None:
       snapstone diff runs/gpt/step-1 runs/gpt/step-2
       snapstone du runs/gpt                        # what it takes on the disk
       snapstone compact runs/gpt/step-00001000     # independent of the files it shares
+      snapstone watch runs/gpt                     # its saves, while it trains
       snapstone doctor /mnt/checkpoints            # what this machine can do there
     """
 
 
-for _command in (ls, info, verify, diff, du, compact, doctor, bench, report, trace, completion):
+for _command in (ls, info, verify, diff, du, compact, watch, doctor, bench, report, trace, completion):
     cli.add_command(_command)
 
 

@@ -11,6 +11,8 @@ import click
 __all__ = ["bench"]
 
 _SUBCOMMANDS: Final[Mapping[str, tuple[str, str]]] = {  # name: module of this package, command in it
+    "disk": ("bench_disk", "disk"),
+    "load": ("bench_load", "load"),
     "model": ("bench_model", "model"),
     "stall": ("bench_stall", "stall"),
 }

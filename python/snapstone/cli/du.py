@@ -12,8 +12,8 @@ from .exit_codes import ExitCode
 from .output import bytes_option, emit, emit_json, emit_table, json_option, printable, size_format
 
 if TYPE_CHECKING:
+    from ..run_directory import Leftover
     from .disk_use import DirectoryUse, RunUse
-    from .run_directory import Leftover
 
 __all__ = ["du"]
 
@@ -36,8 +36,8 @@ def du(ctx: click.Context, run: str, as_json: bool, exact: bool) -> None:
 
     Exits with 1 when there is no checkpoint.
     """
+    from ..run_directory import find_checkpoints, find_leftovers, is_checkpoint
     from .disk_use import use_of
-    from .run_directory import find_checkpoints, find_leftovers, is_checkpoint
 
     found = find_checkpoints(run)
     leftovers = [] if is_checkpoint(run) else find_leftovers(run)

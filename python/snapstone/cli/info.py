@@ -74,7 +74,7 @@ def info(ctx: click.Context, ckpt: str, tensors: bool, as_json: bool, exact: boo
 
 def _document(checkpoint: Checkpoint, tensors: bool) -> dict[str, Any]:
     from .. import lineage
-    from .run_directory import committed_at
+    from ..run_directory import committed_at
 
     manifest = checkpoint.manifest
     names = checkpoint.keys()
@@ -248,7 +248,7 @@ def _show_tensors(document: dict[str, Any], size: Size) -> None:
 
 
 def _committed(document: dict[str, Any]) -> str:
-    from .run_directory import committed_at
+    from ..run_directory import committed_at
 
     written = committed_at(document["path"])
     return "-" if written is None else f"{utc(written)} ({human_age(time.time() - written)} ago)"

@@ -24,7 +24,7 @@ from .output import (
 )
 
 if TYPE_CHECKING:
-    from .run_directory import Entry, Leftover
+    from ..run_directory import Entry, Leftover
 
 __all__ = ["ls"]
 
@@ -48,7 +48,7 @@ def ls(ctx: click.Context, run: str, as_json: bool, exact: bool) -> None:
 
     Exits with 1 when there is no checkpoint or one is damaged.
     """
-    from .run_directory import find_leftovers, is_checkpoint, verified
+    from ..run_directory import find_leftovers, is_checkpoint, verified
 
     entries = list(verified(run, "quick"))
     entries.sort(key=lambda entry: entry.step if entry.step is not None else float("inf"))
@@ -68,7 +68,7 @@ def exit_code(entries: Sequence[Entry]) -> ExitCode:
 
 
 def _document(run: str, entries: Sequence[Entry], leftovers: Sequence[Leftover]) -> dict[str, object]:
-    from .run_directory import committed_at
+    from ..run_directory import committed_at
 
     rows = []
     for entry in entries:
@@ -97,7 +97,7 @@ def _document(run: str, entries: Sequence[Entry], leftovers: Sequence[Leftover])
 
 
 def _show(run: str, entries: Sequence[Entry], leftovers: Sequence[Leftover], exact: bool) -> None:
-    from .run_directory import committed_at
+    from ..run_directory import committed_at
 
     size = size_format(exact)
     now = time.time()

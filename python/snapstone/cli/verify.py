@@ -12,7 +12,7 @@ from .ls import exit_code
 from .output import bytes_option, emit, emit_json, json_option, painted, printable, size_format
 
 if TYPE_CHECKING:
-    from .run_directory import Entry
+    from ..run_directory import Entry
 
 __all__ = ["verify"]
 
@@ -34,7 +34,7 @@ def verify(ctx: click.Context, path: str, quick: bool, as_json: bool, exact: boo
 
     Exits with 1 when anything is wrong or nothing is there to check.
     """
-    from .run_directory import verified
+    from ..run_directory import verified
 
     level: Literal["quick", "full"] = "quick" if quick else "full"
     entries = []

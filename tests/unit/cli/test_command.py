@@ -24,7 +24,7 @@ from .conftest import flip_byte
 
 Run = Callable[..., Result]
 COMMAND = [sys.executable, "-m", "snapstone"]
-DATA_COMMANDS = ["ls", "info", "verify", "diff", "du", "compact", "doctor", "report", "trace"]
+DATA_COMMANDS = ["ls", "info", "verify", "diff", "du", "compact", "watch", "doctor", "report", "trace"]
 
 
 def environment(**variables: str) -> dict[str, str]:

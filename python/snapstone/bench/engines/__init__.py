@@ -25,7 +25,6 @@ _HOMES: Final[dict[str, tuple[str, str]]] = {  # name: module, class
     "safetensors": (".plain", "Safetensors"),
     "torch-checkpointing": (".torch_checkpointing", "TorchCheckpointing"),
     "torchsnapshot": (".torchsnapshot", "TorchSnapshot"),
-    "moonclip": (".moonclip", "Moonclip"),
 }
 NAMES: Final[Mapping[str, tuple[str, str]]] = _HOMES
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from .. import Checkpoint
+    from . import Checkpoint
 
 __all__ = ["Entry", "Leftover", "committed_at", "find_checkpoints", "find_leftovers", "is_checkpoint", "verified"]
 
@@ -91,7 +91,7 @@ def verified(path: str, level: Literal["quick", "full"], *, progress: bool = Fal
     What is wrong with a checkpoint is part of its entry. Raises CheckpointNotFoundError when nothing is at `path`, and
     OSError when it cannot be listed.
     """
-    from .. import CheckpointNotFoundError
+    from . import CheckpointNotFoundError
 
     try:
         found = find_checkpoints(path)
@@ -106,7 +106,7 @@ def verified(path: str, level: Literal["quick", "full"], *, progress: bool = Fal
 
 
 def _verified(path: str, level: Literal["quick", "full"], progress: bool) -> Entry:
-    from .. import Checkpoint, CheckpointError, CheckpointNotFoundError, verify
+    from . import Checkpoint, CheckpointError, CheckpointNotFoundError, verify
 
     begin = time.monotonic()
     checkpoint = None
@@ -172,7 +172,7 @@ def _staging_state(parent: str, descriptor: int, age: float) -> Literal["live", 
     A save locks its directory before it writes OWNER. Without OWNER, and young, the save may be about to lock, and
     must not meet this process.
     """
-    from .. import _native
+    from . import _native
 
     owners = _owners(descriptor)
     if owners is None and age <= _OWNERLESS_AGE_SECONDS:
