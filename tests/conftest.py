@@ -13,6 +13,11 @@ import tempfile
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run: a change is not judged by luck.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
 
 SYS_IO_URING_SETUP = 425  # the same number on every architecture
 IO_URING_PARAMS_BYTES = 120

@@ -27,8 +27,8 @@ PROPERTY = settings(max_examples=200, deadline=None)
 NEVER = math.inf
 SLACK = 1e-12  # of rounding, in a goodput
 
-stalls = st.floats(0, 1e3)
-longer = st.floats(0, 1e4)
+stalls = st.just(0.0) | st.floats(1e-9, 1e3)
+longer = st.just(0.0) | st.floats(1e-9, 1e4)
 cadences = st.floats(1e-2, 1e6)
 mtbfs = st.floats(10, 1e9)
 factors = st.floats(1, 100)
