@@ -30,7 +30,10 @@ class Ranks:
         dist.init_process_group(self.backend, timeout=timeout)
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
-        self.nodes = self.world // int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        self.nodes = self.world // local_world
+        if device == "cpu":  # engines get the other half: threads that spin for a core would be all that is measured
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world // 2))
         self._group = self.new_group()
 
     def new_group(self) -> Any:

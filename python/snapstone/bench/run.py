@@ -141,7 +141,8 @@ class _Run:
         self.ranks = ranks
         self.begin = time.monotonic()
         self.report = report if ranks.rank == 0 else _silent
-        self.root = directory / f".bench-{request.label or request.model}"
+        self.label = request.label or request.model
+        self.root = directory / f".bench-{results.path_of(directory, 'stall', self.label).stem}"
         self.results: list[EngineResult] = []
         self.document = self._new_document()
 
@@ -270,7 +271,7 @@ class _Run:
     def _write(self) -> None:
         if self.ranks.rank == 0:
             self.document["seconds"] = time.monotonic() - self.begin
-            results.write(self.document, self.request.out, self.request.label or self.request.model)
+            results.write(self.document, self.request.out, self.label)
 
 
 def measured_whole(result: EngineResult, request: Request) -> bool:
