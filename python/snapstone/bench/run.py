@@ -83,6 +83,11 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _finish_undisturbed() -> None:
+    """What was measured is being written: torchrun, which may hear of a dead rank later than this one, waits for it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def check_request(request: Request) -> None:
     """ValueError for numbers that make no sense, and for layouts that do not fit the ranks and the model."""
     shape = shape_of(request.model)
@@ -181,9 +186,11 @@ class _Run:
                 self._engine(name)
             self.document["complete"] = True
         except KeyboardInterrupt:
+            _finish_undisturbed()
             self.document["problems"].append("interrupted")
             code = 130
         except Exception as error:  # a rank that died shows as an error of whatever talked to it
+            _finish_undisturbed()
             self.document["problems"].append(f"rank {self.ranks.rank}: {described(error)}")
             self.report(f"stopped: {described(error)}")
             code = 1
