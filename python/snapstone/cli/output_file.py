@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["write_whole"]
@@ -25,7 +26,8 @@ def write_whole(path: str, text: str) -> None:
             os.fchmod(file.fileno(), 0o644)
         os.replace(temporary, target)
     except BaseException as error:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):  # Ctrl-C right after the rename
+            os.unlink(temporary)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, path) from None
         raise
