@@ -33,13 +33,22 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Falsy when both checkpoints hold the same names, shapes, dtypes, tensor bytes and Python values."""
+    """Falsy when both checkpoints hold the same names, shapes, dtypes, tensor bytes and Python values.
+
+    `changed_share` is the part of the second's bytes that the first does not have, 0 to 1.
+    """
 
     added: tuple[str, ...]  # only in the second
     removed: tuple[str, ...]  # only in the first
     changed: tuple[Change, ...]
     changed_objects: tuple[str, ...]
     same_tensors: int
+    changed_bytes: int  # of the second's tensors: chunks that differ, and tensors that are added
+    nbytes: int  # of the second's tensors, each counted once
+
+    @property
+    def changed_share(self) -> float:
+        return self.changed_bytes / self.nbytes if self.nbytes else 0.0
 
     def __bool__(self) -> bool:
         return bool(self.added or self.removed or self.changed or self.changed_objects)
@@ -58,12 +67,16 @@ def compare(first: Checkpoint, second: Checkpoint, *, values: bool) -> Differenc
             changed.append(change)
     objects = first.reader.objects(0), second.reader.objects(0)
     names = objects[0].keys() | objects[1].keys()
+    added = tuple(sorted(after.keys() - before.keys()))
     return Difference(
-        added=tuple(sorted(after.keys() - before.keys())),
+        added=added,
         removed=tuple(sorted(before.keys() - after.keys())),
         changed=tuple(sorted(changed, key=lambda change: change.name)),
         changed_objects=tuple(sorted(name for name in names if objects[0].get(name) != objects[1].get(name))),
         same_tensors=same,
+        changed_bytes=sum(change.changed_bytes for change in changed)
+        + sum(second.get_slice(name).nbytes for name in added),
+        nbytes=sum(second.get_slice(name).nbytes for name in after),
     )
 
 
@@ -71,7 +84,7 @@ def _compare_tensor(first: Checkpoint, second: Checkpoint, name: str, values: bo
     a, b = first.describe(name), second.describe(name)
     before, after = f"{a.dtype}{list(a.shape)}", f"{b.dtype}{list(b.shape)}"
     if before != after:
-        nbytes = max(first.get_slice(name).nbytes, second.get_slice(name).nbytes)
+        nbytes = second.get_slice(name).nbytes
         return Change(name, before, after, nbytes, nbytes, None)
     chunks = _chunks(first, name), _chunks(second, name)
     nbytes = first.get_slice(name).nbytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -183,11 +183,11 @@ class Share:
             if used
         }
 
-    def drop_sparse_files(self, used_bytes: Mapping[str, int]) -> None:
+    def drop_sparse_files(self, used_bytes: Mapping[str, int], check: Callable[[], None]) -> None:
         """Copies this rank's chunks out of shared files of which less than half is used, into a file of its own. If
         there are too many files, out of all but the largest.
 
-        `used_bytes`: by all ranks.
+        `used_bytes`: by all ranks. `check` is called now and then, and raises to end the copy.
         """
         if self._comparison is None:
             return
@@ -201,7 +201,9 @@ class Share:
         every = self._sources()
         sources = [every[number - 1] for number in files.tolist()]
         with self._trace.span("carry", int(sizes.sum())):
-            self._carried_bytes = self._staging.copy_ranges(self._carried_name, sources, np.ascontiguousarray(ranges))
+            self._carried_bytes = self._staging.copy_ranges(
+                self._carried_name, sources, np.ascontiguousarray(ranges), lambda _: check()
+            )
         self._records["file"][rows] = len(self._comparison.files) + 1
         self._records["offset"][rows] = (np.cumsum(sizes) - sizes)[place_of_row]
 

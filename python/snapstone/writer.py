@@ -300,7 +300,7 @@ class Writer:
         assert self._structure is not None
         before = share.before(_memory)
         unchanged = owned_unchanged(self._structure, self._flattened.paths, before, step, share.digests)
-        share.drop_sparse_files(self._used_bytes)
+        share.drop_sparse_files(self._used_bytes, self._check_wanted)
         entry, self._stored = share.write_index(self.save_id, self.group.world_size, step, self._objects)
         with self.trace.span("sync"):
             self._staging.sync([os.path.basename(one.name) for one in self._stored.shared])
@@ -370,11 +370,14 @@ class Writer:
 
     def _enter_commit(self) -> None:
         with self._commit_lock:
-            if self._state == "cancelled":
-                raise self._cancelled()
-            if self.deadline.expired:
-                raise self._too_late()
+            self._check_wanted()
             self._state = "committing"
+
+    def _check_wanted(self) -> None:
+        if self._state == "cancelled":
+            raise self._cancelled()
+        if self.deadline.expired:
+            raise self._too_late()
 
     def _cancelled(self) -> CheckpointError:
         return CheckpointError("cancelled before the commit", path=self.target.path, rank=self.group.rank)

@@ -9,7 +9,6 @@ import json
 import mmap
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import pytest
 import torch
 
 import snapstone as ss
+from distributed.ranks import at_store, serve_store
 from snapstone import _native
 from snapstone.bench import results
 from snapstone.bench.load_files import FILE_ENGINES, missing_package, raw_tensors
@@ -229,11 +229,9 @@ class Slow:
     """Two ranks that load slowly, started by hand so that one of them can be killed."""
 
     def __init__(self, checkpoint: Path, out: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        self.store = serve_store()
         arguments = ["--from", str(checkpoint), "--samples", "500", "--strategy", "direct", "--out", str(out)]
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | at_store(self.store.port)
         self.document = out / "load-2-ranks-replicated.json"
         self.ranks = [
             subprocess.Popen(

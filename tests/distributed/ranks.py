@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -93,8 +92,8 @@ def announce(mark: str) -> None:
 class Ranks:
     """Running ranks; leaving the context kills what is left.
 
-    `store` is where they meet: a FileStore ("file"), a TCPStore served by rank 0 ("tcp") or by this process, as under
-    torchrun ("launcher"), the MASTER_ADDR variables ("env"), or no process group at all ("none").
+    `store` is where they meet: a FileStore ("file"), a TCPStore served by rank 0 ("tcp") or by this process
+    ("launcher"), the same found through torchrun's variables ("env"), or no process group at all ("none").
     `env` is added to this process's variables.
     """
 
@@ -113,10 +112,8 @@ class Ranks:
         self._ends: dict[int, dict[str, Any]] = {}
         self._served: Any = None
         port = 0
-        if store == "env":
-            port = _free_port()
-        elif store == "launcher":
-            self._served = _serve_store()
+        if store in ("env", "launcher"):
+            self._served = serve_store()
             port = self._served.port
         setup = _Setup(world_size, store, port, self._directory.name, {**os.environ, **(env or {})})
         where = (function.__module__, inspect.getsourcefile(function), function.__qualname__)
@@ -259,7 +256,7 @@ def _join_group(rank: int, setup: _Setup) -> Any:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     options: dict[str, Any] = {"rank": rank, "world_size": setup.world_size, "timeout": timedelta(seconds=30)}
     if setup.store == "env":
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(setup.port))
+        os.environ.update(at_store(setup.port))
         options["init_method"] = "env://"
     elif setup.store == "file":
         options["store"] = dist.FileStore(os.path.join(setup.directory, "store"), setup.world_size)
@@ -281,7 +278,8 @@ def _start_server() -> None:
         forkserver.ensure_running()
 
 
-def _serve_store() -> Any:
+def serve_store() -> Any:
+    """A TCPStore of this process, at a port that the kernel picks."""
     import torch.distributed as dist
 
     return dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
@@ -296,11 +294,9 @@ def _read_port(path: Path) -> int:
     return int(path.read_text())
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def at_store(port: int) -> dict[str, str]:
+    """The variables by which torchrun tells its ranks of the store that it serves."""
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": str(True)}
 
 
 def _load(module_name: str, path: str, qualname: str) -> Callable[..., Any]:

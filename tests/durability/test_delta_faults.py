@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -247,6 +248,22 @@ def test_an_async_delta_save_fails_as_a_sync_one_does(directory: Path) -> None:
         swept = [(error, how) for _, error, how in sweep(scene, call, "EIO")]
         assert sum(error is not None for error, _ in swept) >= least
     small.assert_slots_free()
+
+
+@pytest.mark.parametrize("unwanted", ["cancelled", "took longer than 2 s"])
+def test_carrying_over_ends_when_the_save_is_unwanted(directory: Path, unwanted: str) -> None:
+    scene = Scene(directory / "run", "carry", remembered=True)
+    state, timeout = small.layers(DELTAS["carry"]), 30.0 if unwanted == "cancelled" else 2.0
+    with armed("copy_file_range:1:delay=2500"):
+        handle = ss.async_save(state, checkpoint_id=scene.target, base=scene.base, timeout=timeout)
+        while not _native.fault_seen("copy_file_range") and not handle.done():
+            time.sleep(0.001)
+        synced = _native.fault_seen("fsync")
+        assert unwanted != "cancelled" or handle.cancel()
+        with pytest.raises(ss.CheckpointError, match=unwanted):
+            handle.result(30)
+        assert _native.fault_seen("fsync") <= synced + 1, "only the parent, once the staging directory is removed"
+    scene.check(unwanted)
 
 
 def test_tensors_that_change_while_a_failed_save_is_retried_are_saved_as_they_are(directory: Path) -> None:

@@ -17,9 +17,9 @@ import importlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from distributed.ranks import run_ranks, values
+from distributed.ranks import Result, at_store, run_ranks, serve_store, values
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CUT, END = 2, 6  # steps
@@ -82,7 +82,7 @@ class Source:
 def meet(rank: int, world_size: int, port: int) -> None:
     sys.path.insert(0, str(EXAMPLES))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(at_store(port), GLOO_SOCKET_IFNAME="lo")
 
 
 def part() -> None:
@@ -157,12 +157,11 @@ def _continue(rank: int, layout: Layout, run: Path, full_state: Path, ports: lis
 # Outside --------------------------------------------------------------------------------------------------------------
 
 
-def free_ports() -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+def on_ranks(layout: Layout, function: Callable[..., list[str]], *args: Any) -> list[Result]:
+    """Calls `function(rank, layout, *args, ports)` on the layout's ranks, which meet twice."""
+    stores = [serve_store() for _ in range(2)]
+    ports = [store.port for store in stores]
+    return run_ranks(layout.world_size, function, layout, *args, ports, store="none", timeout=30.0)
 
 
 def printed(output: str) -> Losses:
@@ -183,7 +182,7 @@ def source_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def source_of(layout: Layout) -> Source:
         directory = tmp_path_factory.mktemp(str(layout))
-        results = run_ranks(layout.world_size, _source, layout, directory, free_ports(), store="none", timeout=30.0)
+        results = on_ranks(layout, _source, directory)
         losses = numbered(values(results)[0], first=1)
         assert len(set(losses.values())) == END  # it trains, and data and dropout vary
         assert printed(results[0].output) == {step: losses[step] for step in range(1, CUT + 1)}
@@ -229,16 +228,7 @@ def test_a_run_continued_at_another_layout_has_the_losses_of_the_same_state_ther
 ) -> None:
     source = source_of(before)
     shutil.copytree(source.checkpoints, tmp_path / "run")
-    results = run_ranks(
-        after.world_size,
-        _continue,
-        after,
-        tmp_path / "run",
-        source.full_state,
-        free_ports(),
-        store="none",
-        timeout=30.0,
-    )
+    results = on_ranks(after, _continue, tmp_path / "run", source.full_state)
     reference = numbered(values(results)[0], first=CUT + 1)
     continued = printed(results[0].output)
     assert continued == reference

@@ -207,6 +207,9 @@ def test_diff_tells_what_changed(tmp_path: Path) -> None:
     changes = {change.name: change for change in found.changed}
     assert sorted(changes) == ["big", "shape", "small"]
     assert (changes["big"].nbytes, changes["big"].changed_bytes) == (3 * MIB, MIB)
+    nbytes, new = 20 + 3 * MIB + 16 + 4 + 12, 4 + 12  # same, big, small, new, shape
+    assert (found.nbytes, found.changed_bytes) == (nbytes, MIB + 16 + new)
+    assert found.changed_share == (MIB + 16 + new) / nbytes
     assert (changes["shape"].before, changes["shape"].after) == ("float32[2]", "float32[3]")
     assert all(change.max_abs_difference is None for change in found.changed)
     with_values = {change.name: change for change in first.diff(tmp_path / "b", values=True).changed}
@@ -225,6 +228,8 @@ def test_the_same_state_saved_twice_does_not_differ(tmp_path: Path) -> None:
     assert not first.diff(second)
     assert not first.diff(first)
     assert first.diff(second).same_tensors == len(DTYPES) + 1
+    assert first.diff(second).changed_share == 0
+    assert saved(tmp_path / "empty", {}).diff(saved(tmp_path / "empty-too", {})).changed_share == 0
 
 
 def test_other_chunk_sizes_are_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

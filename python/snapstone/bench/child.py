@@ -33,7 +33,7 @@ class Task:
     root: Path
     rank: int
     world: int
-    store: tuple[str, int]  # host and port of the children's own group
+    store: tuple[str, int]  # host and port; served by rank 0's parent
     log: Path
     killed: bool
     checks: tuple[tuple[Path, tuple[dict[str, str], ...]], ...]
@@ -45,7 +45,7 @@ def run(task: Task, pipe: Connection) -> None:
     log = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's store is the training's
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(True)  # a parent serves the store, as torchrun does
     os.environ.update({"RANK": str(task.rank), "WORLD_SIZE": str(task.world), "MASTER_ADDR": task.store[0]})
     os.environ.update({"MASTER_PORT": str(task.store[1]), "LOCAL_RANK": str(task.plan.local_rank)})
     try:
@@ -54,7 +54,7 @@ def run(task: Task, pipe: Connection) -> None:
         answer = ("error", _line(error))
     with suppress(OSError):
         pipe.send(answer)
-        pipe.poll(GROUP_TIMEOUT_SECONDS)  # rank 0 serves the store: nobody leaves before all have answered
+        pipe.poll(GROUP_TIMEOUT_SECONDS)  # nobody leaves before all have answered
     os.killpg(0, signal.SIGKILL)
 
 
@@ -67,9 +67,8 @@ def _work(task: Task, pipe: Connection) -> tuple[str, Any]:
 
     torch.set_num_threads(1)
     backend = "cpu:gloo,cuda:nccl" if task.plan.device == "cuda" else "gloo"
-    address = f"tcp://{task.store[0]}:{task.store[1]}"
     timeout = timedelta(seconds=GROUP_TIMEOUT_SECONDS)
-    dist.init_process_group(backend, init_method=address, rank=task.rank, world_size=task.world, timeout=timeout)
+    dist.init_process_group(backend, timeout=timeout)
     plan = replace(task.plan, state_only=True, step_seconds=0.0)
     workload = Workload(plan)
     if task.engine not in NAMES:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ class ProbeError(Exception):
     """A probe that could not do its work; the message says why."""
 
 
-class DiskProbe:
+class DiskProbe(ABC):
     """One way. `rung` names the engine's way that it is like."""
 
     tool: ClassVar[Literal["fio", "probe", "snapstone"]]
@@ -46,13 +47,13 @@ class DiskProbe:
 
         return _native.try_rung(directory, self.rung) or None
 
+    @abstractmethod
     def write(self, directory: str) -> float:
         """Seconds. Raises OSError or ProbeError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, directory: str) -> float:
         """Seconds for what `write` left there. Raises OSError or ProbeError."""
-        raise NotImplementedError
 
 
 class Fio(DiskProbe):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "serve_store"]
 
 GROUP_TIMEOUT_SECONDS = 600
 
@@ -26,7 +26,9 @@ class Ranks:
         timeout = timedelta(seconds=GROUP_TIMEOUT_SECONDS)
         if "RANK" not in os.environ:
             os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
-            os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())})
+            self._store = serve_store()
+            os.environ.update({"MASTER_ADDR": self._store.host, "MASTER_PORT": str(self._store.port)})
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(True)
         dist.init_process_group(self.backend, timeout=timeout)
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
@@ -53,7 +55,7 @@ class Ranks:
             dist.barrier(self._group)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def serve_store() -> TCPStore:
+    """A store for ranks to meet at, on this host and a port that the kernel picks."""
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False)

@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,10 +23,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
 from .child import GROUP_TIMEOUT_SECONDS, Task, run
 from .engines import NAMES, Engine
 from .models import shape_of, state_nbytes
-from .ranks import Ranks
+from .ranks import Ranks, serve_store
 from .workload import Plan
 
 __all__ = ["Check", "Witness"]
@@ -56,6 +57,7 @@ class Witness:
         self._root = root
         self._random = random.Random(f"{seed} {engine}")  # alike on all ranks
         self._context = _forking()
+        self._store: TCPStore | None = None  # of rank 0: where the children meet
         self._log = root / f"child-{ranks.rank:05d}.log"
 
     def check(self, checks: Sequence[Check], plan: Plan | None = None) -> list[str]:
@@ -133,7 +135,9 @@ class Witness:
         return replace(self._plan, model="tiny", tp=1, fsdp=1)
 
     def _start(self, plan: Plan, root: Path, *, killed: bool, checks: Any) -> _Child:
-        store = self._ranks.gather(_free_address() if self._ranks.rank == 0 else None)[0]
+        if self._ranks.rank == 0:
+            self._store = serve_store()
+        address = self._ranks.gather((self._store.host, self._store.port) if self._store else None)[0]
         task = Task(
             engine=self._engine,
             home=self._home,
@@ -141,7 +145,7 @@ class Witness:
             root=root,
             rank=self._ranks.rank,
             world=self._ranks.world,
-            store=store,
+            store=address,
             log=self._log,
             killed=killed,
             checks=checks,
@@ -191,11 +195,3 @@ class _Child:
 
 def _how(error: BaseException) -> str:
     return "died" if isinstance(error, EOFError) else str(error) or type(error).__name__
-
-
-def _free_address() -> tuple[str, int]:
-    """Where rank 0's child will listen: its host as the other ranks know it, and a free port."""
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return host, probe.getsockname()[1]

@@ -54,6 +54,8 @@ def _document(a: str, b: str, difference: Difference) -> dict[str, Any]:
         "b": b,
         "same": not difference,
         "same_tensors": difference.same_tensors,
+        "changed_bytes": difference.changed_bytes,
+        "nbytes": difference.nbytes,
         "added": difference.added,
         "removed": difference.removed,
         "changed": [
@@ -99,5 +101,6 @@ def _show(difference: Difference, values: bool, exact: bool) -> None:
         emit_table(headers, rows, right=("changed", "of", "max |a-b|"))
     emit(
         f"tensors: {difference.same_tensors} same, {len(difference.changed)} changed, {len(difference.added)} added, "
-        f"{len(difference.removed)} removed; Python values: {len(difference.changed_objects)} differ"
+        f"{len(difference.removed)} removed; {size(difference.changed_bytes)} of {size(difference.nbytes)} differ "
+        f"({difference.changed_share:.1%}); Python values: {len(difference.changed_objects)} differ"
     )

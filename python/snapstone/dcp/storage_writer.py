@@ -58,6 +58,10 @@ class _Saving:
     leads: bool
     process: int = field(default_factory=os.getpid)
 
+    def check_deadline(self) -> None:
+        if self.deadline.expired:
+            raise CheckpointError("the data file was not written in time", path=self.target.path)
+
     def discard(self) -> None:
         if self.leads and self.process == os.getpid():  # a forked child has a copy of the writer, but not the save
             self.staging.discard()
@@ -324,7 +328,7 @@ class StorageWriter(StorageWriterInterface):
             share.start()
             share.wait_written(saving.deadline, Progress(False, "save", 0))
             unchanged = owned_unchanged(structure, taken.paths, share.before(_memory), step, share.digests)
-            share.drop_sparse_files(share.used_bytes())
+            share.drop_sparse_files(share.used_bytes(), saving.check_deadline)
             entry, stored = share.write_index(note.save_id, note.world_size, step, objects)
             saving.staging.sync([os.path.basename(one.name) for one in stored.shared])
         finally:

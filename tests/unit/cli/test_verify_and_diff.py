@@ -126,7 +126,8 @@ def test_equal_checkpoints_do_not_differ(snapstone: Run, snapstone_json: RunJson
     ss.save(state_at(9), checkpoint_id=run_path / "again")
     result = snapstone("diff", run_path / "step-9", run_path / "again", "--values")
     assert result.exit_code == 0
-    assert result.stdout == "tensors: 3 same, 0 changed, 0 added, 0 removed; Python values: 0 differ\n"
+    assert result.stdout.startswith("tensors: 3 same, 0 changed, 0 added, 0 removed; 0 B of ")
+    assert result.stdout.endswith(" differ (0.0%); Python values: 0 differ\n")
     assert snapstone_json("diff", run_path / "step-9", run_path / "again")[1]["same"] is True
 
 
@@ -141,7 +142,8 @@ def test_each_kind_of_difference_is_named(snapstone_json: RunJson, snapstone: Ru
     code, document = snapstone_json("diff", run_path / "step-9", run_path / "other", "--values")
     assert code == 1
     assert document.keys() == {
-        *("schema", "a", "b", "same", "same_tensors", "added", "removed", "changed", "changed_objects")
+        *("schema", "a", "b", "same", "same_tensors", "added", "removed", "changed", "changed_objects"),
+        *("changed_bytes", "nbytes"),
     }
     assert (document["same"], document["same_tensors"]) == (False, 0)
     assert (document["added"], document["removed"]) == (["model.extra"], [EVIL_NAME])
