@@ -133,5 +133,6 @@ def _line(error: BaseException) -> str:
 def _saved(pending: Any) -> None:
     if pending is not None:
         pending.fence()
+        pending.complete()
         pending.wait()
         pending.finish()

@@ -25,6 +25,12 @@ _HOMES: Final[dict[str, tuple[str, str]]] = {  # name: module, class
     "safetensors": (".plain", "Safetensors"),
     "torch-checkpointing": (".torch_checkpointing", "TorchCheckpointing"),
     "torchsnapshot": (".torchsnapshot", "TorchSnapshot"),
+    "megatron": (".megatron", "Megatron"),
+    "megatron-async": (".megatron", "MegatronAsync"),
+    "deepspeed": (".deepspeed", "DeepSpeed"),
+    "deepspeed-fast": (".deepspeed", "DeepSpeedFast"),
+    "deepspeed-decoupled": (".deepspeed", "DeepSpeedDecoupled"),
+    "datastates": (".datastates", "DataStates"),
 }
 NAMES: Final[Mapping[str, tuple[str, str]]] = _HOMES
 

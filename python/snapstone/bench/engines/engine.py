@@ -6,7 +6,8 @@
     optimizer.step()
     engine.poll()                                   row "finalize": what must run on the training thread, each step
     pending.wait()                                  on a thread of the harness: returns when the engine calls it saved
-    pending.finish()                                row "finalize", or "wait_previous" before the next save
+    pending.complete()                              row "finalize", or "wait_previous" before the next save: what the
+    pending.finish()                                training thread must do for wait to return, and what follows it
 
 Every method is called by all ranks. An error in any of them fails the engine.
 """
@@ -48,6 +49,7 @@ class Pending:
 
     fence: Callable[[], object] = _nothing
     wait: Callable[[], object] = _nothing
+    complete: Callable[[], object] = _nothing
     finish: Callable[[], object] = _nothing
 
 
