@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
 from snapstone.bench.engines import Engine, Pending
+from snapstone.bench.engines.deepspeed import DeepSpeedFast
 from snapstone.bench.results import Option
 
 PLANTED_SECONDS = 0.1
@@ -63,6 +66,20 @@ class SleepsInFinish(Honest):
         return Pending(finish=lambda: time.sleep(PLANTED_SECONDS))
 
 
+class SleepsInComplete(Honest):
+    """Calls its checkpoint saved when the training thread has done its part."""
+
+    def save(self, state: Mapping[str, Any], directory: Path, step: int) -> Pending | None:
+        super().save(state, directory, step)
+        completed = threading.Event()
+
+        def complete() -> None:
+            time.sleep(PLANTED_SECONDS)
+            completed.set()
+
+        return Pending(wait=completed.wait, complete=complete)
+
+
 class HoldsTheInterpreter(Honest):
     """In the background, in a C call that keeps the interpreter lock."""
 
@@ -110,6 +127,29 @@ class Hasty(Honest):
 class Raises(Honest):
     def save(self, state: Mapping[str, Any], directory: Path, step: int) -> Pending | None:
         raise OSError(28, "No space left on device", str(directory))
+
+
+class RaisesLikeDcp(Honest):
+    """What is no Exception, where the training thread waits for a save."""
+
+    def save(self, state: Mapping[str, Any], directory: Path, step: int) -> Pending | None:
+        def wait() -> None:
+            raise CheckpointException("write", {self.setting.rank: wrapped})
+
+        wrapped: Any = (OSError(28, "No space left on device"), None)
+        return Pending(wait=wait)
+
+
+class Exits(Honest):
+    def save(self, state: Mapping[str, Any], directory: Path, step: int) -> Pending | None:
+        sys.exit("cannot go on")
+
+
+class FilesOfDeepSpeed(DeepSpeedFast):
+    """With the writer that needs no CUDA."""
+
+    needs_cuda = False
+    writer = "python"
 
 
 class Skips(Honest):

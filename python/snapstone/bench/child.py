@@ -89,6 +89,7 @@ def _work(task: Task, pipe: Connection) -> tuple[str, Any]:
 
 def _check(task: Task, workload: Any, engine: Any) -> list[str]:
     """What is wrong, a line for each checkpoint."""
+    from .loop import ENGINE_ERRORS
     from .workload import digests
 
     problems: list[str] = []
@@ -96,7 +97,7 @@ def _check(task: Task, workload: Any, engine: Any) -> list[str]:
         target = workload.blank()
         try:
             engine.load(target, path)
-        except Exception as error:
+        except ENGINE_ERRORS as error:
             problems.append(f"{path.name} cannot be loaded: {_line(error)}")
             continue
         found = digests(target)

@@ -23,7 +23,7 @@ from pathlib import Path
 from .counters import Sampler, merged
 from .engines import Engine, Setting
 from .ledger import Pair, cadence_of, pair_of, spread_of, strip_of, walls_of
-from .loop import Block, Flight, Saver, StepTimes, described, run_block, sync_file_system
+from .loop import ENGINE_ERRORS, Block, Flight, Saver, StepTimes, described, run_block, sync_file_system
 from .ranks import Ranks
 from .results import EngineResult, SaveTimes, Span, Spread
 from .truth import Check, Witness
@@ -111,7 +111,7 @@ class Measurement:
         engine, error = None, None
         try:
             engine = self.kind(setting)
-        except Exception as raised:
+        except ENGINE_ERRORS as raised:
             error = raised
         try:
             self._agree("cannot be opened", described(error))

@@ -45,7 +45,8 @@ def stall(**options: Any) -> None:
 
     \b
     --engine takes snapstone, snapstone-dcp, snapstone-delta, dcp, dcp-async, dcp-process, dcp-pinned, torch-save,
-    safetensors, torch-checkpointing, torchsnapshot, moonclip, and name=package.module:Class for an adapter of yours.
+    safetensors, torch-checkpointing, torchsnapshot, megatron, megatron-async, deepspeed, deepspeed-fast,
+    deepspeed-decoupled, datastates, and name=package.module:Class for an adapter of yours.
     What is not installed is reported as absent.
 
     Writes R/stall-LABEL.json. Exits with 1 when an engine failed, and keeps what was measured whatever ends it.

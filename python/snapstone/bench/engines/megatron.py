@@ -144,7 +144,8 @@ def _sharded(state: Mapping[str, Any], rank: int) -> dict[str, Any]:
     described: dict[str, Any] = {}
     for name, tensor in state.items():
         piece = local(tensor).detach()
-        offset, replica = (0,) * piece.dim(), (rank,)
+        offset: tuple[int, ...] = (0,) * piece.dim()
+        replica: tuple[int, ...] = (rank,)
         if hasattr(tensor, "placements"):
             (chunk,) = tensor.__create_chunk_list__()
             offset, replica = tuple(chunk.offsets), _replica(tensor)
