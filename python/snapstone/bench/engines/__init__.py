@@ -25,6 +25,11 @@ _HOMES: Final[dict[str, tuple[str, str]]] = {  # name: module, class
     "safetensors": (".plain", "Safetensors"),
     "torch-checkpointing": (".torch_checkpointing", "TorchCheckpointing"),
     "torchsnapshot": (".torchsnapshot", "TorchSnapshot"),
+    "moonclip": (".moonclip", "Moonclip"),
+    "moonclip-raw": (".moonclip", "MoonclipRaw"),
+    "orbax": (".orbax", "Orbax"),
+    "bytecheckpoint": (".bytecheckpoint", "ByteCheckpoint"),
+    "nvidia-resiliency": (".nvidia_resiliency", "NvidiaResiliency"),
 }
 NAMES: Final[Mapping[str, tuple[str, str]]] = _HOMES
 

@@ -6,7 +6,8 @@
     optimizer.step()
     engine.poll()                                   row "finalize": what must run on the training thread, each step
     pending.wait()                                  on a thread of the harness: returns when the engine calls it saved
-    pending.finish()                                row "finalize", or "wait_previous" before the next save
+    pending.conclude()                              row "finalize", or "wait_previous" before the next save
+    pending.finish()                                the same, once `wait` has returned
 
 Every method is called by all ranks. An error in any of them fails the engine.
 """
@@ -36,6 +37,7 @@ class Setting:
     nbytes_of_rank: int
     optimizer: Any  # a torch.optim.Optimizer that owns the tensors of the state
     group: Any  # a gloo group of all ranks, of this engine alone
+    keep: int  # newest checkpoints that must stay loadable, where an engine deletes old ones itself
 
 
 def _nothing() -> None:
@@ -44,10 +46,14 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A save in flight. The defaults are those of an engine that blocks until everything is done."""
+    """A save in flight. The defaults are those of an engine that blocks until everything is done.
+
+    `conclude` is for an engine that ends its saves on the training thread, where `wait` alone would wait for ever.
+    """
 
     fence: Callable[[], object] = _nothing
     wait: Callable[[], object] = _nothing
+    conclude: Callable[[], object] = _nothing
     finish: Callable[[], object] = _nothing
 
 
@@ -69,7 +75,8 @@ class Engine(ABC):
 
     title: ClassVar[str]
     distribution: ClassVar[str]  # whose version is recorded
-    module: ClassVar[str]  # imported to see whether it is installed
+    module: ClassVar[str]  # looked for, to see whether it is installed
+    needs: ClassVar[tuple[str, ...]] = ()  # more modules that it imports, of packages installed apart
     options: ClassVar[tuple[Option, ...]]  # used, and why they are its best
     syncs: ClassVar[bool]  # files, directories and names are synced when it calls a checkpoint saved
     needs_cuda: ClassVar[bool] = False
@@ -82,11 +89,15 @@ class Engine(ABC):
         """Why it cannot run here, or None."""
         if cls.needs_cuda and device != "cuda":
             return "needs a CUDA device"
-        try:
-            found = importlib.util.find_spec(cls.module)
-        except (ImportError, ValueError) as error:
-            return f"{cls.distribution} cannot be imported: {error}"
-        return None if found else f"{cls.distribution} is not installed"
+        for module in (cls.module, *cls.needs):
+            try:
+                found = importlib.util.find_spec(module)
+            except (ImportError, ValueError) as error:
+                return f"{cls.distribution} cannot be imported: {error}"
+            if not found:
+                package = cls.distribution if module == cls.module else f"{module}, which {cls.distribution} needs,"
+                return f"{package} is not installed"
+        return None
 
     @classmethod
     def version(cls) -> str | None:
