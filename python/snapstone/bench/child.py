@@ -134,6 +134,6 @@ def _line(error: BaseException) -> str:
 def _saved(pending: Any) -> None:
     if pending is not None:
         pending.fence()
-        pending.conclude()
+        pending.complete()
         pending.wait()
         pending.finish()

@@ -91,7 +91,7 @@ class Flight:
 
     def finish(self) -> None:
         """Raises what the save raised."""
-        self.pending.conclude()
+        self.pending.complete()
         self._thread.join()
         self.pending.finish()
         if self.error is not None:

@@ -6,8 +6,8 @@
     optimizer.step()
     engine.poll()                                   row "finalize": what must run on the training thread, each step
     pending.wait()                                  on a thread of the harness: returns when the engine calls it saved
-    pending.conclude()                              row "finalize", or "wait_previous" before the next save
-    pending.finish()                                the same, once `wait` has returned
+    pending.complete()                              row "finalize", or "wait_previous" before the next save: what the
+    pending.finish()                                training thread must do for wait to return, and what follows it
 
 Every method is called by all ranks. An error in any of them fails the engine.
 """
@@ -46,14 +46,11 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A save in flight. The defaults are those of an engine that blocks until everything is done.
-
-    `conclude` is for an engine that ends its saves on the training thread, where `wait` alone would wait for ever.
-    """
+    """A save in flight. The defaults are those of an engine that blocks until everything is done."""
 
     fence: Callable[[], object] = _nothing
     wait: Callable[[], object] = _nothing
-    conclude: Callable[[], object] = _nothing
+    complete: Callable[[], object] = _nothing
     finish: Callable[[], object] = _nothing
 
 

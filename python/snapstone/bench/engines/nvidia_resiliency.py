@@ -51,7 +51,7 @@ class NvidiaResiliency(Dcp):
             save_state_dict_async_finalize,
             save_state_dict_async_plan,
         )
-        from torch.distributed.checkpoint import DefaultSavePlanner
+        from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
         own = {name: tensor.clone() if tensor.device.type == "cpu" else tensor for name, tensor in state.items()}
         writer = FileSystemWriterAsync(str(directory), thread_count=2)
@@ -66,7 +66,7 @@ class NvidiaResiliency(Dcp):
                 ended.set()
 
         self._queue.schedule_async_request(AsyncRequest(write, arguments, [end], preload_fn=preload))
-        return Pending(wait=ended.wait, conclude=partial(self._queue.maybe_finalize_async_calls, blocking=True))
+        return Pending(wait=ended.wait, complete=partial(self._queue.maybe_finalize_async_calls, blocking=True))
 
     def poll(self) -> None:
         self._queue.maybe_finalize_async_calls()
