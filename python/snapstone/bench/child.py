@@ -80,6 +80,7 @@ def _work(task: Task, pipe: Connection) -> tuple[str, Any]:
         nbytes_of_rank=local_nbytes(workload.state),
         optimizer=workload.optimizer,
         group=dist.new_group(backend="gloo", timeout=timeout),
+        keep=2,  # as many as it saves
     )
     engine = engine_class(task.engine)(setting)
     if task.killed:

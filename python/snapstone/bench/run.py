@@ -185,6 +185,8 @@ class _Run:
             for name in self.names:
                 self._engine(name)
             self.document["complete"] = True
+            _finish_undisturbed()
+            self.ranks.barrier()  # when an engine failed, the first rank that leaves makes torchrun end the others
         except KeyboardInterrupt:
             _finish_undisturbed()
             self.document["problems"].append("interrupted")

@@ -107,6 +107,7 @@ class Measurement:
             nbytes_of_rank=local_nbytes(self.workload.state),
             optimizer=self.workload.optimizer,
             group=self.ranks.new_group(),
+            keep=max(self.protocol.saves, self.protocol.checks + 2),  # those to check, and two with a changed plan
         )
         engine, error = None, None
         try:

@@ -31,6 +31,11 @@ _HOMES: Final[dict[str, tuple[str, str]]] = {  # name: module, class
     "deepspeed-fast": (".deepspeed", "DeepSpeedFast"),
     "deepspeed-decoupled": (".deepspeed", "DeepSpeedDecoupled"),
     "datastates": (".datastates", "DataStates"),
+    "moonclip": (".moonclip", "Moonclip"),
+    "moonclip-raw": (".moonclip", "MoonclipRaw"),
+    "orbax": (".orbax", "Orbax"),
+    "bytecheckpoint": (".bytecheckpoint", "ByteCheckpoint"),
+    "nvidia-resiliency": (".nvidia_resiliency", "NvidiaResiliency"),
 }
 NAMES: Final[Mapping[str, tuple[str, str]]] = _HOMES
 

@@ -37,6 +37,7 @@ class Setting:
     nbytes_of_rank: int
     optimizer: Any  # a torch.optim.Optimizer that owns the tensors of the state
     group: Any  # a gloo group of all ranks, of this engine alone
+    keep: int  # newest checkpoints that must stay loadable, where an engine deletes old ones itself
 
 
 def _nothing() -> None:
@@ -71,7 +72,8 @@ class Engine(ABC):
 
     title: ClassVar[str]
     distribution: ClassVar[str]  # whose version is recorded
-    module: ClassVar[str]  # imported to see whether it is installed
+    module: ClassVar[str]  # looked for, to see whether it is installed
+    needs: ClassVar[tuple[str, ...]] = ()  # more modules that it imports, of packages installed apart
     options: ClassVar[tuple[Option, ...]]  # used, and why they are its best
     syncs: ClassVar[bool]  # files, directories and names are synced when it calls a checkpoint saved
     needs_cuda: ClassVar[bool] = False
@@ -84,11 +86,15 @@ class Engine(ABC):
         """Why it cannot run here, or None."""
         if cls.needs_cuda and device != "cuda":
             return "needs a CUDA device"
-        try:
-            found = importlib.util.find_spec(cls.module)
-        except (ImportError, ValueError) as error:
-            return f"{cls.distribution} cannot be imported: {error}"
-        return None if found else f"{cls.distribution} is not installed"
+        for module in (cls.module, *cls.needs):
+            try:
+                found = importlib.util.find_spec(module)
+            except (ImportError, ValueError) as error:
+                return f"{cls.distribution} cannot be imported: {error}"
+            if not found:
+                package = cls.distribution if module == cls.module else f"{module}, which {cls.distribution} needs,"
+                return f"{package} is not installed"
+        return None
 
     @classmethod
     def version(cls) -> str | None:
