@@ -44,5 +44,5 @@ class Chart:
             f"<details><summary>Data of this chart</summary>{tables}</details></figure>\n"
         )
 
-    def svg_file(self) -> str:
-        return self.draw(self.identity, WIDE).svg(STANDALONE_STYLE) + "\n"
+    def svg_file(self, width: float = WIDE) -> str:
+        return self.draw(self.identity, width).svg(STANDALONE_STYLE) + "\n"
