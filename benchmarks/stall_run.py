@@ -140,7 +140,9 @@ def run(options: argparse.Namespace) -> Document:
         engines.append(result)
         print(f"{time.monotonic() - begin:6.0f} s  {number}/{len(names)}  {name}: {_said(result)}", flush=True)
     document = merged(documents, engines, problems)
-    document["command"] = ["make", "readme-bench"] if options.full else ["python", "benchmarks/stall_run.py", *sys.argv[1:]]
+    document["command"] = (
+        ["make", "readme-bench"] if options.full else ["python", "benchmarks/stall_run.py", *sys.argv[1:]]
+    )
     document["seconds"] = time.monotonic() - begin
     return scrubbed(document, {str(REPOSITORY): "REPOSITORY", sys.prefix: "PYTHON", str(Path.home()): "HOME"})
 

@@ -122,8 +122,8 @@ def _check_place(request: Request, directory: Path, copies: int) -> None:
         raise ValueError(
             f"--model {request.model}: {_gib(needed)} of memory are needed on this machine (the state of {local_ranks} "
             f"ranks {copies} times: itself, an engine's copy, a load that is compared"
-            f"{', what an engine before keeps' if copies == COPIES_OF_SEVERAL else ''}), {_gib(available)} are available; "
-            "take a smaller model, one engine at a time or more ranks with --fsdp"
+            f"{', what an engine before keeps' if copies == COPIES_OF_SEVERAL else ''}), {_gib(available)} are "
+            "available; take a smaller model, one engine at a time or more ranks with --fsdp"
         )
     # Engines without deduplication write the replicas too.
     stored = nbytes * world // (request.fsdp * request.tp)

@@ -45,4 +45,5 @@ class Chart:
         )
 
     def svg_file(self, width: float = WIDE) -> str:
-        return self.draw(self.identity, width).svg(STANDALONE_STYLE) + "\n"
+        """The drawing as a file, which says itself how to read it."""
+        return self.draw(self.identity, width).svg_file(STANDALONE_STYLE, self.reading) + "\n"

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from .chart import NARROW
 from .disk_charts import disk_chart
 from .documents import Measurement, Measurements
-from .engine_tables import summary_table
+from .engine_tables import SYNCFS_NOTE, summary_table
 from .engines import engines_of
 from .fields import Fields
 from .load_chart import load_chart
@@ -90,7 +90,13 @@ def _main_table(one: Measurement) -> tuple[Table | None, list[str], Sequence[str
     if one.kind == "stall":
         engines = engines_of(one)
         said = [f"{one.fields.fields('workload').text('model')}, {workload_line(one)}.", headline(engines)]
-        return summary_table(engines), said, stall_chart("stall", engines).notes
+        notes = [f"{one.title} failed: {one.reason}" for one in engines if one.status == "failed"]
+        notes += stall_chart("stall", engines).notes
+        if any(one.shown and not one.fields.flag("syncs") for one in engines):
+            notes.insert(
+                0, f"{SYNCFS_NOTE}: the engine does not sync its files; the harness does, and that time counts."
+            )
+        return summary_table(engines), said, notes
     chart = {"load": load_chart, "disk": disk_chart, "model": model_chart}[one.kind]("chart", one)
     return (chart.tables[0], [chart.title], chart.notes) if chart else (None, [], ())
 
