@@ -94,7 +94,8 @@ def test_markdown_lists_absent_engines_without_a_row_and_failed_ones_with_reason
     assert failed.endswith("| – | – | – | – | – | – | failed |")
     assert "ByteCheckpoint failed: step 24: optim.state.exp" in markdown(measurements)
     (other,) = (row for row in rows if row.startswith("| torch.save "))
-    assert other.endswith("| syncfs added |")
+    assert other.endswith("| syncfs |")
+    assert "syncfs: the engine does not sync its files" in markdown(measurements)
 
 
 def test_a_cadence_that_was_not_measured_has_no_column(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from .table import Table
 
 __all__ = ["SYNCFS_NOTE", "counters_table", "engine_table", "options_table", "summary_table", "truth_table"]
 
-SYNCFS_NOTE = "syncfs added"
+SYNCFS_NOTE = "syncfs"
 
 
 def engine_table(engines: Sequence[Engine]) -> Table:

@@ -94,7 +94,7 @@ def _main_table(one: Measurement) -> tuple[Table | None, list[str], Sequence[str
         notes += stall_chart("stall", engines).notes
         if any(one.shown and not one.fields.flag("syncs") for one in engines):
             notes.insert(
-                0, f"{SYNCFS_NOTE}: the engine does not sync its files; the harness does, and that time counts."
+                0, f"{SYNCFS_NOTE}: the engine does not sync its files; the harness does, and the time counts."
             )
         return summary_table(engines), said, notes
     chart = {"load": load_chart, "disk": disk_chart, "model": model_chart}[one.kind]("chart", one)
