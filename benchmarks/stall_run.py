@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--saves", type=int, default=1, help="in a block")
     parser.add_argument("--directory", type=Path, default=Path("build"), help="on the disk to measure")
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds that one engine may take")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds that one engine may take")
     options = parser.parse_args(arguments)
     plain = parser.parse_args([])
     varied = ("model", "engine", "ranks", "pairs", "saves")

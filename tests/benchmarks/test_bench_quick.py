@@ -121,7 +121,8 @@ def test_tables_replace_what_is_between_the_markers_and_nothing_else(result: Pat
     text, full = (path.read_text() for path in pages)
     assert text.startswith("# snapstone\n\nBefore.\n\n<!-- stall:begin -->\n")
     assert text.endswith("<!-- bench:end -->\n\nAfter.\n")
-    assert "old" not in text + full
+    assert "old table" not in text + full
+    assert "old chart" not in text
     for found in (text, full):
         assert re.search(r"^\| \*\*snapstone\*\* \| \d", found, re.MULTILINE)
         assert "torch.distributed.checkpoint" in found
