@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -166,3 +167,13 @@ class Dies(Honest):
         if step == 6 and self.setting.rank == 1:
             os.kill(os.getpid(), 9)
         return super().save(state, directory, step)
+
+
+class Hangs(Honest):
+    """Starts a process that nobody ends, and never comes back."""
+
+    def save(self, state: Mapping[str, Any], directory: Path, step: int) -> Pending | None:
+        print("the save begins", flush=True)
+        subprocess.Popen(["sleep", "987654"], start_new_session=True)
+        time.sleep(PLANTED_SECONDS * 10_000)
+        return None

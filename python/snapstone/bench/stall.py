@@ -29,7 +29,7 @@ from .results import EngineResult, SaveTimes, Span, Spread
 from .truth import Check, Witness
 from .workload import ADDED, Workload, digests, local_nbytes
 
-__all__ = ["Measurement", "Protocol", "blank_result"]
+__all__ = ["Measurement", "Protocol", "blank_result", "single_saves"]
 
 BASELINE_STEPS = 5
 RELAXED_FACTOR = 1.5  # of the time to durable
@@ -50,6 +50,11 @@ class Protocol:
 
 class EngineFailed(Exception):
     """What an engine did wrong, in a line; it gets no time."""
+
+
+def single_saves(checks: int) -> int:
+    """How many saves of an engine come before its pairs, all of which stay until they were checked."""
+    return 2 + max(1, checks - 1)
 
 
 def blank_result(name: str, kind: type[Engine]) -> EngineResult:
@@ -150,7 +155,7 @@ class Measurement:
         self.workload.change_plan(on=True)
         self.result["changed_plan_save"] = self._single(saver, None)
         self.workload.change_plan(on=False)
-        for number in range(max(1, self.protocol.checks - 1)):
+        for number in range(single_saves(self.protocol.checks) - 2):
             self._single(saver, checks if number < self.protocol.checks - 1 else None)
         if self.protocol.checks:
             checks = checks[: self.protocol.checks]
@@ -160,6 +165,7 @@ class Measurement:
     def _single(self, saver: Saver, checks: list[Check] | None) -> SaveTimes:
         """One save with a step at once after its fence, then the drain. With `checks`, what it must be is noted."""
         expected = digests(self.workload.state) if checks is not None else {}
+        sync_file_system(self.root)  # what is removed of another engine's checkpoints is no business of this one
         self.ranks.barrier()
         times = StepTimes()
         saver.finished.clear()

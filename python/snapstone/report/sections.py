@@ -130,7 +130,7 @@ def workload_line(measurement: Measurement) -> str:
         _machine(measurement),
         f"a step takes {format_seconds(step)}" if step is not None else "",
         f"{format_count(pairs)} A/B pairs" if pairs is not None else "",
-        f"{format_count(saves)} saves per block" if saves is not None else "",
+        f"{format_count(saves)} save{'s' if saves != 1 else ''} per block" if saves is not None else "",
     ]
     return ", ".join(part for part in parts if part)
 

@@ -49,7 +49,9 @@ def test_markdown_refers_to_the_chart_from_where_it_lies(measured: Path, tmp_pat
     (tmp_path / "docs").mkdir()
     chart, target = tmp_path / "charts.svg", tmp_path / "docs" / "results.md"
     assert snapstone("report", measured, "--markdown", "--chart", chart, "-o", target).exit_code == 0
-    assert "](../charts.svg)" in target.read_text()
+    assert 'src="../charts.svg"' in target.read_text()
+    assert 'srcset="../charts-narrow.svg"' in target.read_text()
+    assert (tmp_path / "charts-narrow.svg").read_text().startswith("<svg ")
     assert chart.read_text().startswith("<svg xmlns=")
 
 
