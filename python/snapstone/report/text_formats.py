@@ -13,6 +13,7 @@ from .documents import Measurement, Measurements
 from .engine_tables import engine_table
 from .engines import engines_of
 from .fields import Fields
+from .link_chart import link_chart
 from .load_chart import load_chart
 from .model_chart import model_chart
 from .sections import command_of, headline, workload_line
@@ -21,7 +22,8 @@ from .table import Table
 
 __all__ = ["csv_text", "json_document", "markdown", "standalone_chart"]
 
-_ORDER = ("stall", "load", "disk", "model")
+_ORDER = ("stall", "load", "disk", "link", "model")
+_CHARTS = {"load": load_chart, "disk": disk_chart, "link": link_chart, "model": model_chart}
 _CSV_HEADER = ("file", "kind", "name", "status", "cadence", "quantity", "unit", "index", "value")
 
 
@@ -75,7 +77,7 @@ def _main_table(one: Measurement) -> tuple[Table | None, list[str]]:
     if one.kind == "stall":
         engines = engines_of(one)
         return engine_table(engines), [workload_line(one), headline(engines)]
-    chart = {"load": load_chart, "disk": disk_chart, "model": model_chart}[one.kind]("chart", one)
+    chart = _CHARTS[one.kind]("chart", one)
     return (chart.tables[0], [chart.title]) if chart else (None, [])
 
 
@@ -94,7 +96,7 @@ def csv_text(measurements: Measurements) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_CSV_HEADER)
     for one in measurements.all:
-        rows = {"stall": _stall_rows, "load": _load_rows, "disk": _disk_rows, "model": _model_rows}[one.kind](one)
+        rows = _CSV_ROWS[one.kind](one)
         writer.writerows([_cell(one.name), one.kind, *map(_cell, row)] for row in rows)
     return buffer.getvalue()
 
@@ -163,6 +165,13 @@ def _disk_rows(measurement: Measurement) -> Iterator[_CsvRow]:
         yield from _numbers(*who, "", probe.text("operation"), "B/s", probe.numbers("bytes_per_second"))
 
 
+def _link_rows(measurement: Measurement) -> Iterator[_CsvRow]:
+    for link in measurement.fields.items("links"):
+        status = "absent" if link.text("reason") else "measured"
+        rates = link.numbers("bytes_per_second")
+        yield from _numbers(link.text("transport"), status, "", link.text("operation"), "B/s", rates)
+
+
 def _model_rows(measurement: Measurement) -> Iterator[_CsvRow]:
     for row in measurement.fields.items("rows"):
         who = row.text("engine"), f"{row.text('gpus')} GPUs"
@@ -173,3 +182,12 @@ def _model_rows(measurement: Measurement) -> Iterator[_CsvRow]:
         yield from _numbers(
             who[0], "modelled", who[1], "simulated_goodput", "", row.fields("simulated_goodput").numbers("median")
         )
+
+
+_CSV_ROWS = {
+    "stall": _stall_rows,
+    "load": _load_rows,
+    "disk": _disk_rows,
+    "link": _link_rows,
+    "model": _model_rows,
+}
