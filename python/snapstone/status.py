@@ -32,6 +32,7 @@ INTERVAL_SECONDS: Final = 0.25
 WINDOW_SECONDS: Final = 5.0  # over which rates are taken
 IN_FLIGHT_MAX: Final = 4  # of one run that are told of
 RUNS_MAX: Final = 4
+HANG_SECONDS: Final = 5.0  # that an exit waits for a file system
 KEPT_SECONDS: Final = 86400.0  # pages of dead processes
 
 _UNITS = ("seconds", "bytes", "count")
@@ -49,6 +50,7 @@ class SaveWatch:
         self.save_id = ""
         self._trace = trace
         self._share: Share | None = None
+        self._native = ("stage", 0)  # where the native half was when somebody looked, and since when
         self._begun_ns = time.monotonic_ns()
         self._samples: deque[tuple[int, int, int]] = deque()  # monotonic ns, bytes staged, bytes written
         self._state = "saving"
@@ -59,7 +61,9 @@ class SaveWatch:
 
     def writes(self, share: Share) -> None:
         """What this rank writes is known."""
-        self._samples.append((time.monotonic_ns(), 0, 0))
+        now_ns = time.monotonic_ns()
+        self._samples.append((now_ns, 0, 0))
+        self._native = ("stage", now_ns)
         self._share = share
 
     def end(self, error: BaseException | None, *, cancelled: bool = False) -> None:
@@ -128,7 +132,10 @@ class SaveWatch:
             return stage
         if self._share is None:
             return "plan", self._begun_ns
-        return _native_stage(size, staged, written), self._samples[0][0]
+        native = _native_stage(size, staged, written)
+        if native != self._native[0]:
+            self._native = (native, time.monotonic_ns())
+        return self._native
 
     def _rates(self, now_ns: int, staged: int, written: int) -> tuple[float | None, float | None]:
         while len(self._samples) > 1 and now_ns - self._samples[0][0] > WINDOW_SECONDS * 1e9:
@@ -211,7 +218,9 @@ class _Publisher:
         with self._lock:
             runs = [(path, run.committed, run.failed, run.saves()) for path, run in self._runs.items()]
             saving = any(run.in_flight for run in self._runs.values())
-        with suppress(Exception), self._page_lock:
+        if not self._page_lock.acquire(timeout=HANG_SECONDS):  # at exit, beside a write that hangs
+            return saving
+        with suppress(Exception):
             folder = status_page.directory()
             if folder is not None and not self._left:
                 told = [
@@ -223,6 +232,7 @@ class _Publisher:
                 status_page.write(page, folder, self._name)
                 self._folder = folder
                 self._sweep(folder, [path for path, *_ in runs])
+        self._page_lock.release()
         return saving
 
     def _sweep(self, folder: str, runs: list[str]) -> None:
@@ -231,7 +241,8 @@ class _Publisher:
             self._swept.add((folder, run))
             for name, page in status_page.find(folder):
                 old = time.time() - page.updated_at > KEPT_SECONDS
-                if page.process.liveness() == "dead" and (old or any(one.run == run for one in page.runs)):
+                state = page.process.liveness()
+                if (old and state != "live") or (state == "dead" and any(one.run == run for one in page.runs)):
                     with suppress(OSError):
                         os.unlink(os.path.join(folder, name))
 
@@ -240,16 +251,20 @@ class _Publisher:
         if not self._runs:
             return
         self._write()  # what may not have been told yet; it also removes pages of the dead
-        if not self._page_lock.acquire(timeout=1.0):  # held by a file system that hangs
+        if not self.silence():
             return
-        try:
-            self._left = True
-            failed = any(run.last is not None and run.last.state == "failed" for run in self._runs.values())
-            if self._folder is not None and not failed:
-                with suppress(OSError):
-                    os.unlink(os.path.join(self._folder, self._name))
-        finally:
-            self._page_lock.release()
+        failed = any(run.last is not None and run.last.state == "failed" for run in self._runs.values())
+        if self._folder is not None and not failed:
+            with suppress(OSError):
+                os.unlink(os.path.join(self._folder, self._name))
+
+    def silence(self) -> bool:
+        """Nothing is written after this; False where a file system hangs in a write."""
+        if not self._page_lock.acquire(timeout=HANG_SECONDS):
+            return False
+        self._left = True
+        self._page_lock.release()
+        return True
 
 
 _publisher = _Publisher()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,14 @@ SLOW = {"SNAPSTONE_IO": "buffered", "SNAPSTONE_CHUNK_BYTES": str(CHUNK)}
 
 
 @pytest.fixture(autouse=True)
-def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place of this test alone, also for the processes that it starts."""
+def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A place of this test alone, also for the processes that it starts, and no page of earlier tests' saves in it."""
     folder = tmp_path / "pages"
+    status._publisher.silence()
+    monkeypatch.setattr(status, "_publisher", status._Publisher())
     monkeypatch.setenv("SNAPSTONE_STATUS_DIR", str(folder))
-    return folder
+    yield folder
+    status._publisher.silence()
 
 
 def save_slowly(rank: int, run: str, milliseconds: int) -> None:
@@ -149,6 +152,26 @@ def save_alone_late(rank: int, run: str) -> None:
     if rank == 1:
         input_of_parent(run, "go")
     ss.save({"weights": torch.ones(10)}, checkpoint_id=Path(run, "a"))
+
+
+def test_how_long_a_stage_has_lasted_is_told_from_its_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Longer than the window of the rates: the two have nothing to do with each other."""
+    monkeypatch.setattr(status, "WINDOW_SECONDS", 0.3)
+    monkeypatch.setenv("SNAPSTONE_IO", "buffered")
+    _native.fault_arm("pwrite:3+:delay=1500")
+    try:
+        handle = ss.async_save({"t": torch.ones(1 << 20)}, checkpoint_id=tmp_path / "run" / "a")
+        seen = seen_when(Watcher(tmp_path / "run"), lambda seen: any(save.stage == "write" for save in told(seen)))
+        (save,) = told(seen)
+        begun, until = save.stage_begun_at, time.time() + 0.8
+        while time.time() < until:
+            time.sleep(0.05)
+            for later in told(Watcher(tmp_path / "run").observe()):
+                if later.stage == "write":
+                    assert later.stage_begun_at == pytest.approx(begun, abs=0.02)
+        handle.result()
+    finally:
+        _native.fault_disarm()
 
 
 def test_a_killed_process_is_an_error_and_its_page_goes_with_the_next_save(
@@ -288,7 +311,9 @@ def test_nothing_is_written_between_saves(tmp_path: Path, pages: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in pages.iterdir()}
     time.sleep(4 * status.INTERVAL_SECONDS)
     assert {path: path.stat().st_mtime_ns for path in pages.iterdir()} == before
-    assert sum(thread.name == "snapstone-status" for thread in threading.enumerate()) == 1
+    threads = [thread for thread in threading.enumerate() if thread.name == "snapstone-status"]
+    ss.save({"t": torch.ones(4)}, checkpoint_id=tmp_path / "run" / "b")
+    assert [thread for thread in threading.enumerate() if thread.name == "snapstone-status"] == threads
 
 
 def a_page(run: Path) -> Page:
