@@ -139,6 +139,7 @@ void bind_save(py::module_& module) {
           },
           py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("staged", &SaveJob::staged)
+      .def_property_readonly("bytes_staged", &SaveJob::bytes_staged)
       .def_property_readonly("direct", &SaveJob::direct)
       .def_property_readonly("file_bytes", &SaveJob::file_bytes)
       .def(

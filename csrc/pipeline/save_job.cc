@@ -196,7 +196,9 @@ bool SaveJob::stage(std::uint64_t index, std::uint8_t* slot, bool expect_same, L
     same = base != nullptr && record.digest == base->digest;
   }
   table_[index] = same ? *base : record;
-  if (same) progress(payload_bytes(index));
+  const std::uint64_t nbytes = payload_bytes(index);
+  bytes_staged_.fetch_add(nbytes, std::memory_order_relaxed);
+  if (same) progress(nbytes);
   if (same || (places_in_turn() && !options_.compress)) announce(index, same ? 0 : record.stored_bytes);
   if (chunks_staged_.fetch_add(1) + 1 == layout_->chunks.size()) {
     std::lock_guard lock(mutex_);

@@ -62,6 +62,7 @@ class SaveJob : public Job {
   // True also when the job ended before all was staged: then finished() is true.
   bool wait_staged(std::chrono::milliseconds timeout);
   bool staged() const noexcept { return chunks_staged_.load(std::memory_order_acquire) == layout_->chunks.size(); }
+  std::uint64_t bytes_staged() const noexcept { return bytes_staged_.load(std::memory_order_relaxed); }  // of tensors
   // After finished(): the records of the layout's chunks, then those that they refer to.
   const std::vector<format::ChunkRecord>& chunk_table() const { return table_; }
   // By chunk of the layout, 0 for those that were not encoded; empty when not compressing.
@@ -103,6 +104,7 @@ class SaveJob : public Job {
   std::vector<format::ChunkRecord> table_;
   std::atomic<std::uint64_t> next_chunk_{0};
   std::atomic<std::uint64_t> chunks_staged_{0};
+  std::atomic<std::uint64_t> bytes_staged_{0};
   std::atomic<unsigned> writing_{0};  // requests of all lanes in the kernel
   // Guarded by mutex_:
   std::vector<std::int64_t> announced_;  // by chunk: bytes in the file, or kUnknown

@@ -16,6 +16,7 @@ from .documents import Measurement, Measurements
 from .engine_tables import SYNCFS_NOTE, summary_table
 from .engines import engines_of
 from .fields import Fields
+from .link_chart import link_chart
 from .load_chart import load_chart
 from .model_chart import model_chart
 from .quantity import format_bytes, format_count
@@ -27,7 +28,8 @@ __all__ = ["chart_files", "csv_text", "json_document", "markdown"]
 
 NARROW_SCREEN = 600  # pixels; the wide drawing cannot be read when it is scaled down to less
 
-_ORDER = ("stall", "load", "disk", "model")
+_ORDER = ("stall", "load", "disk", "link", "model")
+_CHARTS = {"load": load_chart, "disk": disk_chart, "link": link_chart, "model": model_chart}
 _CSV_HEADER = ("file", "kind", "name", "status", "cadence", "quantity", "unit", "index", "value")
 
 
@@ -97,7 +99,7 @@ def _main_table(one: Measurement) -> tuple[Table | None, list[str], Sequence[str
                 0, f"{SYNCFS_NOTE}: the engine does not sync its files; the harness does, and the time counts."
             )
         return summary_table(engines), said, notes
-    chart = {"load": load_chart, "disk": disk_chart, "model": model_chart}[one.kind]("chart", one)
+    chart = _CHARTS[one.kind]("chart", one)
     return (chart.tables[0], [chart.title], chart.notes) if chart else (None, [], ())
 
 
@@ -144,7 +146,7 @@ def csv_text(measurements: Measurements) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_CSV_HEADER)
     for one in measurements.all:
-        rows = {"stall": _stall_rows, "load": _load_rows, "disk": _disk_rows, "model": _model_rows}[one.kind](one)
+        rows = _CSV_ROWS[one.kind](one)
         writer.writerows([_cell(one.name), one.kind, *map(_cell, row)] for row in rows)
     return buffer.getvalue()
 
@@ -213,6 +215,13 @@ def _disk_rows(measurement: Measurement) -> Iterator[_CsvRow]:
         yield from _numbers(*who, "", probe.text("operation"), "B/s", probe.numbers("bytes_per_second"))
 
 
+def _link_rows(measurement: Measurement) -> Iterator[_CsvRow]:
+    for link in measurement.fields.items("links"):
+        status = "absent" if link.text("reason") else "measured"
+        rates = link.numbers("bytes_per_second")
+        yield from _numbers(link.text("transport"), status, "", link.text("operation"), "B/s", rates)
+
+
 def _model_rows(measurement: Measurement) -> Iterator[_CsvRow]:
     for row in measurement.fields.items("rows"):
         who = row.text("engine"), f"{row.text('gpus')} GPUs"
@@ -223,3 +232,12 @@ def _model_rows(measurement: Measurement) -> Iterator[_CsvRow]:
         yield from _numbers(
             who[0], "modelled", who[1], "simulated_goodput", "", row.fields("simulated_goodput").numbers("median")
         )
+
+
+_CSV_ROWS = {
+    "stall": _stall_rows,
+    "load": _load_rows,
+    "disk": _disk_rows,
+    "link": _link_rows,
+    "model": _model_rows,
+}

@@ -17,12 +17,14 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..environment import version_of
 from ..results import Option
+from .inner_stages import InnerSpan
 
 __all__ = ["Engine", "Pending", "Setting", "future_pending"]
 
@@ -111,6 +113,12 @@ class Engine(ABC):
     @abstractmethod
     def is_complete(self, directory: Path) -> bool:
         """What a job that resumes goes by: whether the engine left its mark of a finished checkpoint."""
+
+    def traced(self) -> AbstractContextManager[list[InnerSpan]] | None:
+        """Saves that begin and end in the block note their own stages, which the list has when it is over. None of an
+        engine that tells nothing. Noting may cost time: such saves are not measured.
+        """
+        return None
 
     def poll(self) -> None:  # noqa: B027, most have nothing to do
         """Once a step, on the training thread."""
