@@ -59,7 +59,8 @@ def test_json_has_the_documents(measured: Path, snapstone_json: RunJson) -> None
     code, document = snapstone_json("report", measured)
     assert code == 0
     assert document["schema"] == "snapstone.report/1"
-    assert sorted(one["document"]["kind"] for one in document["documents"]) == ["disk", "load", "model", "stall"]
+    kinds = sorted(one["document"]["kind"] for one in document["documents"])
+    assert kinds == ["disk", "link", "load", "model", "stall"]
     assert document["skipped"] == []
 
 
