@@ -44,21 +44,32 @@ inline constexpr std::size_t kStripeBytes = 64;
 inline constexpr std::size_t kBlockBytes = 1024;
 inline constexpr unsigned kBlockStripes = 16;
 inline constexpr unsigned kSecretBytes = 192;
-inline constexpr unsigned kSecretScramble = kSecretBytes - 64;   // offset of the words of scramble()
+inline constexpr unsigned kSecretScramble = kSecretBytes - 64;  // offset of the words of scramble()
 inline constexpr unsigned kSecretLastStripe = kSecretBytes - 71;
 inline constexpr unsigned kSecretMergeLow = 11;
 inline constexpr unsigned kSecretMergeHigh = kSecretBytes - 75;
 
+struct SecretWords {
+  std::uint64_t words[kSecretBytes / 8];
+};
+inline constexpr SecretWords kDefaultSecret = {{
+    0xbe4ba423396cfeb8u, 0x1cad21f72c81017cu, 0xdb979083e96dd4deu, 0x1f67b3b7a4a44072u, 0x78e5c0cc4ee679cbu,
+    0x2172ffcc7dd05a82u, 0x8e2443f7744608b8u, 0x4c263a81e69035e0u, 0xcb00c391bb52283cu, 0xa32e531b8b65d088u,
+    0x4ef90da297486471u, 0xd8acdea946ef1938u, 0x3f349ce33f76faa8u, 0x1d4f0bc7c7bbdcf9u, 0x3159b4cd4be0518au,
+    0x647378d9c97e9fc8u, 0xc3ebd33483acc5eau, 0xeb6313faffa081c5u, 0x49daf0b751dd0d17u, 0x9e68d429265516d3u,
+    0xfca1477d58be162bu, 0xce31d07ad1b8f88fu, 0x280416958f3acb45u, 0x7e404bbbcafbd7afu,
+}};
+#if defined(__CUDACC__)
+__constant__ const SecretWords kDefaultSecretOnDevice = kDefaultSecret;  // a local copy would live on the stack
+#endif
+
 // Word `index` of the default secret.
 SNAPSTONE_HOST_DEVICE constexpr std::uint64_t default_secret_word(unsigned index) {
-  constexpr std::uint64_t kWords[kSecretBytes / 8] = {
-      0xbe4ba423396cfeb8u, 0x1cad21f72c81017cu, 0xdb979083e96dd4deu, 0x1f67b3b7a4a44072u, 0x78e5c0cc4ee679cbu,
-      0x2172ffcc7dd05a82u, 0x8e2443f7744608b8u, 0x4c263a81e69035e0u, 0xcb00c391bb52283cu, 0xa32e531b8b65d088u,
-      0x4ef90da297486471u, 0xd8acdea946ef1938u, 0x3f349ce33f76faa8u, 0x1d4f0bc7c7bbdcf9u, 0x3159b4cd4be0518au,
-      0x647378d9c97e9fc8u, 0xc3ebd33483acc5eau, 0xeb6313faffa081c5u, 0x49daf0b751dd0d17u, 0x9e68d429265516d3u,
-      0xfca1477d58be162bu, 0xce31d07ad1b8f88fu, 0x280416958f3acb45u, 0x7e404bbbcafbd7afu,
-  };
-  return kWords[index];
+#if defined(__CUDA_ARCH__)
+  return kDefaultSecretOnDevice.words[index];
+#else
+  return kDefaultSecret.words[index];
+#endif
 }
 
 // The 8 bytes at byte `offset` of the default secret.
@@ -81,9 +92,24 @@ SNAPSTONE_HOST_DEVICE constexpr std::uint64_t secret(unsigned offset, std::uint6
 
 // What accumulator `lane` starts with.
 SNAPSTONE_HOST_DEVICE constexpr std::uint64_t initial_accumulator(unsigned lane) {
-  constexpr std::uint64_t kInitial[kLanes] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
-                                              kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
-  return kInitial[lane];
+  switch (lane) {
+    case 0:
+      return kPrime32_3;
+    case 1:
+      return kPrime64_1;
+    case 2:
+      return kPrime64_2;
+    case 3:
+      return kPrime64_3;
+    case 4:
+      return kPrime64_4;
+    case 5:
+      return kPrime32_2;
+    case 6:
+      return kPrime64_5;
+    default:
+      return kPrime32_1;
+  }
 }
 
 SNAPSTONE_HOST_DEVICE inline std::uint32_t read32(const std::uint8_t* bytes) {
@@ -115,6 +141,18 @@ SNAPSTONE_HOST_DEVICE inline Hash multiply(std::uint64_t a, std::uint64_t b) {
   __extension__ using Wide = unsigned __int128;
   const Wide product = static_cast<Wide>(a) * b;
   return {static_cast<std::uint64_t>(product), static_cast<std::uint64_t>(product >> 64)};
+#endif
+}
+
+// The same of two half words.
+SNAPSTONE_HOST_DEVICE inline std::uint64_t multiply_halves(std::uint32_t a, std::uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  // nvcc makes a 64-bit multiplication of the other form, with additions of zeros where the upper halves would count.
+  std::uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return std::uint64_t{a} * b;
 #endif
 }
 
@@ -226,9 +264,9 @@ SNAPSTONE_HOST_DEVICE inline Hash hash_short(const std::uint8_t* data, std::size
 // ---- above 240 bytes ------------------------------------------------------------------------------------------------
 
 // What a word and its word of the secret add to the word's own accumulator; its neighbour's gets the word itself.
-SNAPSTONE_HOST_DEVICE constexpr std::uint64_t product(std::uint64_t word, std::uint64_t secret_word) {
+SNAPSTONE_HOST_DEVICE inline std::uint64_t product(std::uint64_t word, std::uint64_t secret_word) {
   const std::uint64_t value = word ^ secret_word;
-  return (value & 0xffffffffu) * (value >> 32);
+  return multiply_halves(static_cast<std::uint32_t>(value), static_cast<std::uint32_t>(value >> 32));
 }
 
 SNAPSTONE_HOST_DEVICE constexpr std::uint64_t scramble(std::uint64_t accumulator, std::uint64_t secret_word) {
