@@ -23,7 +23,7 @@ struct DeviceStats {
   std::uint64_t copied_bytes = 0;        // from devices to slots
   std::uint64_t unregistered_bytes = 0;  // of those: to slots that no device reaches by DMA
   std::uint64_t gathered_bytes = 0;      // of small tensors, by a kernel
-  std::uint64_t overflow_bytes = 0;       // copied within a device for lack of slots
+  std::uint64_t overflow_bytes = 0;      // copied within a device for lack of slots
   std::uint64_t digested_bytes = 0;      // by a kernel
   std::uint64_t late_bytes = 0;          // not yet enqueued when the caller went on: its fence waits for lanes
   std::string no_kernels;                // why kernels did not run where they could have; empty if they did

@@ -47,9 +47,8 @@ DeviceQueue::DeviceQueue(const format::Layout& layout, const SaveSources& source
   for (std::uint32_t position = 0; position < states_.size(); ++position) {
     const auto found = pieces(position);
     const bool touched = chunk(position).device == device ||
-                         (chunk(position).shared && std::any_of(found.begin(), found.end(), [&](const auto& piece) {
-                            return here(piece);
-                          }));
+                         (chunk(position).shared &&
+                          std::any_of(found.begin(), found.end(), [&](const auto& piece) { return here(piece); }));
     unread_ += touched ? 1 : 0;
   }
 }
@@ -122,7 +121,7 @@ std::vector<std::uint32_t> DeviceQueue::plan_groups() {
   for (const std::uint32_t position : packed) {
     const std::uint64_t wanted = aligned(raw_bytes(position));
     if (filled + wanted > scratch_bytes) {
-      groups_.push_back({.first_item = item_count_});
+      groups_.emplace_back().first_item = item_count_;
       filled = 0;
     }
     filled += wanted;

@@ -117,7 +117,7 @@ class DeviceQueue {
   const DeviceOptions& options_;
   std::unique_ptr<DeviceWorkspace> workspace_;
   const cuda::Kernels* kernels_ = nullptr;
-  std::vector<State> states_;           // by position
+  std::vector<State> states_;            // by position
   std::vector<std::uint32_t> digested_;  // positions, by number of the digest: whole chunks, then packed ones
   std::uint32_t whole_count_ = 0;
   std::vector<Group> groups_;

@@ -2,7 +2,8 @@
 //   1. enqueue(): each device's stream waits for its producer, then digests and gathers (device_queue.h).
 //   2. With digests first, lanes wait for those and mark the chunks that the base has; else there is nothing to learn.
 //   3. Chunks are enqueued ahead, in batches, while more than R slots are free.
-//   4. What is left once that stops overflows: it is copied within its device. Its copy to the host follows like any other.
+//   4. What is left once that stops overflows: it is copied within its device. Its copy to the host follows like any
+//   other.
 //   5. With the last chunk that reads the tensors the snapshot is enqueued: streams can wait for sources_event().
 //   6. Lanes claim chunks, bring slots for those that got none, and take each one when its batch has ended.
 //   7. close().

@@ -9,9 +9,9 @@
 namespace snapstone::pipeline {
 namespace {
 
-constexpr std::uint64_t kBatchBytes = 64 << 20;       // 1.2 ms of PCIe 5.0: so late does a writer hear of its first slot
+constexpr std::uint64_t kBatchBytes = 64 << 20;  // 1.2 ms of PCIe 5.0: so late does a writer hear of its first slot
 constexpr std::uint64_t kOverflowUnitBytes = 256 << 20;  // device memory is given back in pieces of this size
-constexpr std::uint64_t kFreeSlots = 16;              // for claimed chunks, in a ring that has plenty: to keep a disk busy
+constexpr std::uint64_t kFreeSlots = 16;  // for claimed chunks, in a ring that has plenty: to keep a disk busy
 
 }  // namespace
 

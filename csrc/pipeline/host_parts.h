@@ -1,4 +1,5 @@
-// HostParts: what mixed chunks have on the host, copied at the snapshot and put into their slots once the rest is there.
+// HostParts: what mixed chunks have on the host, copied at the snapshot and put into their slots once the rest is
+// there.
 //
 // Threads: take_some() from any, each part once; put() by whoever has the slot.
 #pragma once

@@ -21,14 +21,16 @@ class ProducerMark {
     for (const auto& [ordinal, handle] : streams) {
       cuda::Device& device = cuda::Device::of(ordinal);
       cuda::Stream stream = cuda::Stream::borrowed(device, reinterpret_cast<cuda::StreamHandle>(handle));
-      if (stream.capturing()) throw std::logic_error("a stream that is being captured into a CUDA graph cannot be saved from");
+      if (stream.capturing())
+        throw std::logic_error("a stream that is being captured into a CUDA graph cannot be saved from");
       stream.record(events_.emplace(ordinal, cuda::Event(device)).first->second, "save/mark");
     }
   }
 
   const cuda::Event& on(std::int32_t ordinal) const {
     const auto found = events_.find(ordinal);
-    if (found == events_.end()) throw std::invalid_argument("no stream was marked on device " + std::to_string(ordinal));
+    if (found == events_.end())
+      throw std::invalid_argument("no stream was marked on device " + std::to_string(ordinal));
     return found->second;
   }
 

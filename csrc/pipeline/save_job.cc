@@ -232,7 +232,7 @@ class SaveJob::LaneRun {
   std::deque<std::uint64_t> coming_;  // claimed chunks whose bytes are on their way from a device
   mem::Slot spare_;
   bool claimed_all_ = false;
-  bool not_yet_ = false;        // the next chunk waits for its device, and not for a slot
+  bool not_yet_ = false;       // the next chunk waits for its device, and not for a slot
   bool last_was_same_ = true;  // as the chunk before it was, the next one is expected to be
 };
 

@@ -4,13 +4,16 @@
 //            an error means the data file is written, fsynced and closed, and chunk_table() describes it. Stored chunks
 //            have their places in chunk order, so the same state gives the same file.
 // Devices:   sources in device memory are read after the mark that enqueue() was given, which comes before the start.
-//            snapshot_enqueued() means that a stream which fence()s may change them: the host need not wait for staged().
+//            snapshot_enqueued() means that a stream which fence()s may change them: the host need not wait for
+//            staged().
 // Base:      a chunk with the digest that the base's record has is not written: the table gets that record. Others may
 //            be stored as the difference from the base's.
 // Ownership: source memory belongs to the caller and must stay mapped until staged() or finished(), whichever comes
-//            first; on devices until staged(), or finished() and device_drained(), which a lost device prevents for ever.
+//            first; on devices until staged(), or finished() and device_drained(), which a lost device prevents for
+//            ever.
 // Limits:    at most ring->slot_count() chunks in memory.
-// Failure:   OsError or CudaError of the first failing call; the file is closed and left for the staging directory's owner to
+// Failure:   OsError or CudaError of the first failing call; the file is closed and left for the staging directory's
+// owner to
 //            discard. Without a base the constructor preallocates a direct file, so a full disk is found before
 //            anything is staged; with one the file grows by what turns out to be needed.
 #pragma once
@@ -90,9 +93,7 @@ class SaveJob : public Job {
   class LaneRun;
 
   bool host_staged() const noexcept { return chunks_staged_.load(std::memory_order_acquire) == host_chunks_; }
-  bool on_device(std::uint64_t chunk) const {
-    return device_ && device_->position(chunk) != DevicePlan::kHostChunk;
-  }
+  bool on_device(std::uint64_t chunk) const { return device_ && device_->position(chunk) != DevicePlan::kHostChunk; }
   std::uint64_t chunk_of_claim(std::uint64_t claim) const { return claim_order_.empty() ? claim : claim_order_[claim]; }
   std::unique_ptr<DeviceStage> make_device_stage(DevicePlan plan);
   void order_claims();
@@ -100,7 +101,7 @@ class SaveJob : public Job {
   bool stage(std::uint64_t chunk, std::uint8_t* slot, bool expect_same, LaneBooks& books);
   void copy_chunk(std::uint64_t chunk, std::uint8_t* slot, format::ChunkRecord& record, LaneBooks& books);
   const std::uint8_t* contiguous_source(std::uint64_t chunk) const;  // nullptr: it has to be gathered
-  std::uint64_t payload_bytes(std::uint64_t chunk) const;                       // of tensors, without alignment gaps
+  std::uint64_t payload_bytes(std::uint64_t chunk) const;            // of tensors, without alignment gaps
   void gather_pieces(std::uint64_t chunk, std::uint8_t* slot) const;
   // The same for a chunk whose bytes came from a device.
   bool stage_from_device(std::uint64_t chunk, const DeviceStage::Taken& taken, LaneBooks& books);
@@ -120,8 +121,8 @@ class SaveJob : public Job {
   const std::shared_ptr<mem::SlotRing> ring_;
   const SaveOptions options_;
   SaveBase base_;
-  std::optional<ChunkEncoder> encoder_;  // when compressing
-  std::unique_ptr<DeviceStage> device_;  // when sources are on devices
+  std::optional<ChunkEncoder> encoder_;     // when compressing
+  std::unique_ptr<DeviceStage> device_;     // when sources are on devices
   std::vector<std::uint32_t> claim_order_;  // empty: the order of chunks
   std::uint64_t host_chunks_ = 0;
   const bool direct_;
@@ -129,7 +130,7 @@ class SaveJob : public Job {
   std::atomic<std::uint64_t> next_chunk_{0};
   std::atomic<std::uint64_t> chunks_staged_{0};  // of those without bytes on a device
   std::atomic<int> announced_staging_{0};        // 1: snapshot_enqueued(), 2: staged()
-  std::atomic<unsigned> writing_{0};  // requests of all lanes in the kernel
+  std::atomic<unsigned> writing_{0};             // requests of all lanes in the kernel
   // Guarded by mutex_:
   std::vector<std::int64_t> announced_;  // by chunk: bytes in the file, or kUnknown
   std::uint64_t next_place_ = 0;         // the first chunk without a place
