@@ -7,20 +7,20 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace snapstone::cuda {
+#include "cuda/driver_types.h"
 
-using Address = std::uint64_t;  // in device memory, unless a name says otherwise
+namespace snapstone::cuda {
 
 // ---- digest: XXH3-128 of each item, as codec::digest gives it -------------------------------------------------------
 
 struct DigestItem {
-  Address address;       // any alignment
-  std::uint64_t nbytes;  // below 2^41
+  DevicePointer address;  // any alignment
+  std::uint64_t nbytes;   // below 2^41
 };
 
 struct DigestParameters {
-  Address items;    // DigestItem[], aligned to 16
-  Address digests;  // 16 bytes each in canonical order, aligned to 16
+  DevicePointer items;    // DigestItem[], aligned to 16
+  DevicePointer digests;  // 16 bytes each in canonical order, aligned to 16
   std::uint64_t seed;
 };
 
@@ -39,13 +39,13 @@ inline constexpr unsigned kDigestSharedBytes = 2 * 8 * kDigestTileWords;  // dyn
 // ----------------------------------------------------------------------------------------
 
 struct GatherItem {
-  Address source;        // any alignment
-  Address target;        // any alignment, overlaps no source
+  DevicePointer source;  // any alignment
+  DevicePointer target;  // any alignment, overlaps no source
   std::uint64_t nbytes;  // any number
 };
 
 struct GatherParameters {
-  Address items;  // GatherItem[], aligned to 8
+  DevicePointer items;  // GatherItem[], aligned to 8
 };
 
 inline constexpr char kGatherKernel[] = "snapstone_gather";
@@ -58,9 +58,9 @@ inline constexpr unsigned kGatherSlicesMax = 16;
 // ----------------------------------------------------------------
 
 struct CompareParameters {
-  Address digests;   // 16 bytes each, aligned to 16
-  Address expected;  // likewise
-  Address changed;   // one byte each: 0 where they are equal, 1 where not
+  DevicePointer digests;   // 16 bytes each, aligned to 16
+  DevicePointer expected;  // likewise
+  DevicePointer changed;   // one byte each: 0 where they are equal, 1 where not
   std::uint64_t count;
 };
 
@@ -75,8 +75,8 @@ inline constexpr unsigned kBoxDimsMax = 8;
 // Runs of `run_bytes` contiguous bytes on both sides, repeated over `dims` dimensions, outermost first. No dimension:
 // one run. Fewer than 2^32 bytes in all.
 struct BoxItem {
-  Address source;
-  Address target;  // overlaps no source
+  DevicePointer source;
+  DevicePointer target;  // overlaps no source
   std::uint32_t run_bytes;
   std::uint32_t dims;
   std::uint32_t sizes[kBoxDimsMax];
@@ -85,7 +85,7 @@ struct BoxItem {
 };
 
 struct ScatterParameters {
-  Address items;  // BoxItem[], aligned to 8
+  DevicePointer items;  // BoxItem[], aligned to 8
 };
 
 inline constexpr char kScatterKernel[] = "snapstone_scatter";

@@ -31,15 +31,15 @@ __device__ __forceinline__ U32 high_half(U64 word) { return static_cast<U32>(wor
 __device__ __forceinline__ U64 whole(U32 low, U32 high) { return U64{high} << 32 | low; }
 
 template <class T>
-__device__ __forceinline__ T* pointer(Address address) {
+__device__ __forceinline__ T* pointer(DevicePointer address) {
   return reinterpret_cast<T*>(address);
 }
 
 // Bytes that are read once and need not stay in a cache.
-__device__ __forceinline__ uint4 load_once(Address address) { return __ldcs(pointer<const uint4>(address)); }
+__device__ __forceinline__ uint4 load_once(DevicePointer address) { return __ldcs(pointer<const uint4>(address)); }
 
 // The 16 bytes at an address that is not a multiple of 16.
-__device__ __forceinline__ uint4 load_across(Address address) {
+__device__ __forceinline__ uint4 load_across(DevicePointer address) {
   const unsigned shift = address % kVectorBytes;
   const uint4 low = __ldg(pointer<const uint4>(address - shift));
   const uint4 high = __ldg(pointer<const uint4>(address - shift + kVectorBytes));
@@ -55,12 +55,12 @@ __device__ __forceinline__ uint4 load_across(Address address) {
 }
 
 template <bool kAligned>
-__device__ __forceinline__ uint4 load(Address address) {
+__device__ __forceinline__ uint4 load(DevicePointer address) {
   return kAligned ? load_once(address) : load_across(address);
 }
 
 // The 8 bytes at any address.
-__device__ __forceinline__ U64 load_word(Address address) {
+__device__ __forceinline__ U64 load_word(DevicePointer address) {
   const unsigned shift = address % 8;
   const U64 low = __ldg(pointer<const U64>(address - shift));
   if (shift == 0) return low;
@@ -82,7 +82,7 @@ class Adder {
       kDigestTileBlocks / kBlocks;  // a thread's second block is that many behind its first
   static_assert(kGroups * kLanesPerBlock == kDigestAddingWarps * kWarp);
 
-  __device__ __forceinline__ Adder(Address data, U64 seed, U32 blocks, unsigned thread)
+  __device__ __forceinline__ Adder(DevicePointer data, U64 seed, U32 blocks, unsigned thread)
       : block_(thread / kLanesPerBlock),
         blocks_(blocks),
         address_(data + block_ * xxh3::kBlockBytes + thread % kLanesPerBlock * kVectorBytes) {
@@ -138,7 +138,7 @@ class Adder {
  private:
   __device__ __forceinline__ bool has(unsigned block) const { return block_ + block * kGroups < blocks_; }
 
-  __device__ __forceinline__ Address at(unsigned block, unsigned step) const {
+  __device__ __forceinline__ DevicePointer at(unsigned block, unsigned step) const {
     return address_ + block * (kGroups * xxh3::kBlockBytes) + step * (kLanesPerBlock * kVectorBytes);
   }
 
@@ -165,7 +165,7 @@ class Adder {
 
   U32 block_;  // of the tile that is loaded next
   U32 blocks_;
-  Address address_;
+  DevicePointer address_;
   U64 secret_[kSteps][2];
   uint4 vectors_[kAligned ? kBlocks : 1][kSteps];
 };
@@ -215,7 +215,7 @@ class Scrambler {
   // every fourth stripe.
   __device__ __forceinline__ static U64 add_rest(const DigestItem& item, U64 seed, unsigned lane) {
     const unsigned column = lane % xxh3::kLanes;
-    const Address rest = item.address + xxh3::scrambled_blocks(item.nbytes) * xxh3::kBlockBytes + 8 * column;
+    const DevicePointer rest = item.address + xxh3::scrambled_blocks(item.nbytes) * xxh3::kBlockBytes + 8 * column;
     U64 own = 0;
     U64 words = 0;
     for (unsigned stripe = lane / xxh3::kLanes; stripe < xxh3::tail_stripes(item.nbytes); stripe += 4) {
@@ -240,7 +240,7 @@ class Scrambler {
   U64 rest_;
 };
 
-__device__ __forceinline__ void store_half(Address digest, bool high, U64 word) {
+__device__ __forceinline__ void store_half(DevicePointer digest, bool high, U64 word) {
   *pointer<U64>(digest + (high ? 0 : 8)) = xxh3::swap_bytes(word);
 }
 
@@ -258,7 +258,8 @@ __device__ __forceinline__ void add_blocks(const DigestItem& item, U64 seed, U64
   }
 }
 
-__device__ __forceinline__ void scramble_blocks(const DigestItem& item, U64 seed, Address digest, const U64* sums) {
+__device__ __forceinline__ void scramble_blocks(const DigestItem& item, U64 seed, DevicePointer digest,
+                                                const U64* sums) {
   const unsigned lane = threadIdx.x % kWarp;
   Scrambler scrambler(item, seed, lane);
   U32 blocks = static_cast<U32>(xxh3::scrambled_blocks(item.nbytes));
@@ -275,7 +276,7 @@ __device__ __forceinline__ void scramble_blocks(const DigestItem& item, U64 seed
 // -----------------------------------------------------------------------------------------------------------
 
 template <bool kAligned>
-__device__ __forceinline__ void copy_vectors(Address target, Address source, U64 count) {
+__device__ __forceinline__ void copy_vectors(DevicePointer target, DevicePointer source, U64 count) {
   constexpr unsigned kInFlight = 4;
   for (U64 first = threadIdx.x; first < count; first += kInFlight * blockDim.x) {
     uint4 vectors[kInFlight];
@@ -292,7 +293,7 @@ __device__ __forceinline__ void copy_vectors(Address target, Address source, U64
 }
 
 // By all threads of a block. Whole vectors of the target, and single bytes before and behind them.
-__device__ __forceinline__ void copy(Address target, Address source, U64 nbytes) {
+__device__ __forceinline__ void copy(DevicePointer target, DevicePointer source, U64 nbytes) {
   const U64 misaligned = (kVectorBytes - target % kVectorBytes) % kVectorBytes;
   const U64 before = misaligned < nbytes ? misaligned : nbytes;
   const U64 vectors = (nbytes - before) / kVectorBytes;
@@ -330,8 +331,8 @@ __device__ __forceinline__ void scatter_units(const BoxItem& box) {
   for (U64 at = U64{blockIdx.y} * blockDim.x + threadIdx.x; at < count; at += step) {
     U32 run = static_cast<U32>(at) / units_per_run;
     const U64 inside = (static_cast<U32>(at) - run * units_per_run) * sizeof(Unit);
-    Address source = box.source + inside;
-    Address target = box.target + inside;
+    DevicePointer source = box.source + inside;
+    DevicePointer target = box.target + inside;
     for (U32 dim = box.dims; dim-- > 0;) {
       const U32 next = run / box.sizes[dim];
       const U64 index = run - next * box.sizes[dim];
@@ -349,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(kDigestThreads, kDigestResidentBloc
     snapstone_digest(const DigestParameters parameters) {
   extern __shared__ uint4 shared[];
   const DigestItem item = pointer<const DigestItem>(parameters.items)[blockIdx.x];
-  const Address digest = parameters.digests + U64{blockIdx.x} * 16;
+  const DevicePointer digest = parameters.digests + U64{blockIdx.x} * 16;
   if (item.nbytes <= xxh3::kShortBytesMax) {
     if (threadIdx.x == 0) {
       const xxh3::Hash hash = xxh3::hash_short(pointer<const std::uint8_t>(item.address), item.nbytes, parameters.seed);
