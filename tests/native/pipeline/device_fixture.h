@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/fake_cuda.h"
+#include "cuda/kernels.h"
 #include "pipeline/pipeline_fixture.h"
 #include "pipeline/producer_mark.h"
 

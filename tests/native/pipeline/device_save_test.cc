@@ -288,6 +288,34 @@ TEST_F(DeviceSave, books_tell_what_devices_did) {
   EXPECT_EQ(job->bytes_done(), state.layout()->payload_bytes);
 }
 
+TEST_F(DeviceSave, kernels_gather_and_digest_what_is_on_one_device) {
+  if (cuda::Kernels::of(cuda::Device::of(0)) == nullptr) GTEST_SKIP() << "no kernels";
+  DeviceTensors state = tensors(on_one());
+  const auto job = device_job(state, "a");
+  save_behind_fence(state, job);
+  const DeviceStats stats = job->device_stats();
+  EXPECT_EQ(stats.no_kernels, "");
+  EXPECT_EQ(stats.digested_bytes, stats.copied_bytes);
+  EXPECT_GT(stats.gathered_bytes, 60000u);
+  EXPECT_EQ(job->totals().count[static_cast<std::size_t>(Stage::kDigest)], 0u) << "the host digested";
+  expect_saved(*job, "a", state);
+}
+
+TEST_F(DeviceSave, digests_of_the_host_are_the_same) {
+  options_.device.digests = false;
+  expect_right(mixed(), "a");
+}
+
+TEST_F(DeviceSave, more_packed_chunks_than_the_scratch_holds) {
+  std::vector<Where> where;
+  for (int i = 0; i < 1400; ++i) where.push_back({0, 50000 + random_() % 15000});
+  use_ring_of(40);
+  for (const double fraction : {0.0, 0.5}) {
+    options_.device.overflow_fraction = fraction;
+    expect_right(where, std::to_string(fraction));
+  }
+}
+
 TEST_F(DeviceSave, a_start_before_the_copies_are_enqueued_is_an_error) {
   DeviceTensors state = tensors(on_one());
   const auto job = device_job(state, "a");
@@ -358,10 +386,19 @@ TEST_F(DeviceSave, cancelling_at_any_moment_ends_the_job) {
 
 // What a driver may lack or refuse, each in a process of its own, since a process tries its driver once.
 TEST(DeviceSaveOnLesserDrivers, is_the_same) {
-  for (const char* environment :
-       {"FAKECUDA_HIDE=cuModuleLoadData", "FAKECUDA_VERSION=12000", "FAKECUDA_VERSION=12080", "FAKECUDA_POOLS=0",
-        "FAKECUDA_FAIL=cuModuleLoadData:1+:222", "FAKECUDA_MODE=lazy", "FAKECUDA_MODE=eager"}) {
-    const testing::ChildResult child = testing::run_child("DeviceSave.*:-DeviceSave.a_slow*", environment);
+  const std::string all = "DeviceSave.*:-DeviceSave.a_slow*:*adjacent*";
+  // Without registered memory nothing is enqueued at the call.
+  const std::string late = "*mixed*:*packed*:*few_slots*:*many*:*jobs*:*compressed*:*cancelling*";
+  const std::vector<std::pair<std::string, std::string>> lesser = {{"FAKECUDA_HIDE=cuModuleLoadData", all},
+                                                                   {"FAKECUDA_FAIL=cuModuleLoadData:1+:222", all},
+                                                                   {"FAKECUDA_VERSION=12000", all},
+                                                                   {"FAKECUDA_VERSION=12080", all},
+                                                                   {"FAKECUDA_POOLS=0", all},
+                                                                   {"FAKECUDA_MODE=lazy", all},
+                                                                   {"FAKECUDA_MODE=eager", all},
+                                                                   {"FAKECUDA_FAIL=cuMemHostRegister_v2:1+:801", late}};
+  for (const auto& [environment, filter] : lesser) {
+    const testing::ChildResult child = testing::run_child(filter, environment);
     EXPECT_EQ(child.status, 0) << environment << "\n" << child.output;
   }
 }
