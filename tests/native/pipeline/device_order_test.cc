@@ -76,7 +76,12 @@ class DeviceOrder : public DeviceTest {
 
 std::uint64_t seed_count() {
   const char* text = std::getenv("SNAPSTONE_TEST_SEEDS");
-  return text != nullptr ? std::strtoull(text, nullptr, 10) : 200;
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  constexpr std::uint64_t kDefault = 30;
+#else
+  constexpr std::uint64_t kDefault = 150;
+#endif
+  return text != nullptr ? std::strtoull(text, nullptr, 10) : kDefault;
 }
 
 TEST_F(DeviceOrder, every_seed_gives_the_values_of_the_snapshot) {
