@@ -47,6 +47,7 @@ __all__: list[str] = [
     "try_reflink",
     "try_rung",
     "uring_compiled_in",
+    "zstd_compiled_in",
 ]
 
 class Staging:
@@ -378,6 +379,7 @@ def try_rung(directory: str, rung: str) -> str:
     """
 
 def uring_compiled_in() -> bool: ...
+def zstd_compiled_in() -> bool: ...
 
 CHUNK_BYTES_DEFAULT: int = 1048576
 CHUNK_BYTES_MAX: int = 67108864
