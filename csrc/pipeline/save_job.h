@@ -63,6 +63,7 @@ class SaveJob : public Job {
   // True also when the job ended before all was staged: then finished() is true.
   bool wait_staged(std::chrono::milliseconds timeout);
   bool staged() const noexcept { return host_staged() && (!device_ || device_->sources_free()); }
+  std::uint64_t bytes_staged() const noexcept { return bytes_staged_.load(std::memory_order_relaxed); }  // of tensors
 
   // With sources on devices, before the start: enqueues as much as there are slots for, and does not wait. What goes
   // wrong fails the job.

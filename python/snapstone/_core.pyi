@@ -212,6 +212,8 @@ class SaveJob:
     @property
     def bytes_done(self) -> int: ...
     @property
+    def bytes_staged(self) -> int: ...
+    @property
     def device_drained(self) -> bool:
         """
         Whether an ended job is known to read no memory of devices any more.
