@@ -39,6 +39,9 @@ struct Rule {
   std::uint64_t limit_nbytes = std::numeric_limits<std::uint64_t>::max();
   std::uint64_t delay_ms = 0;
   bool kill = false;
+  bool skip = false;
+
+  bool matches(std::uint64_t count) const { return count == nth || (and_later && count > nth); }
 };
 
 struct State {
@@ -46,6 +49,14 @@ struct State {
   std::vector<Rule> rules;
   std::map<std::string, std::uint64_t, std::less<>> seen;
   std::uint64_t seen_total = 0;
+
+  std::uint64_t count(std::string_view name) {
+    auto entry = seen.find(name);
+    if (entry == seen.end()) {
+      entry = seen.emplace(name, 0).first;
+    }
+    return ++entry->second;
+  }
 };
 
 // Never destroyed: threads may still pass points while the process exits.
@@ -93,7 +104,7 @@ constexpr std::pair<std::string_view, int> kErrnoNames[] = {
 
 [[noreturn]] void refuse(std::string_view rule, const char* why) {
   throw std::invalid_argument("SNAPSTONE_FAULT rule '" + std::string(rule) + "': " + why +
-                              "; expected CALL:NTH[+]:errno=NAME|short=BYTES|delay=MILLISECONDS|kill");
+                              "; expected CALL:NTH[+]:errno=NAME|short=BYTES|delay=MILLISECONDS|kill|skip");
 }
 
 std::optional<std::uint64_t> parse_number(std::string_view text) {
@@ -135,6 +146,8 @@ void parse_action(std::string_view text, std::string_view action, Rule& rule) {
   };
   if (action == "kill") {
     rule.kill = true;
+  } else if (action == "skip") {
+    rule.skip = true;
   } else if (take("errno=")) {
     rule.error_number = parse_errno(text, action);
   } else if (take("short=")) {
@@ -212,18 +225,14 @@ Outcome fire(const char* call, const char* /*path*/) {
       return outcome;  // disarmed between the branch in point() and here
     }
     const std::uint64_t total = ++shared.seen_total;
-    auto entry = shared.seen.find(std::string_view(call));
-    if (entry == shared.seen.end()) {
-      entry = shared.seen.emplace(call, 0).first;
-    }
-    const std::uint64_t count = ++entry->second;
+    const std::uint64_t count = shared.count(call);
     for (const Rule& rule : shared.rules) {
       const bool any = rule.call == "*";
       if (!any && rule.call != call) {
         continue;
       }
       const std::uint64_t nth = any ? total : count;
-      if (nth != rule.nth && !(rule.and_later && nth > rule.nth)) {
+      if (!rule.matches(nth)) {
         continue;
       }
       if (rule.kill) {
@@ -240,6 +249,18 @@ Outcome fire(const char* call, const char* /*path*/) {
     std::this_thread::sleep_for(std::chrono::milliseconds(delay_ms));
   }
   return outcome;
+}
+
+bool fire_skip(const char* kind, const char* name) {
+  const std::string step = std::string(kind) + "/" + name;
+  State& shared = state();
+  const std::lock_guard lock(shared.mutex);
+  if (!armed.load(std::memory_order_relaxed)) {
+    return false;
+  }
+  const std::uint64_t count = shared.count(step);
+  return std::any_of(shared.rules.begin(), shared.rules.end(),
+                     [&](const Rule& rule) { return rule.skip && rule.call == step && rule.matches(count); });
 }
 
 void arm(const std::string& rules) {
@@ -269,6 +290,16 @@ std::uint64_t seen(const std::string& call) {
   }
   const auto entry = shared.seen.find(call);
   return entry == shared.seen.end() ? 0 : entry->second;
+}
+
+std::vector<std::string> seen_names() {
+  State& shared = state();
+  const std::lock_guard lock(shared.mutex);
+  std::vector<std::string> names;
+  for (const auto& [name, count] : shared.seen) {
+    names.push_back(name);
+  }
+  return names;
 }
 
 }  // namespace snapstone::fault

@@ -1,10 +1,12 @@
 // C++ errors as Python sees them: OsError -> OSError(errno, message, filename), so FileNotFoundError, PermissionError
-// and e.errno == ENOSPC just work; CorruptError -> snapstone.errors.CorruptCheckpointError; CancelledError ->
-// concurrent.futures.CancelledError.
+// and e.errno == ENOSPC just work; CorruptError -> snapstone.errors.CorruptCheckpointError; UnsupportedError ->
+// snapstone.errors.IncompatibleCheckpointError; CancelledError -> concurrent.futures.CancelledError; CudaError ->
+// snapstone.errors.CudaError.
 #include <cstring>
 
 #include "base/error.h"
 #include "bind/bind.h"
+#include "cuda/driver.h"
 
 namespace snapstone::bind {
 namespace {
@@ -34,9 +36,22 @@ void raise_corrupt(const CorruptError& error) {
                    py::arg("expected") = text(error.expected()), py::arg("actual") = text(error.actual())));
 }
 
+void raise_unsupported(const UnsupportedError& error) {
+  const py::object type = py::module_::import("snapstone.errors").attr("IncompatibleCheckpointError");
+  raise(type, type(error.what()));
+}
+
 void raise_cancelled(const CancelledError& error) {
   const py::object type = py::module_::import("concurrent.futures").attr("CancelledError");
   raise(type, type(error.what()));
+}
+
+void raise_cuda(const cuda::CudaError& error) {
+  const py::object type = py::module_::import("snapstone.errors").attr("CudaError");
+  const bool known = error.device() != cuda::CudaError::kNoDevice;
+  const py::object device = known ? py::object(py::int_(error.device())) : py::object(py::none());
+  raise(type, type(error.name(), py::arg("code") = static_cast<int>(error.code()), py::arg("call") = error.call(),
+                   py::arg("device") = device));
 }
 
 }  // namespace
@@ -49,8 +64,12 @@ void register_errors(py::module_&) {
       raise_os_error(error);
     } catch (const CorruptError& error) {
       raise_corrupt(error);
+    } catch (const UnsupportedError& error) {
+      raise_unsupported(error);
     } catch (const CancelledError& error) {
       raise_cancelled(error);
+    } catch (const cuda::CudaError& error) {
+      raise_cuda(error);
     }
   });
 }

@@ -13,6 +13,7 @@ __all__: list[str] = [
     "CHUNK_BYTES_DEFAULT",
     "CHUNK_BYTES_MAX",
     "ChunkRecords",
+    "CudaMark",
     "INDEX_HEADER_BYTES_MAX",
     "Layout",
     "LoadJob",
@@ -26,11 +27,13 @@ __all__: list[str] = [
     "bytes_before",
     "check_chunk_table",
     "choose_rung",
+    "cuda_facts",
     "digest_hex",
     "digest_memory",
     "fault_arm",
     "fault_disarm",
     "fault_seen",
+    "fault_seen_names",
     "file_system_facts",
     "is_file_name",
     "memlock_limit_bytes",
@@ -45,6 +48,7 @@ __all__: list[str] = [
     "try_reflink",
     "try_rung",
     "uring_compiled_in",
+    "zstd_compiled_in",
 ]
 
 class Staging:
@@ -84,6 +88,20 @@ class Staging:
     def path(self) -> str: ...
     @property
     def save_id(self) -> str: ...
+
+class CudaMark:
+    """
+    A place in the streams that produce what is saved; see csrc/pipeline/producer_mark.h.
+    """
+    def __init__(
+        self,
+        streams: collections.abc.Mapping[
+            typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex
+        ],
+    ) -> None:
+        """
+        {ordinal: handle of the stream}
+        """
 
 class Layout:
     """
@@ -146,15 +164,34 @@ class SaveJob:
             collections.abc.Sequence[tuple[str, str]],
         ]
         | None = None,
+        devices: typing.Annotated[numpy.typing.ArrayLike, numpy.int32] | None = None,
+        device_options: tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsFloat | typing.SupportsIndex,
+            bool,
+            typing.SupportsFloat | typing.SupportsIndex,
+            bool,
+        ] = (33554432, 0.0, True, 0.0, False),
     ) -> None: ...
     def cancel(self) -> None: ...
     def chunk_table(self) -> bytes:
         """
         The records of the layout's chunks, then the reference records that these need.
         """
+    def device_stats(self) -> dict: ...
     def encode_us(self) -> numpy.typing.NDArray[numpy.uint32]:
         """
         uint32 array: by chunk of the layout the microseconds of encoding it, 0 if it was not; empty without a codec
+        """
+    def enqueue(self, mark: CudaMark) -> None:
+        """
+        With sources on devices, before start(): enqueues their copies behind the mark, and does not wait.
+        """
+    def fence(
+        self, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        Once snapshot_enqueued: what the stream is given from now on may change sources on that device.
         """
     def rethrow(self) -> None:
         """
@@ -167,17 +204,28 @@ class SaveJob:
         """
         True when the job has ended within `seconds`.
         """
+    def wait_snapshot(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool:
+        """
+        True when everything that reads sources has been enqueued within `seconds`, or the job has ended.
+        """
     def wait_staged(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool: ...
     @property
     def bytes_done(self) -> int: ...
     @property
     def bytes_staged(self) -> int: ...
     @property
+    def device_drained(self) -> bool:
+        """
+        Whether an ended job is known to read no memory of devices any more.
+        """
+    @property
     def direct(self) -> bool: ...
     @property
     def file_bytes(self) -> int: ...
     @property
     def finished(self) -> bool: ...
+    @property
+    def snapshot_enqueued(self) -> bool: ...
     @property
     def staged(self) -> bool: ...
     @property
@@ -297,6 +345,11 @@ def choose_rung(directory: str) -> tuple:
     (name, reasons why better rungs were passed over)
     """
 
+def cuda_facts() -> dict:
+    """
+    What csrc/cuda found: available, reason (why not), driver_version (13000 for 13.0), devices, and whether the driver has its optional calls. Initialises CUDA.
+    """
+
 def digest_hex(data: bytes) -> str:
     """
     XXH3-128 of `data` as 32 hex digits, as xxh128sum prints it.
@@ -316,6 +369,11 @@ def fault_arm(rules: str) -> None:
 
 def fault_disarm() -> None: ...
 def fault_seen(call: str) -> int: ...
+def fault_seen_names() -> list[str]:
+    """
+    Calls and steps seen since fault_arm, sorted.
+    """
+
 def file_system_facts(directory: str) -> dict: ...
 def is_file_name(name: str) -> bool: ...
 def memlock_limit_bytes() -> int: ...
@@ -326,8 +384,14 @@ def reap(parent: str) -> list[str]:
     """
 
 def reserve(
-    slot_bytes: typing.SupportsInt | typing.SupportsIndex, slots: typing.SupportsInt | typing.SupportsIndex
-) -> None: ...
+    slot_bytes: typing.SupportsInt | typing.SupportsIndex,
+    slots: typing.SupportsInt | typing.SupportsIndex,
+    device: typing.SupportsInt | typing.SupportsIndex = -1,
+) -> None:
+    """
+    Makes staging memory; with the ordinal of a device, near it and ready for its copies.
+    """
+
 def ring_facts() -> dict: ...
 def scatter_pieces(
     pieces: collections.abc.Sequence[
@@ -368,6 +432,7 @@ def try_rung(directory: str, rung: str) -> str:
     """
 
 def uring_compiled_in() -> bool: ...
+def zstd_compiled_in() -> bool: ...
 
 CHUNK_BYTES_DEFAULT: int = 1048576
 CHUNK_BYTES_MAX: int = 67108864

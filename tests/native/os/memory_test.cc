@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstring>
 #include <limits>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -41,6 +42,42 @@ TEST(MappedMemory, every_page_is_resident_before_first_use) {
       ASSERT_EQ(resident[i] & 1, 1) << "page " << i;
     }
   }
+}
+
+TEST(MappedMemory, large_memory_is_resident_too_and_refused_as_a_whole) {
+  {
+    const ArmedFaults faults("");
+    const MappedMemory memory(70ull << 20);
+    EXPECT_GE(fault::seen("madvise"), std::min(2u, std::thread::hardware_concurrency())) << "one thread did it all";
+    std::vector<unsigned char> resident(memory.nbytes() / kPageBytes);
+    ASSERT_EQ(::mincore(memory.data(), memory.nbytes(), resident.data()), 0);
+    for (std::size_t i = 0; i < resident.size(); ++i) {
+      ASSERT_EQ(resident[i] & 1, 1) << "page " << i;
+    }
+  }
+  const ArmedFaults faults("madvise:2:errno=ENOMEM");
+  if (std::thread::hardware_concurrency() > 1) {
+    EXPECT_EQ(errno_of([] { MappedMemory(70ull << 20); }), ENOMEM);
+  }
+}
+
+TEST(MappedMemory, lies_on_the_node_that_was_asked_for) {
+  const int node = numa_node_of(MappedMemory(1).data());
+  if (node == kAnyNumaNode) GTEST_SKIP() << "this kernel, or this container, does not tell nodes";
+  const MappedMemory memory(kHugePageBytes, node);
+  EXPECT_EQ(numa_node_of(memory.data()), node);
+  EXPECT_EQ(numa_node_of(memory.data() + memory.nbytes() - 1), node);
+}
+
+TEST(MappedMemory, a_node_that_cannot_be_had_is_no_failure) {
+  for (const int node : {1023, 1024, 1 << 30}) {
+    const MappedMemory memory(1, node);
+    EXPECT_NE(memory.data(), nullptr) << node;
+  }
+  const ArmedFaults faults("mbind:1+:errno=EPERM");
+  const MappedMemory memory(1, 0);
+  EXPECT_EQ(fault::seen("mbind"), 1u);
+  EXPECT_NE(memory.data(), nullptr);
 }
 
 TEST(MappedMemory, moves_leave_one_owner) {
