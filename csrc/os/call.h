@@ -2,7 +2,7 @@
 //
 // Reads of /proc (boot id, memory, limits) stay outside the seam: they answer "unknown" and never fail a caller.
 // Seam names (base/fault_hook.h) and what passes them; fallocate, ftruncate, fsync, pwrite, pread, copy_file_range,
-// flock, mmap and madvise are the calls of those names.
+// flock, mmap, mbind and madvise are the calls of those names.
 //
 // clang-format off
 //     open        openat with any flags: files, directories, O_TMPFILE

@@ -3,6 +3,7 @@
 #include "os/memory.h"
 
 #include <linux/capability.h>
+#include <linux/mempolicy.h>
 #include <stdio.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -47,6 +48,20 @@ void populate(std::uint8_t* data, std::uint64_t nbytes) {
   }
 }
 
+// By system call, since libnuma may be missing. Preferred, not bound: a full node must not end a save.
+void prefer_numa_node(std::uint8_t* data, std::uint64_t nbytes, int node) {
+  constexpr std::size_t kNodesMax = 1024;  // of the kernel: CONFIG_NODES_SHIFT is at most 10
+  constexpr std::size_t kWordBits = 8 * sizeof(unsigned long);
+  if (node < 0 || static_cast<std::size_t>(node) >= kNodesMax) {
+    return;
+  }
+  unsigned long nodes[kNodesMax / kWordBits] = {};
+  nodes[static_cast<std::size_t>(node) / kWordBits] = 1ul << (static_cast<std::size_t>(node) % kWordBits);
+  // The kernel takes one bit less than it is told.
+  call("mbind", "staging memory",
+       [&] { return ::syscall(SYS_mbind, data, nbytes, MPOL_PREFERRED, nodes, kNodesMax + 1, 0); });
+}
+
 // AnonHugePages of the mapping around `data`. The kernel lists mappings in address order and walks the page tables of
 // each one that is read, so reading stops at the answer.
 bool has_huge_pages(const std::uint8_t* data) {
@@ -81,7 +96,7 @@ bool may_lock_without_limit() {
 
 }  // namespace
 
-MappedMemory::MappedMemory(std::uint64_t nbytes) {
+MappedMemory::MappedMemory(std::uint64_t nbytes, int numa_node) {
   if (nbytes == 0) {
     return;
   }
@@ -101,6 +116,7 @@ MappedMemory::MappedMemory(std::uint64_t nbytes) {
     throw OsError(errno, "mmap", what, 0, mapping_nbytes);
   }
   auto* data = reinterpret_cast<std::uint8_t*>(round_up(reinterpret_cast<std::uintptr_t>(mapping), kHugePageBytes));
+  prefer_numa_node(data, usable_nbytes, numa_node);
   ::madvise(data, usable_nbytes, MADV_HUGEPAGE);
   try {
     populate(data, usable_nbytes);
@@ -141,6 +157,13 @@ MappedMemory::~MappedMemory() {
   if (mapping_ != nullptr) {
     ::munmap(mapping_, mapping_nbytes_);
   }
+}
+
+int numa_node_of(const void* address) {
+  int node = kAnyNumaNode;
+  void* page = const_cast<void*>(address);
+  const long result = ::syscall(SYS_get_mempolicy, &node, nullptr, 0, page, MPOL_F_NODE | MPOL_F_ADDR);
+  return result == 0 ? node : kAnyNumaNode;
 }
 
 std::uint64_t memlock_limit_bytes() {

@@ -1,17 +1,21 @@
 // MappedMemory: anonymous, page-aligned memory for staging slots.
 //
-// mmap -> MADV_HUGEPAGE -> touch -> MADV_DONTFORK. Huge pages are advice: `huge` says whether the kernel had any to
-// give. Failure: the constructor throws OsError (ENOMEM); everything after is noexcept.
+// mmap -> mbind -> MADV_HUGEPAGE -> touch -> MADV_DONTFORK. Huge pages and the NUMA node are advice: `huge` says whether
+// the kernel had any to give, and where a node is full or unknown the pages come from elsewhere.
+// Failure: the constructor throws OsError (ENOMEM); everything after is noexcept.
 #pragma once
 
 #include <cstdint>
 
 namespace snapstone::os {
 
+inline constexpr int kAnyNumaNode = -1;
+
 class MappedMemory {
  public:
   MappedMemory() = default;
-  explicit MappedMemory(std::uint64_t nbytes);  // rounded up to kHugePageBytes, 2 MiB aligned, every page touched
+  // Rounded up to kHugePageBytes, 2 MiB aligned, every page touched, on `numa_node` while that has pages to give.
+  explicit MappedMemory(std::uint64_t nbytes, int numa_node = kAnyNumaNode);
   MappedMemory(MappedMemory&& other) noexcept;
   MappedMemory& operator=(MappedMemory&& other) noexcept;
   ~MappedMemory();
@@ -28,6 +32,8 @@ class MappedMemory {
   bool huge_ = false;
 };
 
+// The NUMA node that holds the page at `address`, or kAnyNumaNode when the kernel does not say.
+int numa_node_of(const void* address);
 std::uint64_t memlock_limit_bytes();     // RLIMIT_MEMLOCK; UINT64_MAX when unlimited or CAP_IPC_LOCK is held
 std::uint64_t available_memory_bytes();  // MemAvailable of /proc/meminfo; 0 when unknown
 

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstring>
 #include <memory>
+#include <random>
 #include <set>
 #include <stdexcept>
 #include <thread>
@@ -16,6 +17,7 @@
 
 #include "armed_faults.h"
 #include "base/limits.h"
+#include "seed.h"
 
 namespace snapstone::mem {
 namespace {
@@ -137,6 +139,115 @@ TEST_F(SlotRingTest, the_slot_freed_last_is_given_first) {
   b = {};
   a = {};
   EXPECT_EQ(ring_->try_acquire().data(), warm);
+}
+
+// A run is one piece of memory, in order, and all of it the caller's.
+void expect_run(const std::vector<Slot>& run, std::size_t count) {
+  ASSERT_EQ(run.size(), count);
+  for (std::size_t i = 1; i < run.size(); ++i) {
+    EXPECT_EQ(run[i].data(), run[i - 1].data() + kSlotBytes);
+    EXPECT_EQ(run[i].segment(), run[0].segment());
+  }
+}
+
+TEST_F(SlotRingTest, a_run_is_adjacent_memory) {
+  ring_->reserve(16);
+  const std::vector<Slot> first = ring_->acquire_run(5, 0);
+  expect_run(first, 5);
+  const std::vector<Slot> rest = ring_->acquire_run(100, 0);
+  expect_run(rest, 11);
+  EXPECT_EQ(rest[0].data(), first[4].data() + kSlotBytes);
+  EXPECT_TRUE(ring_->acquire_run(1, 0).empty());
+  EXPECT_FALSE(ring_->try_acquire());
+}
+
+TEST_F(SlotRingTest, a_run_leaves_what_it_was_told_to_leave) {
+  ring_->reserve(10);
+  EXPECT_TRUE(ring_->acquire_run(4, 10).empty());
+  EXPECT_TRUE(ring_->acquire_run(0, 0).empty());
+  EXPECT_TRUE(ring_->acquire_run(4, UINT64_MAX).empty());
+  const std::vector<Slot> run = ring_->acquire_run(100, 7);
+  expect_run(run, 3);
+  EXPECT_EQ(ring_->free_count(), 7u);
+}
+
+TEST_F(SlotRingTest, a_run_reaches_both_ways_from_the_slot_freed_last_and_stops_at_slots_in_use) {
+  ring_->reserve(12);
+  std::vector<Slot> all = ring_->acquire_run(12, 0);
+  expect_run(all, 12);
+  std::uint8_t* const begin = all[0].data();
+  for (const std::size_t i : {1, 2, 4, 5, 6, 7, 9}) all[i] = {};  // 0, 3, 8, 10 and 11 stay in use
+  all[5] = ring_->try_acquire();
+  ASSERT_EQ(all[5].data(), begin + 9 * kSlotBytes) << "freed last";
+  all[9] = std::move(all[5]);
+  all[8] = {};
+  const std::vector<Slot> run = ring_->acquire_run(100, 0);
+  expect_run(run, 5);
+  EXPECT_EQ(run[0].data(), begin + 4 * kSlotBytes);
+  expect_run(ring_->acquire_run(100, 0), 2);
+}
+
+TEST_F(SlotRingTest, a_run_stays_within_one_segment) {
+  SlotRing ring(kSegmentBytes / 4);
+  ring.reserve(10);
+  std::multiset<std::size_t> sizes;
+  std::vector<std::vector<Slot>> runs;
+  while (ring.free_count() > 0) {
+    runs.push_back(ring.acquire_run(100, 0));
+    sizes.insert(runs.back().size());
+    for (const Slot& slot : runs.back()) EXPECT_EQ(slot.segment(), runs.back()[0].segment());
+  }
+  EXPECT_EQ(sizes, (std::multiset<std::size_t>{2, 4, 4}));
+}
+
+TEST_F(SlotRingTest, runs_do_not_change_which_slot_is_given_next) {
+  ring_->reserve(8);
+  std::vector<Slot> all = ring_->acquire_run(8, 0);
+  std::uint8_t* const begin = all[0].data();
+  for (const std::size_t i : {6, 0, 3, 4}) all[i] = {};
+  const std::vector<Slot> run = ring_->acquire_run(2, 0);  // out of the middle of the list
+  expect_run(run, 2);
+  EXPECT_EQ(run[0].data(), begin + 3 * kSlotBytes);
+  const Slot next = ring_->try_acquire();
+  EXPECT_EQ(next.data(), begin);
+  const Slot last = ring_->try_acquire();
+  EXPECT_EQ(last.data(), begin + 6 * kSlotBytes);
+}
+
+// Any sequence of acquiring, runs, freeing and growing: free slots are counted right, given in the order in which they
+// were freed last, and no slot is given twice.
+TEST_F(SlotRingTest, random_use_agrees_with_a_list) {
+  std::mt19937_64 random(testing::seed());
+  ring_->reserve(24);
+  std::vector<Slot> held = ring_->acquire_run(24, 0);
+  std::vector<std::uint8_t*> freed;  // the model: the last one is given next
+  for (int round = 0; round < 20000; ++round) {
+    switch (random() % 4) {
+      case 0:
+      case 1:
+        if (held.empty()) break;
+        std::swap(held[random() % held.size()], held.back());
+        freed.push_back(held.back().data());
+        held.pop_back();
+        break;
+      case 2:
+        if (freed.empty()) break;
+        held.push_back(ring_->try_acquire());
+        ASSERT_EQ(held.back().data(), freed.back());
+        freed.pop_back();
+        break;
+      default: {
+        const std::uint64_t leave = random() % 4;
+        std::vector<Slot> run = ring_->acquire_run(1 + random() % 6, leave);
+        ASSERT_EQ(run.empty(), freed.size() <= leave);
+        for (Slot& slot : run) {
+          ASSERT_EQ(std::erase(freed, slot.data()), 1u) << "given twice";
+          held.push_back(std::move(slot));
+        }
+      }
+    }
+    ASSERT_EQ(ring_->free_count(), freed.size());
+  }
 }
 
 TEST_F(SlotRingTest, acquire_gives_up_at_the_timeout) {

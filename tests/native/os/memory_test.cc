@@ -43,6 +43,25 @@ TEST(MappedMemory, every_page_is_resident_before_first_use) {
   }
 }
 
+TEST(MappedMemory, lies_on_the_node_that_was_asked_for) {
+  const int node = numa_node_of(MappedMemory(1).data());
+  if (node == kAnyNumaNode) GTEST_SKIP() << "this kernel, or this container, does not tell nodes";
+  const MappedMemory memory(kHugePageBytes, node);
+  EXPECT_EQ(numa_node_of(memory.data()), node);
+  EXPECT_EQ(numa_node_of(memory.data() + memory.nbytes() - 1), node);
+}
+
+TEST(MappedMemory, a_node_that_cannot_be_had_is_no_failure) {
+  for (const int node : {1023, 1024, 1 << 30}) {
+    const MappedMemory memory(1, node);
+    EXPECT_NE(memory.data(), nullptr) << node;
+  }
+  const ArmedFaults faults("mbind:1+:errno=EPERM");
+  const MappedMemory memory(1, 0);
+  EXPECT_EQ(fault::seen("mbind"), 1u);
+  EXPECT_NE(memory.data(), nullptr);
+}
+
 TEST(MappedMemory, moves_leave_one_owner) {
   MappedMemory first(1);
   std::uint8_t* data = first.data();
