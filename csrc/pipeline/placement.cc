@@ -105,6 +105,7 @@ void add_as_rows(const StridedBlock& block, Placement& placement) {
 Placement place_on_device(const LoadPlan& plan, const ReadChunk& chunk, std::int32_t device) {
   std::vector<StridedBlock> blocks = blocks_of(plan, chunk, device);
   Placement placement;
+  placement.raw_bytes = plan.record(chunk).raw_bytes;
   placement.nbytes = bytes_of(blocks);
   for (StridedBlock& block : blocks) {
     const bool simple = block.dims.empty() ||
@@ -118,21 +119,23 @@ Placement place_on_device(const LoadPlan& plan, const ReadChunk& chunk, std::int
   return placement;
 }
 
-Placement place_from_host(const LoadPlan& plan, const ReadChunk& chunk, std::int32_t device, bool pack) {
+Placement place_from_host(const LoadPlan& plan, const ReadChunk& chunk, std::int32_t device,
+                          std::uint64_t packed_bytes_max) {
   std::vector<StridedBlock> blocks = blocks_of(plan, chunk, device);
   Placement placement;
+  placement.raw_bytes = plan.record(chunk).raw_bytes;
   placement.nbytes = bytes_of(blocks);
-  pack = pack || std::any_of(blocks.begin(), blocks.end(), wants_packing);
   for (StridedBlock& block : blocks) {
-    if (!pack) {
+    const auto nbytes = static_cast<std::uint64_t>(block.nbytes());
+    if (!wants_packing(block) || nbytes > packed_bytes_max - placement.packed_bytes) {
       add_as_rows(block, placement);
       continue;
     }
     StridedBlock packed = block.packed();
-    packed.source = static_cast<std::int64_t>(placement.packed_bytes);
+    packed.source = static_cast<std::int64_t>(placement.raw_bytes + placement.packed_bytes);
     add_as_rows(packed, placement);
-    const auto nbytes = static_cast<std::uint64_t>(block.nbytes());
-    placement.packs.push_back({std::move(block), std::exchange(placement.packed_bytes, placement.packed_bytes + nbytes)});
+    placement.packs.push_back({std::move(block), placement.packed_bytes});
+    placement.packed_bytes += nbytes;
   }
   return placement;
 }

@@ -25,7 +25,8 @@ struct Placement {
     std::uint64_t at = 0;
   };
 
-  // Sources are offsets: in the packed bytes if there are packs, else in the chunk's raw bytes. Targets are addresses.
+  // Sources are offsets in the chunk's raw bytes or, from raw_bytes on, in the packed ones. Targets are addresses.
+  std::uint64_t raw_bytes = 0;
   std::vector<Pack> packs;
   std::uint64_t packed_bytes = 0;
   std::vector<cuda::Copy> runs;
@@ -37,8 +38,9 @@ struct Placement {
 // From memory of the device, with the kernels. No packs.
 Placement place_on_device(const LoadPlan& plan, const ReadChunk& chunk, std::int32_t device);
 
-// From memory of the host. No boxes. Packs if targets want that, or with `pack`: then everything is packed.
-Placement place_from_host(const LoadPlan& plan, const ReadChunk& chunk, std::int32_t device, bool pack);
+// From memory of the host. No boxes. What does not fit into `packed_bytes_max` is copied as it is.
+Placement place_from_host(const LoadPlan& plan, const ReadChunk& chunk, std::int32_t device,
+                          std::uint64_t packed_bytes_max);
 
 // What a box is without kernels; adds to `placement`.
 void add_as_rows(const StridedBlock& block, Placement& placement);

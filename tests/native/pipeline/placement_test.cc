@@ -45,9 +45,11 @@ void copy_box(const StridedBlock& box, const std::uint8_t* source, std::size_t a
 }
 
 void carry_out(const Placement& placement, const std::uint8_t* raw) {
-  Bytes packed(placement.packed_bytes);
-  for (const Placement::Pack& pack : placement.packs) gather_block(pack.block, raw, packed.data() + pack.at);
-  const std::uint8_t* const source = placement.packs.empty() ? raw : packed.data();
+  Bytes both(placement.raw_bytes + placement.packed_bytes);
+  std::copy_n(raw, placement.raw_bytes, both.data());
+  std::uint8_t* const packed = both.data() + placement.raw_bytes;
+  for (const Placement::Pack& pack : placement.packs) gather_block(pack.block, raw, packed + pack.at);
+  const std::uint8_t* const source = both.data();
   for (const cuda::Copy& run : placement.runs) copy(run.dst, source + run.src, run.nbytes);
   for (const cuda::Copy2d& rows : placement.rows) {
     EXPECT_GE(rows.dst_pitch, rows.width_bytes);
@@ -62,10 +64,10 @@ void carry_out(const Placement& placement, const std::uint8_t* raw) {
   }
 }
 
-enum class From { kDevice, kHost, kHostPacked };
+enum class From { kDevice, kHost, kHostUnpacked };
 
 std::string from_test_name(const ::testing::TestParamInfo<From>& info) {
-  static constexpr const char* kNames[] = {"device", "host", "packed"};
+  static constexpr const char* kNames[] = {"device", "host", "unpacked"};
   return kNames[static_cast<int>(info.param)];
 }
 
@@ -73,12 +75,12 @@ class PlacementFrom : public ::testing::TestWithParam<From> {
  protected:
   Placement place(const LoadPlan& plan, const ReadChunk& chunk, std::int32_t device) const {
     if (GetParam() == From::kDevice) return place_on_device(plan, chunk, device);
-    return place_from_host(plan, chunk, device, GetParam() == From::kHostPacked);
+    return place_from_host(plan, chunk, device, GetParam() == From::kHost ? kChunkBytes : 0);
   }
   std::mt19937_64 random_{testing::seed()};
 };
 
-INSTANTIATE_TEST_SUITE_P(Memory, PlacementFrom, ::testing::Values(From::kDevice, From::kHost, From::kHostPacked),
+INSTANTIATE_TEST_SUITE_P(Memory, PlacementFrom, ::testing::Values(From::kDevice, From::kHost, From::kHostUnpacked),
                          from_test_name);
 
 TEST_P(PlacementFrom, random_boxes_of_every_chunk_reach_their_targets) {
@@ -105,7 +107,7 @@ TEST_P(PlacementFrom, random_boxes_of_every_chunk_reach_their_targets) {
     for (const ReadChunk& chunk : plan.chunks()) {
       const Placement placement = place(plan, chunk, 1);
       EXPECT_TRUE(placement.boxes.empty() || GetParam() == From::kDevice);
-      EXPECT_TRUE(placement.packs.empty() || GetParam() != From::kDevice);
+      EXPECT_TRUE(placement.packs.empty() || GetParam() == From::kHost);
       carry_out(placement, stored.data() + chunk.chunk * kChunkBytes);
       placed += placement.nbytes;
       EXPECT_EQ(place(plan, chunk, 0).nbytes, 0u) << "another device has no target here";
@@ -148,10 +150,11 @@ class PlacementShape : public ::testing::Test {
 TEST_F(PlacementShape, contiguous_targets_are_one_run) {
   const LoadPlan plan = plan_for({at_, 2, {40, 50}, {100, 2}});
   for (const Placement& placement :
-       {place_on_device(plan, plan.chunks()[0], 0), place_from_host(plan, plan.chunks()[0], 0, false)}) {
+       {place_on_device(plan, plan.chunks()[0], 0), place_from_host(plan, plan.chunks()[0], 0, kChunkBytes)}) {
     ASSERT_EQ(placement.runs.size(), 1u);
     EXPECT_EQ(placement.runs[0].dst, address_of(at_));
     EXPECT_EQ(placement.runs[0].src, 0u);
+    EXPECT_EQ(placement.packed_bytes, 0u);
     EXPECT_EQ(placement.runs[0].nbytes, kChunkBytes);
     EXPECT_TRUE(placement.rows.empty() && placement.boxes.empty() && placement.packs.empty());
   }
@@ -163,7 +166,7 @@ TEST_F(PlacementShape, short_rows_are_for_the_kernel_and_without_it_copies_in_ro
   EXPECT_TRUE(with.rows.empty() && with.runs.empty());
   ASSERT_EQ(with.boxes.size(), 1u);
   EXPECT_EQ(with.boxes[0].unit_bytes, 100);
-  const Placement without = place_from_host(plan, plan.chunks()[0], 0, false);
+  const Placement without = place_from_host(plan, plan.chunks()[0], 0, kChunkBytes);
   EXPECT_TRUE(without.packs.empty() && without.runs.empty());
   ASSERT_EQ(without.rows.size(), 1u);
   EXPECT_EQ(without.rows[0].width_bytes, 100u);
@@ -174,16 +177,20 @@ TEST_F(PlacementShape, short_rows_are_for_the_kernel_and_without_it_copies_in_ro
 
 TEST_F(PlacementShape, a_transposed_target_is_packed_into_a_single_run) {
   const LoadPlan plan = plan_for({at_, 2, {40, 50}, {2, 80}});
-  const Placement without = place_from_host(plan, plan.chunks()[0], 0, false);
+  const Placement without = place_from_host(plan, plan.chunks()[0], 0, kChunkBytes);
   EXPECT_EQ(without.packed_bytes, kChunkBytes);
   ASSERT_EQ(without.runs.size(), 1u);
   EXPECT_EQ(without.runs[0].nbytes, kChunkBytes);
+  EXPECT_EQ(without.runs[0].src, without.raw_bytes) << "the first packed byte";
+  const Placement no_room = place_from_host(plan, plan.chunks()[0], 0, kChunkBytes - 1);
+  EXPECT_EQ(no_room.packed_bytes, 0u);
+  EXPECT_FALSE(no_room.rows.empty());
   EXPECT_EQ(place_on_device(plan, plan.chunks()[0], 0).boxes.size(), 1u);
 }
 
 TEST_F(PlacementShape, a_pitch_that_copies_in_rows_cannot_take_becomes_runs) {
   const LoadPlan plan = plan_for({at_, 2, {40, 50}, {std::int64_t{1} << 31, 2}});
-  const Placement without = place_from_host(plan, plan.chunks()[0], 0, false);
+  const Placement without = place_from_host(plan, plan.chunks()[0], 0, kChunkBytes);
   EXPECT_TRUE(without.rows.empty());
   ASSERT_EQ(without.runs.size(), 40u);
   EXPECT_EQ(without.runs[39].dst, address_of(at_) + 39 * (std::uint64_t{1} << 31));
