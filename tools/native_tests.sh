@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds and runs tests/native, plainly or under a sanitizer: native_tests.sh [address,undefined | thread]
 #
-# Without GoogleTest the run is skipped with a message; FAIL_WITHOUT_GTEST=1 makes that a failure.
+# Without GoogleTest, libxxhash or libzstd the run is skipped with a message; FAIL_WITHOUT_GTEST=1 makes that a failure.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,8 +9,13 @@ sanitize=${1:-}
 directory=build/native${sanitize:+-${sanitize//,/-}}
 export PATH="$PWD/.venv/bin:$PATH"
 
-if ! echo '#include <gtest/gtest.h>' | "${CXX:-c++}" -x c++ -shared -fPIC -o /dev/null - -lgtest 2>/dev/null; then
-  echo "native tests: skipped, GoogleTest is not installed (package libgtest-dev)"
+missing=""
+for library in gtest/gtest.h:gtest:libgtest-dev xxhash.h:xxhash:libxxhash-dev zstd.h:zstd:libzstd-dev; do
+  IFS=: read -r header name package <<<"$library"
+  echo "#include <$header>" | "${CXX:-c++}" -x c++ -shared -fPIC -o /dev/null - -l"$name" 2>/dev/null || missing+=" $package"
+done
+if [[ -n $missing ]]; then
+  echo "native tests: skipped, not installed:$missing"
   [[ -z ${FAIL_WITHOUT_GTEST:-} ]] || exit 1
   exit 0
 fi

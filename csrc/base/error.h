@@ -2,6 +2,7 @@
 //
 // OsError is built where errno is fresh; bind/ turns it into Python's OSError(errno, message, filename).
 // CorruptError means bytes on disk are not the bytes that were written; bind/ turns it into CorruptCheckpointError.
+// UnsupportedError means sound bytes that this build cannot decode; bind/ turns it into IncompatibleCheckpointError.
 // CancelledError ends a job that its owner gave up.
 #pragma once
 
@@ -49,6 +50,11 @@ class CorruptError : public std::runtime_error {
   std::int64_t chunk_;
   std::string expected_;
   std::string actual_;
+};
+
+class UnsupportedError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
 };
 
 class CancelledError : public std::runtime_error {

@@ -4,6 +4,7 @@
 #include "base/limits.h"
 #include "bind/bind.h"
 #include "codec/digest.h"
+#include "codec/zstd_frame.h"
 #include "io/rung.h"
 #include "os/file_system.h"
 #include "pipeline/engine.h"
@@ -102,6 +103,7 @@ void bind_engine(py::module_& module) {
       py::arg("directory"), py::arg("rung"), py::call_guard<py::gil_scoped_release>(),
       "Empty when the rung works there, else why not.");
   module.def("uring_compiled_in", &io::uring_compiled_in);
+  module.def("zstd_compiled_in", &codec::zstd_compiled_in);
   module.def("memlock_limit_bytes", &os::memlock_limit_bytes);
   module.def("available_memory_bytes", &os::available_memory_bytes);
   module.def("boot_id", &os::boot_id);

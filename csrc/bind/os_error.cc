@@ -1,6 +1,6 @@
 // C++ errors as Python sees them: OsError -> OSError(errno, message, filename), so FileNotFoundError, PermissionError
-// and e.errno == ENOSPC just work; CorruptError -> snapstone.errors.CorruptCheckpointError; CancelledError ->
-// concurrent.futures.CancelledError.
+// and e.errno == ENOSPC just work; CorruptError -> snapstone.errors.CorruptCheckpointError; UnsupportedError ->
+// snapstone.errors.IncompatibleCheckpointError; CancelledError -> concurrent.futures.CancelledError.
 #include <cstring>
 
 #include "base/error.h"
@@ -34,6 +34,11 @@ void raise_corrupt(const CorruptError& error) {
                    py::arg("expected") = text(error.expected()), py::arg("actual") = text(error.actual())));
 }
 
+void raise_unsupported(const UnsupportedError& error) {
+  const py::object type = py::module_::import("snapstone.errors").attr("IncompatibleCheckpointError");
+  raise(type, type(error.what()));
+}
+
 void raise_cancelled(const CancelledError& error) {
   const py::object type = py::module_::import("concurrent.futures").attr("CancelledError");
   raise(type, type(error.what()));
@@ -49,6 +54,8 @@ void register_errors(py::module_&) {
       raise_os_error(error);
     } catch (const CorruptError& error) {
       raise_corrupt(error);
+    } catch (const UnsupportedError& error) {
+      raise_unsupported(error);
     } catch (const CancelledError& error) {
       raise_cancelled(error);
     }

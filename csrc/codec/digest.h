@@ -1,5 +1,5 @@
-// XXH3-128, seed 0, from libxxhash with its run-time dispatch (SSE2/AVX2/AVX-512). Bytes are in canonical (big-endian)
-// order, so that hex is what `xxh128sum` prints.
+// XXH3-128, seed 0, from libxxhash with its run-time dispatch (SSE2/AVX2/AVX-512), or from base/xxh3.h in a build
+// without it. Bytes are in canonical (big-endian) order, so that hex is what `xxh128sum` prints.
 #pragma once
 
 #include <array>

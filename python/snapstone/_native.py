@@ -38,6 +38,7 @@ from ._core import (
     try_reflink,
     try_rung,
     uring_compiled_in,
+    zstd_compiled_in,
 )
 
 __all__ = [
@@ -76,4 +77,5 @@ __all__ = [
     "try_reflink",
     "try_rung",
     "uring_compiled_in",
+    "zstd_compiled_in",
 ]

@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
+from ._native import zstd_compiled_in
+
 __all__ = ["FORMAT_MAJOR", "FORMAT_MINOR", "LoadOptions", "SaveOptions", "seconds_of", "trace_path"]
 
 FORMAT_MAJOR = 1
@@ -80,6 +82,8 @@ def _codec(codec: str | None) -> tuple[int, bool]:
     number = int(level) if level else ZSTD_LEVEL_DEFAULT
     if number == 0 or not -7 <= number <= 22:
         raise ValueError(f"codec={codec!r}: zstd levels are -7 to -1 and 1 to 22")
+    if not zstd_compiled_in():
+        raise ValueError(f"codec={codec!r}: this build of snapstone has no zstd; use None, or build it with libzstd")
     return number, kind == "xor-zstd"
 
 
