@@ -62,12 +62,14 @@ bool DeviceLanding::add(const Arrived& arrived) {
   LandingBatch* batch = batch_with_room();
   if (batch == nullptr) return false;
   if (batch->add(arrived)) return true;
-  flush();
+  flush(true);
   batch = batch_with_room();
   return batch != nullptr && batch->add(arrived);
 }
 
-void DeviceLanding::flush() {
+void DeviceLanding::flush(bool at_once) {
+  const bool works = std::any_of(batches_.begin(), batches_.end(), [](const auto& batch) { return batch->owes_host(); });
+  if (works && !at_once) return;
   for (const auto& batch : batches_) {
     if (batch->filling()) placed_bytes_ += batch->submit(*targets_);
   }

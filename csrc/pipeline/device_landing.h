@@ -45,8 +45,8 @@ class DeviceLanding {
   bool can_verify();
   // False: there is no room before advance() makes some.
   bool add(const Arrived& arrived);
-  // Sends off what was added.
-  void flush();
+  // Sends off what was added; unless `at_once`, only if the device has nothing else to do for this lane.
+  void flush(bool at_once);
   // Goes on where the device has; true if something changed.
   bool advance();
   // Bytes sent to targets since the last call.

@@ -240,11 +240,9 @@ void LandingBatch::place_from_scratch(cuda::Stream& targets) {
   cuda::copy_on_device(targets, work_.runs);
   for (const cuda::Copy2d& rows : work_.rows) cuda::copy_2d(targets, cuda::Direction::kOnDevice, rows);
   if (!work_.gathers.empty()) {
-    kernels_->gather(targets, device_table() + work_.gathers_at(), work_.gathers);
+    kernels_->gather(targets, device_table() + work_.gathers_at(), work_.gathers.size());
   }
-  if (!work_.boxes.empty()) {
-    kernels_->scatter(targets, device_table() + work_.boxes_at(), work_.boxes);
-  }
+  if (!work_.boxes.empty()) kernels_->scatter(targets, device_table() + work_.boxes_at(), work_.boxes.size());
   targets.record(placed_, "load/placed");
 }
 
