@@ -21,7 +21,7 @@ DeviceLanding::~DeviceLanding() { give_up(); }
 void DeviceLanding::open() {
   if (targets_) return;
   cuda::Device& device = cuda::Device::of(ordinal_);
-  kernels_ = cuda::Kernels::of(device);
+  if (options_.kernels) kernels_ = cuda::Kernels::of(device);
   cuda::Stream stream(device);
   fence_.hold_back(stream);
   targets_ = std::move(stream);
@@ -90,14 +90,23 @@ bool DeviceLanding::busy() const noexcept {
                      [](const auto& batch) { return batch->filling() || batch->owes_host(); });
 }
 
+// Nothing is noted where the host has seen the last write end: who comes after the host then comes after that, too.
 void DeviceLanding::end() {
   if (!targets_) return;
-  cuda::Event landed(targets_->device());
-  targets_->record(landed, "load/landed");
-  for (const auto& batch : batches_) batch->end(landed);
+  if (writes()) {
+    cuda::Event landed(targets_->device());
+    targets_->record(landed, "load/landed");
+    for (const auto& batch : batches_) batch->end(&landed);
+    fence_.note(ordinal_, std::move(landed));
+  } else {
+    for (const auto& batch : batches_) batch->end(nullptr);
+  }
   batches_.clear();
-  fence_.note(ordinal_, std::move(landed));
   targets_.reset();
+}
+
+bool DeviceLanding::writes() const noexcept {
+  return std::any_of(batches_.begin(), batches_.end(), [](const auto& batch) { return batch->writes_targets(); });
 }
 
 std::optional<cuda::Event> DeviceLanding::last_write() noexcept {
@@ -114,10 +123,11 @@ std::optional<cuda::Event> DeviceLanding::last_write() noexcept {
 void DeviceLanding::give_up() noexcept {
   if (!targets_) return;
   const std::int64_t deadline_ns = now_ns() + std::chrono::nanoseconds(options_.patience).count();
-  std::optional<cuda::Event> landed = last_write();
-  const bool wait = !landed || std::any_of(batches_.begin(), batches_.end(),
-                                           [](const auto& batch) { return batch->needs_targets_drained(); });
-  const bool targets_drained = wait && drained(*targets_, deadline_ns);
+  const bool host_waits = std::any_of(batches_.begin(), batches_.end(),
+                                      [](const auto& batch) { return batch->needs_targets_drained(); });
+  bool targets_drained = !writes() || (host_waits && drained(*targets_, deadline_ns));
+  std::optional<cuda::Event> landed = targets_drained ? std::nullopt : last_write();
+  if (!targets_drained && !landed) targets_drained = drained(*targets_, deadline_ns);
   for (const auto& batch : batches_) batch->give_up(landed ? &*landed : nullptr, targets_drained, deadline_ns);
   batches_.clear();
   targets_.reset();

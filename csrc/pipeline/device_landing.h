@@ -28,6 +28,7 @@ namespace snapstone::pipeline {
 struct LandingOptions {
   std::uint64_t batch_bytes = 4 << 20;  // a link is as good as full with copies of this size
   std::size_t batches = 4;              // per lane and device
+  bool kernels = true;                  // use them where there are some
   std::chrono::milliseconds patience{10'000};
 };
 
@@ -60,6 +61,7 @@ class DeviceLanding {
   LandingBatch* batch_with_room();
   void open();
   bool make_batch();
+  bool writes() const noexcept;
   std::optional<cuda::Event> last_write() noexcept;
   void give_up() noexcept;
 

@@ -265,8 +265,8 @@ void LandingBatch::reset() noexcept {
   state_ = State::kFree;
 }
 
-void LandingBatch::end(const cuda::Event& landed) {
-  if (state_ == State::kPlacing) workspace_->stream().wait(landed, "load/scratch");
+void LandingBatch::end(const cuda::Event* landed) {
+  if (writes_targets()) workspace_->stream().wait(*landed, "load/scratch");
   reset();
   DeviceWorkspace::give_back(std::move(workspace_));
 }

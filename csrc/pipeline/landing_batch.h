@@ -69,8 +69,9 @@ class LandingBatch {
   // Goes on where the device has.
   Progress advance(cuda::Stream& targets, const Mismatch& mismatch);
 
-  // Gives memory back whose last use may still be enqueued, all before `landed`.
-  void end(const cuda::Event& landed);
+  // Gives memory back whose last use may still be enqueued, all before `landed`; null if !writes_targets().
+  void end(const cuda::Event* landed);
+  bool writes_targets() const noexcept { return state_ == State::kPlacing; }
   // After a failure. `landed`: an event after all writes to targets, or null; `targets_drained`: they have ended. Waits
   // at most until `deadline_ns` for the batch's own stream; memory that may still be in use then is given up for good.
   void give_up(const cuda::Event* landed, bool targets_drained, std::int64_t deadline_ns) noexcept;
