@@ -7,7 +7,9 @@
 #include "codec/zstd_frame.h"
 #include "io/rung.h"
 #include "os/file_system.h"
+#include "pipeline/device_workspace.h"
 #include "pipeline/engine.h"
+#include "pipeline/save_sources.h"
 
 namespace snapstone::bind {
 
@@ -45,6 +47,10 @@ py::dict ring_facts() {
   result["free_slots"] = ring ? ring->free_count() : 0;
   result["nbytes"] = ring ? ring->nbytes() : 0;
   result["huge_pages"] = ring ? ring->huge() : false;
+  const mem::RegisteredBytes registered = ring ? ring->registered_bytes() : mem::RegisteredBytes{};
+  result["registered_bytes"] = registered.registered;  // that devices reach by DMA
+  result["refused_bytes"] = registered.refused;
+  result["refusal"] = registered.refusal;
   result["lanes"] = pipeline::Engine::instance().lane_count();
   return result;
 }
@@ -118,8 +124,17 @@ void bind_engine(py::module_& module) {
   module.def("ring_facts", &ring_facts);
   module.def(
       "reserve",
-      [](std::uint64_t slot_bytes, std::uint64_t slots) { pipeline::Engine::instance().ring(slot_bytes, slots); },
-      py::arg("slot_bytes"), py::arg("slots"), py::call_guard<py::gil_scoped_release>());
+      [](std::uint64_t slot_bytes, std::uint64_t slots, std::int32_t device) {
+        if (device == pipeline::kOnHost) {
+          pipeline::Engine::instance().ring(slot_bytes, slots);
+          return;
+        }
+        const int numa_node = cuda::Device::of(device).numa_node();
+        pipeline::prepare_device(device, *pipeline::Engine::instance().ring(slot_bytes, slots, numa_node));
+      },
+      py::arg("slot_bytes"), py::arg("slots"), py::arg("device") = pipeline::kOnHost,
+      py::call_guard<py::gil_scoped_release>(),
+      "Makes staging memory; with the ordinal of a device, near it and ready for its copies.");
   module.def("fault_arm", &fault::arm, py::arg("rules"), "See csrc/base/fault_hook.h for the syntax.");
   module.def("fault_disarm", &fault::disarm);
   module.def("fault_seen", &fault::seen, py::arg("call"));

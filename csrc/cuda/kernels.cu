@@ -1,5 +1,5 @@
 // The device's side of kernel_parameters.h. No target of the build compiles this file: tools/kernels.py turns it into
-// kernels_ptx.inc, and tests/native/cuda/kernels_test.cc runs it on the CPU, thread by thread.
+// kernels_ptx.inc, and tests/native/cuda/emulated_kernels_test.cc runs it on the CPU, thread by thread.
 //
 // Digest. Within a block of 1 KiB all additions of XXH3 commute (base/xxh3.h), so that sums of blocks can be had in any
 // order; only the scramble after each block is serial. One thread block takes one item, in tiles of kDigestTileBlocks:

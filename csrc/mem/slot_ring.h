@@ -9,8 +9,8 @@
 //            and from it are slow, and hold the thread that asks for them.
 // Fork:      a child does not inherit the memory; it must not use the ring, and may drop it.
 // Failure:   the constructor throws std::invalid_argument; reserve() throws OsError (ENOMEM) and keeps the segments
-//            that it got; acquire_run() may throw std::bad_alloc, register_with() CudaError without a device; everything
-//            else is noexcept.
+//            that it got; acquire_run() may throw std::bad_alloc, register_with() CudaError without a device;
+//            everything else is noexcept.
 #pragma once
 
 #include <atomic>

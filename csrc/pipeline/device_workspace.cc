@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/limits.h"
+#include "cuda/kernels.h"
 #include "pipeline/orphans.h"
 
 namespace snapstone::pipeline {
@@ -69,6 +70,14 @@ bool DeviceWorkspace::reserve_table(std::uint64_t nbytes) {
   if (!registration_) return false;
   device_ = cuda::DeviceBuffer::allocate(stream_, host_.nbytes());
   return device_.has_value();
+}
+
+void prepare_device(std::int32_t ordinal, mem::SlotRing& ring) {
+  ring.register_with(cuda::Device::of(ordinal));
+  std::unique_ptr<DeviceWorkspace> workspace = DeviceWorkspace::lease(ordinal);
+  workspace->reserve_table(kTableBytesMin);
+  cuda::Kernels::of(workspace->device());
+  DeviceWorkspace::give_back(std::move(workspace));
 }
 
 }  // namespace snapstone::pipeline

@@ -14,6 +14,7 @@
 #include "cuda/device_buffer.h"
 #include "cuda/host_registration.h"
 #include "cuda/stream.h"
+#include "mem/slot_ring.h"
 #include "os/memory.h"
 
 namespace snapstone::pipeline {
@@ -41,5 +42,9 @@ class DeviceWorkspace {
   std::optional<cuda::HostRegistration> registration_;
   std::optional<cuda::DeviceBuffer> device_;
 };
+
+// Makes what a first job of this device would have to wait for: the ring registered, a workspace with its table,
+// kernels loaded.
+void prepare_device(std::int32_t ordinal, mem::SlotRing& ring);
 
 }  // namespace snapstone::pipeline

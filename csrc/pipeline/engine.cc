@@ -112,14 +112,14 @@ Engine::Engine() {
   }
 }
 
-std::shared_ptr<mem::SlotRing> Engine::ring(std::uint64_t slot_bytes, std::uint64_t slots) {
+std::shared_ptr<mem::SlotRing> Engine::ring(std::uint64_t slot_bytes, std::uint64_t slots, int numa_node) {
   std::shared_ptr<mem::SlotRing> ring;
   {
     std::lock_guard lock(mutex_);
     if (!ring_ || ring_->slot_bytes() < slot_bytes) ring_ = std::make_shared<mem::SlotRing>(slot_bytes);
     ring = ring_;
   }
-  ring->reserve(slots);  // touches every page: outside the lock, so that other jobs can start meanwhile
+  ring->reserve(slots, numa_node);  // touches every page: outside the lock, so that other jobs can start meanwhile
   return ring;
 }
 

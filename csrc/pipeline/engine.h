@@ -57,9 +57,9 @@ class Engine {
  public:
   static Engine& instance();
 
-  // A ring whose slots hold `slot_bytes` and which has at least `slots` of them. A larger slot size replaces the ring
-  // for later jobs.
-  std::shared_ptr<mem::SlotRing> ring(std::uint64_t slot_bytes, std::uint64_t slots);
+  // A ring whose slots hold `slot_bytes` and which has at least `slots` of them, new ones on `numa_node` if possible. A
+  // larger slot size replaces the ring for later jobs.
+  std::shared_ptr<mem::SlotRing> ring(std::uint64_t slot_bytes, std::uint64_t slots, int numa_node = os::kAnyNumaNode);
   std::shared_ptr<mem::SlotRing> current_ring();
   void start(const std::shared_ptr<Job>& job);
   int lane_count() const noexcept { return static_cast<int>(lanes_.size()); }

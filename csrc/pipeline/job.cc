@@ -9,8 +9,9 @@
 namespace snapstone::pipeline {
 
 const char* stage_name(Stage stage) {
-  static constexpr const char* kNames[kStageCount] = {"stage",  "digest",  "encode", "write",    "read",
-                                                      "decode", "scatter", "sync",   "slot_wait"};
+  static constexpr const char* kNames[kStageCount] = {"stage",         "digest",  "encode",  "write",     "read",
+                                                      "decode",        "scatter", "sync",    "slot_wait", "device_copy",
+                                                      "device_digest", "gather",  "overflow"};
   return kNames[static_cast<int>(stage)];
 }
 

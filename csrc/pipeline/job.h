@@ -23,8 +23,23 @@ namespace snapstone::pipeline {
 class Lane;
 
 // What a stage of the pipeline cost, added up over lanes.
-enum class Stage : int { kStage = 0, kDigest, kEncode, kWrite, kRead, kDecode, kScatter, kSync, kSlotWait };
-inline constexpr int kStageCount = 9;
+// Those of devices last from the call that enqueues the first of their work until its end is known.
+enum class Stage : int {
+  kStage = 0,
+  kDigest,
+  kEncode,
+  kWrite,
+  kRead,
+  kDecode,
+  kScatter,
+  kSync,
+  kSlotWait,
+  kDeviceCopy,
+  kDeviceDigest,
+  kGather,
+  kOverflow
+};
+inline constexpr int kStageCount = 13;
 const char* stage_name(Stage stage);
 
 struct StageTotals {

@@ -1,5 +1,5 @@
-// Orphans: objects whose memory a device or the kernel may use for as long as the process lives. They are never destroyed,
-// and stay reachable.
+// Orphans: objects whose memory a device or the kernel may use for as long as the process lives. They are never
+// destroyed, and stay reachable.
 //
 // Threads: any. Failure: none; without memory to note an object in, it is leaked.
 #pragma once

@@ -22,6 +22,8 @@ namespace {
 constexpr std::chrono::milliseconds kSlotPoll{20};
 constexpr unsigned kDeviceBusy = 16;  // requests in flight: at 12 GB/s and 1 MiB each they last for 1.4 ms
 constexpr std::chrono::microseconds kStandByPoll{500};
+constexpr std::chrono::microseconds kDevicePoll{50};
+constexpr std::size_t kComingMax = 16;  // chunks of devices that one lane waits for; the rest are for the others
 constexpr std::int64_t kUnknown = -1;
 constexpr std::uint64_t kReserveBytes = 64 << 20;
 
@@ -48,12 +50,21 @@ SaveJob::SaveJob(std::shared_ptr<const format::Layout> layout, SaveSources sourc
         *layout_, base_,
         EncodeOptions{options_.zstd_level, options_.item_bytes, options_.xor_tensors, options_.keyframe_every});
   }
+  if (DevicePlan plan = make_device_plan(*layout_, sources_); !plan.empty()) {
+    device_ = make_device_stage(std::move(plan));
+    order_claims();
+  }
+  host_chunks_ = layout_->chunks.size() - (device_ ? device_->chunk_count() : 0);
   if (places_in_turn()) announced_.assign(layout_->chunks.size(), kUnknown);
   // Buffered writes end in the page cache; on tmpfs reserving would write every page once more.
   if (direct_ && layout_->file_bytes > 0 && base_.empty()) {
     os::preallocate(file_, layout_->file_bytes);
     reserved_bytes_ = layout_->file_bytes;
   }
+}
+
+SaveJob::~SaveJob() {
+  if (inherited()) device_.release();  // a forked child can neither call the driver nor take locks that its parent held
 }
 
 bool SaveJob::wait_staged(std::chrono::milliseconds timeout) {
@@ -72,14 +83,18 @@ class SaveJob::LaneRun {
         in_flight_(engine_, books, Stage::kWrite) {}
 
   void run() {
+    if (job_.device_) job_.device_->enter();
     while (!job_.stopped()) {
       reap(0);
+      if (job_.device_) look_at_device();
       // Raw chunks cost nothing more, so the device is kept busy; compressing waits until nothing can be staged, since
       // a fence may hold.
-      while (!job_.options_.compress && !staged_.empty() && !in_flight_.full()) write_oldest();
+      while (!job_.options_.compress && can_write() && !in_flight_.full()) write_oldest();
       if (stage_next()) continue;
-      if (!staged_.empty()) {
+      if (can_write()) {
         write_oldest();
+      } else if (!coming_.empty() || not_yet_) {
+        std::this_thread::sleep_for(kDevicePoll);
       } else if (in_flight_.count() > 0) {
         reap(1);
       } else if (claimed_all_) {
@@ -104,6 +119,7 @@ class SaveJob::LaneRun {
  private:
   bool stage_next() {
     if (claimed_all_ || standing_by()) return false;
+    if (job_.device_) return claim_next();
     if (!spare_) spare_ = job_.ring_->try_acquire();
     if (!spare_) return false;
     const std::uint64_t chunk = job_.next_chunk_.fetch_add(1);
@@ -115,6 +131,55 @@ class SaveJob::LaneRun {
     last_was_same_ = !job_.stage(chunk, spare_.data(), last_was_same_, books_);
     if (!last_was_same_) staged_.emplace_back(chunk, std::move(spare_));
     return true;
+  }
+
+  // With chunks on devices: claims the next chunk, if it has a slot or this lane has one for it.
+  bool claim_next() {
+    not_yet_ = false;
+    std::uint64_t claim = job_.next_chunk_.load();
+    if (claim >= job_.layout_->chunks.size()) {
+      claimed_all_ = true;
+      spare_ = {};
+      return false;
+    }
+    const std::uint64_t chunk = job_.chunk_of_claim(claim);
+    const bool on_device = job_.on_device(chunk);
+    DeviceStage::Claim state = DeviceStage::Claim::kNeedsSlot;
+    if (on_device) {
+      if (coming_.size() >= kComingMax) return false;
+      state = job_.device_->claim(job_.device_->position(chunk));
+      not_yet_ = state == DeviceStage::Claim::kNotYet;
+      if (not_yet_) return false;
+    }
+    if (state == DeviceStage::Claim::kNeedsSlot && !spare_) spare_ = job_.ring_->try_acquire();
+    if (state == DeviceStage::Claim::kNeedsSlot && !spare_) return false;
+    if (!job_.next_chunk_.compare_exchange_strong(claim, claim + 1)) return true;
+    if (on_device) {
+      coming_.push_back(chunk);
+      if (state == DeviceStage::Claim::kNeedsSlot) job_.device_->provide(job_.device_->position(chunk), spare_);
+      return true;
+    }
+    last_was_same_ = !job_.stage(chunk, spare_.data(), last_was_same_, books_);
+    if (!last_was_same_) staged_.emplace_back(chunk, std::move(spare_));
+    return true;
+  }
+
+  void look_at_device() {
+    job_.device_->advance(books_);
+    while (!coming_.empty()) {
+      const std::uint64_t chunk = coming_.front();
+      std::optional<DeviceStage::Taken> taken = job_.device_->take(job_.device_->position(chunk), books_);
+      if (!taken) break;
+      coming_.pop_front();
+      if (job_.stage_from_device(chunk, *taken, books_)) staged_.emplace_back(chunk, std::move(taken->slot));
+    }
+    job_.announce_staging();
+  }
+
+  // A chunk whose place depends on chunks before it is not waited for while this lane has one of those.
+  bool can_write() const {
+    if (staged_.empty()) return false;
+    return coming_.empty() || !job_.places_in_turn() || staged_.front().first < coming_.front();
   }
 
   bool standing_by() const {
@@ -164,8 +229,10 @@ class SaveJob::LaneRun {
   io::IoEngine& engine_;
   InFlight in_flight_;
   std::deque<std::pair<std::uint64_t, mem::Slot>> staged_;
+  std::deque<std::uint64_t> coming_;  // claimed chunks whose bytes are on their way from a device
   mem::Slot spare_;
   bool claimed_all_ = false;
+  bool not_yet_ = false;       // the next chunk waits for its device, and not for a slot
   bool last_was_same_ = true;  // as the chunk before it was, the next one is expected to be
 };
 
@@ -173,76 +240,68 @@ void SaveJob::work(Lane& lane, LaneBooks& books) {
   if (next_chunk_.load() < layout_->chunks.size()) LaneRun(*this, lane, books).run();
 }
 
-const std::uint8_t* SaveJob::contiguous_source(const format::ChunkPlan& chunk) const {
-  const format::Piece& piece = layout_->pieces[chunk.first_piece];
-  const std::uint8_t* source = sources_.contiguous[piece.tensor];
-  return chunk.piece_count == 1 && source != nullptr ? source + piece.begin : nullptr;
+const std::uint8_t* SaveJob::contiguous_source(std::uint64_t chunk) const {
+  const std::span<const format::Piece> pieces = pieces_of(*layout_, chunk);
+  const std::uint8_t* source = sources_.contiguous[pieces[0].tensor];
+  return pieces.size() == 1 && source != nullptr ? source + pieces[0].begin : nullptr;
 }
 
 bool SaveJob::stage(std::uint64_t index, std::uint8_t* slot, bool expect_same, LaneBooks& books) {
-  const format::ChunkPlan& chunk = layout_->chunks[index];
-  const format::ChunkRecord* base = base_.record(index, chunk.raw_bytes);
-  const std::uint8_t* source = contiguous_source(chunk);
+  const std::uint32_t raw_bytes = layout_->chunks[index].raw_bytes;
+  const format::ChunkRecord* base = base_.record(index, raw_bytes);
+  const std::uint8_t* source = contiguous_source(index);
   format::ChunkRecord record{};
-  record.raw_bytes = record.stored_bytes = chunk.raw_bytes;
+  record.raw_bytes = record.stored_bytes = raw_bytes;
   bool same = false;
   if (base != nullptr && expect_same && source != nullptr) {
     const std::int64_t begin = now_ns();
-    same = codec::digest({source, chunk.raw_bytes}) == base->digest;
-    books.add(Stage::kDigest, begin, now_ns(), chunk.raw_bytes);
+    same = codec::digest({source, raw_bytes}) == base->digest;
+    books.add(Stage::kDigest, begin, now_ns(), raw_bytes);
   }
   if (!same) {
-    copy_chunk(chunk, slot, record, books);
+    copy_chunk(index, slot, record, books);
     same = base != nullptr && record.digest == base->digest;
   }
-  table_[index] = same ? *base : record;
-  if (same) progress(payload_bytes(index));
-  if (same || (places_in_turn() && !options_.compress)) announce(index, same ? 0 : record.stored_bytes);
-  if (chunks_staged_.fetch_add(1) + 1 == layout_->chunks.size()) {
+  settle(index, same ? *base : record, same);
+  if (chunks_staged_.fetch_add(1) + 1 == host_chunks_) {
     std::lock_guard lock(mutex_);
     changed_->notify_all();
   }
   return !same;
 }
 
-void SaveJob::copy_chunk(const format::ChunkPlan& chunk, std::uint8_t* slot, format::ChunkRecord& record,
-                         LaneBooks& books) {
+void SaveJob::settle(std::uint64_t index, const format::ChunkRecord& record, bool same) {
+  table_[index] = record;
+  if (same) progress(payload_bytes(index));
+  if (same || (places_in_turn() && !options_.compress)) announce(index, same ? 0 : record.stored_bytes);
+}
+
+void SaveJob::copy_chunk(std::uint64_t chunk, std::uint8_t* slot, format::ChunkRecord& record, LaneBooks& books) {
   const std::int64_t begin = now_ns();
   if (const std::uint8_t* source = contiguous_source(chunk)) {
-    record.digest = codec::copy_and_digest({source, chunk.raw_bytes}, slot);
-    books.add(Stage::kStage, begin, now_ns(), chunk.raw_bytes);
+    record.digest = codec::copy_and_digest({source, record.raw_bytes}, slot);
+    books.add(Stage::kStage, begin, now_ns(), record.raw_bytes);
     return;
   }
   gather_pieces(chunk, slot);
   const std::int64_t gathered = now_ns();
-  record.digest = codec::digest({slot, chunk.raw_bytes});
-  books.add(Stage::kStage, begin, gathered, chunk.raw_bytes);
-  books.add(Stage::kDigest, gathered, now_ns(), chunk.raw_bytes);
+  record.digest = codec::digest({slot, record.raw_bytes});
+  books.add(Stage::kStage, begin, gathered, record.raw_bytes);
+  books.add(Stage::kDigest, gathered, now_ns(), record.raw_bytes);
 }
 
 std::uint64_t SaveJob::payload_bytes(std::uint64_t index) const {
-  const format::ChunkPlan& chunk = layout_->chunks[index];
   std::uint64_t nbytes = 0;
-  for (std::uint32_t i = chunk.first_piece; i < chunk.first_piece + chunk.piece_count; ++i) {
-    nbytes += layout_->pieces[i].end - layout_->pieces[i].begin;
-  }
+  for (const format::Piece& piece : pieces_of(*layout_, index)) nbytes += nbytes_of(piece);
   return nbytes;
 }
 
-void SaveJob::gather_pieces(const format::ChunkPlan& chunk, std::uint8_t* slot) const {
-  std::uint64_t filled = 0;
-  for (std::uint32_t i = chunk.first_piece; i < chunk.first_piece + chunk.piece_count; ++i) {
-    const format::Piece& piece = layout_->pieces[i];
-    std::memset(slot + filled, 0, piece.at - filled);  // alignment gaps are part of the digest
-    const std::uint8_t* source = sources_.contiguous[piece.tensor];
-    if (source != nullptr) {
-      std::memcpy(slot + piece.at, source + piece.begin, piece.end - piece.begin);
-    } else {
-      gather(sources_.strided.at(piece.tensor), static_cast<std::int64_t>(piece.begin),
-             static_cast<std::int64_t>(piece.end), slot + piece.at);
-    }
-    filled = piece.at + (piece.end - piece.begin);
-  }
+void SaveJob::gather_pieces(std::uint64_t chunk, std::uint8_t* slot) const {
+  const std::span<const format::Piece> pieces = pieces_of(*layout_, chunk);
+  for_each_gap(pieces, [&](std::uint64_t at, std::uint64_t nbytes) {
+    std::memset(slot + at, 0, nbytes);  // alignment gaps are part of the digest
+  });
+  for (const format::Piece& piece : pieces) sources_.copy(piece, slot + piece.at);
 }
 
 std::uint32_t SaveJob::encode(std::uint64_t index, std::uint8_t* slot, Lane& lane, LaneBooks& books) {
@@ -295,6 +354,7 @@ void SaveJob::reserve_for_placed() {
 }
 
 void SaveJob::finish() {
+  if (device_) device_->close();
   const std::int64_t begin = now_ns();
   if (!places_in_turn()) {
     file_bytes_ = layout_->file_bytes;
@@ -311,6 +371,7 @@ void SaveJob::finish() {
 }
 
 void SaveJob::abandon() noexcept {
+  if (device_) device_->close();
   file_.fd = os::UniqueFd();
   base_.files.clear();
 }

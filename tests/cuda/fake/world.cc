@@ -100,7 +100,7 @@ Place World::enqueue(Stream& stream, std::unique_ptr<Work> work) {
   work->clock = stream.clock;
   for (const Access& access : work->accesses) {
     if (memory->is_device(access.begin) || host->covered(access.begin, 1) == HostMemory::Cover::kNone) continue;
-    if (access.write && pending(access).empty()) host->poison(access);
+    if (access.write && !pending_in_host(access)) host->poison(access);
     host->guard(access);
     work->guarded.push_back(access);
   }
@@ -156,6 +156,17 @@ void World::lose(int device, int code) {
     }
   }
   changed.notify_all();
+}
+
+bool World::pending_in_host(const Access& access) const {
+  for (const auto& stream : streams_) {
+    for (const auto& work : stream->queue) {
+      for (const Access& other : work->guarded) {
+        if (conflict(access, other)) return true;
+      }
+    }
+  }
+  return false;
 }
 
 std::uint64_t World::pending_count() const {

@@ -110,6 +110,7 @@ class World {
   void drain(Lock& lock);  // all streams of all devices
   // Work that has not ended and conflicts with this access; empty: none.
   std::string pending(const Access& access) const;
+  bool pending_in_host(const Access& access) const;  // the same among registered host memory alone
 
   int lost(int device) const { return lost_[static_cast<std::size_t>(device)]; }
   void lose(int device, int code);
