@@ -36,6 +36,12 @@ cuda::BoxItem item_of(const StridedBlock& box, std::uint64_t scratch) {
   return item;
 }
 
+std::uint64_t nbytes_of(const cuda::BoxItem& box) {
+  std::uint64_t nbytes = box.run_bytes;
+  for (std::size_t i = 0; i < box.dims; ++i) nbytes *= box.sizes[i];
+  return nbytes;
+}
+
 template <typename Item>
 void put(std::uint8_t* target, const std::vector<Item>& items) {
   if (!items.empty()) std::memcpy(target, items.data(), items.size() * sizeof(Item));
@@ -210,9 +216,10 @@ void LandingBatch::submit_to_targets(cuda::Stream& targets) {
 
 LandingBatch::Progress LandingBatch::advance(cuda::Stream& targets, const Mismatch& mismatch) {
   if (state_ == State::kVerifying) {
-    const bool lets_go = holds_slots_ && copied_.done();
+    const bool verified = verified_.done();  // and copied, then
+    const bool lets_go = holds_slots_ && (verified || copied_.done());
     if (lets_go) let_go_of_slots();
-    if (!verified_.done()) return {lets_go, 0};
+    if (!verified) return {lets_go, 0};
     compare(mismatch);
     place_from_scratch(targets);
     return {true, placed_bytes()};
@@ -239,10 +246,12 @@ void LandingBatch::place_from_scratch(cuda::Stream& targets) {
   state_ = State::kPlacing;
   cuda::copy_on_device(targets, work_.runs);
   for (const cuda::Copy2d& rows : work_.rows) cuda::copy_2d(targets, cuda::Direction::kOnDevice, rows);
-  if (!work_.gathers.empty()) {
-    kernels_->gather(targets, device_table() + work_.gathers_at(), work_.gathers.size());
-  }
-  if (!work_.boxes.empty()) kernels_->scatter(targets, device_table() + work_.boxes_at(), work_.boxes.size());
+  std::uint64_t run_max = 0;
+  for (const cuda::GatherItem& run : work_.gathers) run_max = std::max(run_max, run.nbytes);
+  if (run_max > 0) kernels_->gather(targets, device_table() + work_.gathers_at(), work_.gathers.size(), run_max);
+  std::uint64_t box_max = 0;
+  for (const cuda::BoxItem& box : work_.boxes) box_max = std::max(box_max, nbytes_of(box));
+  if (box_max > 0) kernels_->scatter(targets, device_table() + work_.boxes_at(), work_.boxes.size(), box_max);
   targets.record(placed_, "load/placed");
 }
 

@@ -71,6 +71,8 @@ class LoadJob::LaneRun {
   }
 
   void run() {
+    // Each segment once in the life of the ring; without, copies would be slow and hold the lane.
+    if (!landings_.empty()) job_.ring_->register_with(cuda::Device::of(landings_.front()->ordinal()));
     while (!job_.stopped()) {
       while (!in_flight_.full() && read_next()) {
       }
@@ -143,19 +145,23 @@ class LoadJob::LaneRun {
     const format::ChunkRecord& record = job_.plan_.record(chunk);
     const os::File& file = job_.files_[request.file];
     const std::uint8_t* const stored = slot.data() + (record.offset - request.offset);
+    std::span<const std::uint8_t> raw;
+    DeviceLanding* verifier = nullptr;
     try {
       if (error_number == io::Completion::kEndOfFile) throw job_.corrupt(chunk, "file ends before the chunk does");
       if (error_number != 0) throw OsError(error_number, "read", file.path, record.offset, record.stored_bytes);
-      if (DeviceLanding* landing = verifier_of(chunk)) {
-        land(*landing, {&chunk, stored, shared, true});
-        return;
-      }
-      const std::span<const std::uint8_t> raw = job_.verified(chunk, stored, lane_, books_);
-      job_.progress(job_.scatter_targets(chunk, raw.data(), books_));
-      land_verified(chunk, raw, raw.data() == stored ? shared : nullptr);
+      verifier = verifier_of(chunk);
+      if (verifier == nullptr) raw = job_.verified(chunk, stored, lane_, books_);
     } catch (const CorruptError& error) {
       job_.note(chunk, error);
       if (!job_.options_.collect_problems) throw;
+      return;
+    }
+    if (verifier != nullptr) {
+      land(*verifier, {&chunk, stored, shared, true});
+    } else {
+      job_.progress(job_.scatter_targets(chunk, raw.data(), books_));
+      land_verified(chunk, raw, raw.data() == stored ? shared : nullptr);
     }
   }
 

@@ -61,11 +61,11 @@ void for_each_index(const StridedBlock& block, std::size_t axes, Visit visit) {
 }
 
 void add_box(StridedBlock block, Placement& placement) {
-  if (block.dims.size() <= Placement::kBoxDimsMax) {
+  if (block.dims.size() <= cuda::kBoxDimsMax) {
     placement.boxes.push_back(std::move(block));
     return;
   }
-  const std::size_t outer = block.dims.size() - Placement::kBoxDimsMax;
+  const std::size_t outer = block.dims.size() - cuda::kBoxDimsMax;
   for_each_index(block, outer, [&](std::uint64_t source, std::uint64_t target) {
     placement.boxes.push_back({static_cast<std::int64_t>(source), static_cast<std::int64_t>(target), block.unit_bytes,
                                {block.dims.begin() + static_cast<std::ptrdiff_t>(outer), block.dims.end()}});

@@ -11,12 +11,12 @@
 
 #include "base/strided_blocks.h"
 #include "cuda/copies.h"
+#include "cuda/kernel_parameters.h"
 #include "pipeline/load_plan.h"
 
 namespace snapstone::pipeline {
 
 struct Placement {
-  static constexpr std::size_t kBoxDimsMax = 8;            // what the kernel takes
   static constexpr std::uint64_t kPitchMax = (1u << 31) - 1;  // of copies in rows
   static constexpr std::int64_t kRowBytesMin = 512;        // shorter rows are for the kernel, where there is one
 
@@ -31,7 +31,7 @@ struct Placement {
   std::uint64_t packed_bytes = 0;
   std::vector<cuda::Copy> runs;
   std::vector<cuda::Copy2d> rows;
-  std::vector<StridedBlock> boxes;  // of at most kBoxDimsMax dimensions
+  std::vector<StridedBlock> boxes;  // of at most cuda::kBoxDimsMax dimensions
   std::uint64_t nbytes = 0;         // that reach targets
 };
 

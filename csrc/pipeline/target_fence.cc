@@ -24,9 +24,10 @@ void TargetFence::mark(std::int32_t ordinal, cuda::StreamHandle stream) {
 }
 
 void TargetFence::fence(std::int32_t ordinal, cuda::StreamHandle stream) const {
+  cuda::Stream caller = stream_of_caller(ordinal, stream);
   const std::lock_guard lock(mutex_);
   for (const auto& [device, event] : landed_) {
-    if (device == ordinal) stream_of_caller(ordinal, stream).wait(event, "load/fence");
+    if (device == ordinal) caller.wait(event, "load/fence");
   }
 }
 

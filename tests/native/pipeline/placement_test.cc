@@ -59,7 +59,7 @@ void carry_out(const Placement& placement, const std::uint8_t* raw) {
     }
   }
   for (const StridedBlock& box : placement.boxes) {
-    EXPECT_LE(box.dims.size(), Placement::kBoxDimsMax);
+    EXPECT_LE(box.dims.size(), cuda::kBoxDimsMax);
     copy_box(box, source, 0, box.source, box.target);
   }
 }
