@@ -7,26 +7,25 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace snapstone::cuda {
+#include "cuda/driver_types.h"
 
-using Address = std::uint64_t;  // in device memory, unless a name says otherwise
+namespace snapstone::cuda {
 
 // ---- digest: XXH3-128 of each item, as codec::digest gives it -------------------------------------------------------
 
 struct DigestItem {
-  Address address;       // any alignment
-  std::uint64_t nbytes;  // below 2^41
+  DevicePointer address;  // any alignment
+  std::uint64_t nbytes;   // below 2^41
 };
 
 struct DigestParameters {
-  Address items;    // DigestItem[], aligned to 16
-  Address digests;  // 16 bytes each in canonical order, aligned to 16
+  DevicePointer items;    // DigestItem[], aligned to 16
+  DevicePointer digests;  // 16 bytes each in canonical order, aligned to 16
   std::uint64_t seed;
 };
 
 inline constexpr char kDigestKernel[] = "snapstone_digest";
-// One block of threads per item. All warps but the last add up blocks of 1 KiB; the last follows with what must be done
-// in order.
+// One block of threads per item. All warps but the last add up blocks of 1 KiB; the last does what has an order.
 inline constexpr unsigned kDigestAddingWarps = 7;
 inline constexpr unsigned kDigestThreads = 32 * (kDigestAddingWarps + 1);
 inline constexpr unsigned kDigestResidentBlocks = 3;  // per multiprocessor: what its registers are divided by
@@ -39,13 +38,13 @@ inline constexpr unsigned kDigestSharedBytes = 2 * 8 * kDigestTileWords;  // dyn
 // ----------------------------------------------------------------------------------------
 
 struct GatherItem {
-  Address source;        // any alignment
-  Address target;        // any alignment, overlaps no source
+  DevicePointer source;  // any alignment
+  DevicePointer target;  // any alignment, overlaps no source
   std::uint64_t nbytes;  // any number
 };
 
 struct GatherParameters {
-  Address items;  // GatherItem[], aligned to 8
+  DevicePointer items;  // GatherItem[], aligned to 8
 };
 
 inline constexpr char kGatherKernel[] = "snapstone_gather";
@@ -58,9 +57,9 @@ inline constexpr unsigned kGatherSlicesMax = 16;
 // ----------------------------------------------------------------
 
 struct CompareParameters {
-  Address digests;   // 16 bytes each, aligned to 16
-  Address expected;  // likewise
-  Address changed;   // one byte each: 0 where they are equal, 1 where not
+  DevicePointer digests;   // 16 bytes each, aligned to 16
+  DevicePointer expected;  // likewise
+  DevicePointer changed;   // one byte each: 0 where they are equal, 1 where not
   std::uint64_t count;
 };
 
@@ -75,8 +74,8 @@ inline constexpr unsigned kBoxDimsMax = 8;
 // Runs of `run_bytes` contiguous bytes on both sides, repeated over `dims` dimensions, outermost first. No dimension:
 // one run. Fewer than 2^32 bytes in all.
 struct BoxItem {
-  Address source;
-  Address target;  // overlaps no source
+  DevicePointer source;
+  DevicePointer target;  // overlaps no source
   std::uint32_t run_bytes;
   std::uint32_t dims;
   std::uint32_t sizes[kBoxDimsMax];
@@ -85,7 +84,7 @@ struct BoxItem {
 };
 
 struct ScatterParameters {
-  Address items;  // BoxItem[], aligned to 8
+  DevicePointer items;  // BoxItem[], aligned to 8
 };
 
 inline constexpr char kScatterKernel[] = "snapstone_scatter";

@@ -7,7 +7,7 @@
 //   adding warps:  16 bytes per thread and load, 4 loads per block and 2 blocks per thread in a tile. Each load is
 //                  replaced by that of the next tile as soon as it is used, so that 8 are in flight across the barrier.
 //                  16 lanes share a block; two shuffles bring their sums together.
-//   last warp:    one lane per accumulator; takes the sums of the tile before through the scrambles, 3 dependent
+//   last warp:     one lane per accumulator; takes the sums of the tile before through the scrambles, 3 dependent
 //                  instructions each, while the others are at the next tile. It also adds what follows the last whole
 //                  block, which it can do first, since that is scrambled no more.
 //
@@ -31,15 +31,15 @@ __device__ __forceinline__ U32 high_half(U64 word) { return static_cast<U32>(wor
 __device__ __forceinline__ U64 whole(U32 low, U32 high) { return U64{high} << 32 | low; }
 
 template <class T>
-__device__ __forceinline__ T* pointer(Address address) {
+__device__ __forceinline__ T* pointer(DevicePointer address) {
   return reinterpret_cast<T*>(address);
 }
 
 // Bytes that are read once and need not stay in a cache.
-__device__ __forceinline__ uint4 load_once(Address address) { return __ldcs(pointer<const uint4>(address)); }
+__device__ __forceinline__ uint4 load_once(DevicePointer address) { return __ldcs(pointer<const uint4>(address)); }
 
 // The 16 bytes at an address that is not a multiple of 16.
-__device__ __forceinline__ uint4 load_across(Address address) {
+__device__ __forceinline__ uint4 load_across(DevicePointer address) {
   const unsigned shift = address % kVectorBytes;
   const uint4 low = __ldg(pointer<const uint4>(address - shift));
   const uint4 high = __ldg(pointer<const uint4>(address - shift + kVectorBytes));
@@ -55,12 +55,12 @@ __device__ __forceinline__ uint4 load_across(Address address) {
 }
 
 template <bool kAligned>
-__device__ __forceinline__ uint4 load(Address address) {
+__device__ __forceinline__ uint4 load(DevicePointer address) {
   return kAligned ? load_once(address) : load_across(address);
 }
 
 // The 8 bytes at any address.
-__device__ __forceinline__ U64 load_word(Address address) {
+__device__ __forceinline__ U64 load_word(DevicePointer address) {
   const unsigned shift = address % 8;
   const U64 low = __ldg(pointer<const U64>(address - shift));
   if (shift == 0) return low;
@@ -82,7 +82,7 @@ class Adder {
       kDigestTileBlocks / kBlocks;  // a thread's second block is that many behind its first
   static_assert(kGroups * kLanesPerBlock == kDigestAddingWarps * kWarp);
 
-  __device__ __forceinline__ Adder(Address data, U64 seed, U32 blocks, unsigned thread)
+  __device__ __forceinline__ Adder(DevicePointer data, U64 seed, U32 blocks, unsigned thread)
       : block_(thread / kLanesPerBlock),
         blocks_(blocks),
         address_(data + block_ * xxh3::kBlockBytes + thread % kLanesPerBlock * kVectorBytes) {
@@ -138,7 +138,7 @@ class Adder {
  private:
   __device__ __forceinline__ bool has(unsigned block) const { return block_ + block * kGroups < blocks_; }
 
-  __device__ __forceinline__ Address at(unsigned block, unsigned step) const {
+  __device__ __forceinline__ DevicePointer at(unsigned block, unsigned step) const {
     return address_ + block * (kGroups * xxh3::kBlockBytes) + step * (kLanesPerBlock * kVectorBytes);
   }
 
@@ -165,7 +165,7 @@ class Adder {
 
   U32 block_;  // of the tile that is loaded next
   U32 blocks_;
-  Address address_;
+  DevicePointer address_;
   U64 secret_[kSteps][2];
   uint4 vectors_[kAligned ? kBlocks : 1][kSteps];
 };
@@ -203,19 +203,18 @@ class Scrambler {
   }
 
  private:
-  // xxh3::scramble(word, key_) + sum. Halves: the shift by 47 reaches the low one only, and the sum rides on the
-  // product.
+  // xxh3::scramble(word, key_) + sum. Halves: the shift by 47 reaches the low one only; the product takes the sum.
   __device__ __forceinline__ U64 scramble_and_add(U64 word, U64 sum) const {
     const U32 low = low_half(word) ^ high_half(word) >> 15 ^ low_half(key_);
     const U32 high = (high_half(word) ^ high_half(key_)) * xxh3::kPrime32_1 + high_half(sum);
     return xxh3::multiply_halves(low, xxh3::kPrime32_1) + whole(low_half(sum), high);
   }
 
-  // What the stripes after the whole blocks, and the last stripe, add to this lane's accumulator. Each 8 lanes take
-  // every fourth stripe.
+  // What the stripes after the whole blocks, and the last stripe, add to this lane's accumulator. Lanes of 8
+  // take every fourth stripe.
   __device__ __forceinline__ static U64 add_rest(const DigestItem& item, U64 seed, unsigned lane) {
     const unsigned column = lane % xxh3::kLanes;
-    const Address rest = item.address + xxh3::scrambled_blocks(item.nbytes) * xxh3::kBlockBytes + 8 * column;
+    const DevicePointer rest = item.address + xxh3::scrambled_blocks(item.nbytes) * xxh3::kBlockBytes + 8 * column;
     U64 own = 0;
     U64 words = 0;
     for (unsigned stripe = lane / xxh3::kLanes; stripe < xxh3::tail_stripes(item.nbytes); stripe += 4) {
@@ -240,7 +239,7 @@ class Scrambler {
   U64 rest_;
 };
 
-__device__ __forceinline__ void store_half(Address digest, bool high, U64 word) {
+__device__ __forceinline__ void store_half(DevicePointer digest, bool high, U64 word) {
   *pointer<U64>(digest + (high ? 0 : 8)) = xxh3::swap_bytes(word);
 }
 
@@ -258,7 +257,8 @@ __device__ __forceinline__ void add_blocks(const DigestItem& item, U64 seed, U64
   }
 }
 
-__device__ __forceinline__ void scramble_blocks(const DigestItem& item, U64 seed, Address digest, const U64* sums) {
+__device__ __forceinline__ void scramble_blocks(const DigestItem& item, U64 seed, DevicePointer digest,
+                                                const U64* sums) {
   const unsigned lane = threadIdx.x % kWarp;
   Scrambler scrambler(item, seed, lane);
   U32 blocks = static_cast<U32>(xxh3::scrambled_blocks(item.nbytes));
@@ -275,7 +275,7 @@ __device__ __forceinline__ void scramble_blocks(const DigestItem& item, U64 seed
 // -----------------------------------------------------------------------------------------------------------
 
 template <bool kAligned>
-__device__ __forceinline__ void copy_vectors(Address target, Address source, U64 count) {
+__device__ __forceinline__ void copy_vectors(DevicePointer target, DevicePointer source, U64 count) {
   constexpr unsigned kInFlight = 4;
   for (U64 first = threadIdx.x; first < count; first += kInFlight * blockDim.x) {
     uint4 vectors[kInFlight];
@@ -292,7 +292,7 @@ __device__ __forceinline__ void copy_vectors(Address target, Address source, U64
 }
 
 // By all threads of a block. Whole vectors of the target, and single bytes before and behind them.
-__device__ __forceinline__ void copy(Address target, Address source, U64 nbytes) {
+__device__ __forceinline__ void copy(DevicePointer target, DevicePointer source, U64 nbytes) {
   const U64 misaligned = (kVectorBytes - target % kVectorBytes) % kVectorBytes;
   const U64 before = misaligned < nbytes ? misaligned : nbytes;
   const U64 vectors = (nbytes - before) / kVectorBytes;
@@ -330,8 +330,8 @@ __device__ __forceinline__ void scatter_units(const BoxItem& box) {
   for (U64 at = U64{blockIdx.y} * blockDim.x + threadIdx.x; at < count; at += step) {
     U32 run = static_cast<U32>(at) / units_per_run;
     const U64 inside = (static_cast<U32>(at) - run * units_per_run) * sizeof(Unit);
-    Address source = box.source + inside;
-    Address target = box.target + inside;
+    DevicePointer source = box.source + inside;
+    DevicePointer target = box.target + inside;
     for (U32 dim = box.dims; dim-- > 0;) {
       const U32 next = run / box.sizes[dim];
       const U64 index = run - next * box.sizes[dim];
@@ -349,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(kDigestThreads, kDigestResidentBloc
     snapstone_digest(const DigestParameters parameters) {
   extern __shared__ uint4 shared[];
   const DigestItem item = pointer<const DigestItem>(parameters.items)[blockIdx.x];
-  const Address digest = parameters.digests + U64{blockIdx.x} * 16;
+  const DevicePointer digest = parameters.digests + U64{blockIdx.x} * 16;
   if (item.nbytes <= xxh3::kShortBytesMax) {
     if (threadIdx.x == 0) {
       const xxh3::Hash hash = xxh3::hash_short(pointer<const std::uint8_t>(item.address), item.nbytes, parameters.seed);

@@ -34,7 +34,7 @@ void check_shape(const Launch& launch, const char* kernel, unsigned threads, uns
 }
 
 template <class Item>
-Item item_at(KernelMemory& memory, Address items, std::uint64_t index) {
+Item item_at(KernelMemory& memory, DevicePointer items, std::uint64_t index) {
   Item item;
   std::memcpy(&item, memory.read(items + index * sizeof item, sizeof item), sizeof item);
   return item;
@@ -76,14 +76,45 @@ void compare(const Launch& launch, KernelMemory& memory) {
   }
 }
 
-void scatter_dims(const BoxItem& box, std::uint32_t dim, Address source, Address target, KernelMemory& memory) {
+// Offsets of the first byte and past the last of dimensions `dim` and inner, from where they begin.
+struct Span {
+  std::int64_t first = 0;
+  std::int64_t last = 0;
+  std::int64_t nbytes = 0;  // of the runs in it
+};
+
+Span span_of(const BoxItem& box, const std::int64_t (&strides)[kBoxDimsMax], std::uint32_t dim) {
+  Span span{0, box.run_bytes, box.run_bytes};
+  for (; dim < box.dims; ++dim) {
+    const std::int64_t reach = (std::int64_t{box.sizes[dim]} - 1) * strides[dim];
+    (reach < 0 ? span.first : span.last) += reach;
+    span.nbytes *= box.sizes[dim];
+  }
+  return span;
+}
+
+void copy_runs(const BoxItem& box, std::uint32_t dim, const std::uint8_t* source, std::uint8_t* target) {
   if (dim == box.dims) {
-    std::memcpy(memory.write(target, box.run_bytes), memory.read(source, box.run_bytes), box.run_bytes);
+    std::memcpy(target, source, box.run_bytes);
     return;
   }
   for (std::int64_t i = 0; i < box.sizes[dim]; ++i) {
-    scatter_dims(box, dim + 1, source + static_cast<Address>(i * box.source_strides[dim]),
-                 target + static_cast<Address>(i * box.target_strides[dim]), memory);
+    copy_runs(box, dim + 1, source + i * box.source_strides[dim], target + i * box.target_strides[dim]);
+  }
+}
+
+// Asks for what is written in the largest pieces without gaps: a check of each run would take long.
+void scatter_dims(const BoxItem& box, std::uint32_t dim, const std::uint8_t* source, DevicePointer target,
+                  KernelMemory& memory) {
+  const Span span = span_of(box, box.target_strides, dim);
+  if (span.nbytes == span.last - span.first) {
+    const auto first = static_cast<DevicePointer>(span.first);
+    copy_runs(box, dim, source, memory.write(target + first, static_cast<std::uint64_t>(span.nbytes)) - span.first);
+    return;
+  }
+  for (std::int64_t i = 0; i < box.sizes[dim]; ++i) {
+    scatter_dims(box, dim + 1, source + i * box.source_strides[dim],
+                 target + static_cast<DevicePointer>(i * box.target_strides[dim]), memory);
   }
 }
 
@@ -94,7 +125,10 @@ void scatter(const Launch& launch, KernelMemory& memory) {
   for (std::uint64_t i = 0; i < launch.grid[0]; ++i) {
     const auto box = item_at<BoxItem>(memory, parameters.items, i);
     require(box.dims <= kBoxDimsMax && box.run_bytes > 0, kScatterKernel, "wrong box");
-    scatter_dims(box, 0, box.source, box.target, memory);
+    const Span span = span_of(box, box.source_strides, 0);
+    const std::uint8_t* const source = memory.read(box.source + static_cast<DevicePointer>(span.first),
+                                                   static_cast<std::uint64_t>(span.last - span.first));
+    scatter_dims(box, 0, source - span.first, box.target, memory);
   }
 }
 

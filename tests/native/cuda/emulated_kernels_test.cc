@@ -63,7 +63,7 @@ class Memory {
 
   void fill(std::uint8_t value) { std::memset(data(), value, vectors_.size() * sizeof(uint4)); }
   std::uint8_t* data() { return reinterpret_cast<std::uint8_t*>(vectors_.data()); }
-  Address address() { return reinterpret_cast<Address>(data()); }
+  DevicePointer address() { return reinterpret_cast<DevicePointer>(data()); }
   Bytes bytes() { return {data(), data() + nbytes_}; }
 
  private:
@@ -71,7 +71,7 @@ class Memory {
   std::vector<uint4> vectors_;
 };
 
-void readable(Address begin, std::uint64_t nbytes) { emulated::readable.push_back({begin, begin + nbytes}); }
+void readable(DevicePointer begin, std::uint64_t nbytes) { emulated::readable.push_back({begin, begin + nbytes}); }
 
 template <class Kernel, class Parameters>
 void launch(Kernel* kernel, const Parameters& parameters, emulated::Index grid, unsigned threads,
@@ -281,7 +281,7 @@ TEST_F(CompareKernel, flags_every_digest_with_one_bit_wrong) {
 
 // A box whose runs neither overlap in the target nor leave either memory. Runs, source and target each have numbers
 // that are multiples of some power of 2, so that any of them can be what decides the width.
-BoxItem random_box(std::mt19937_64& random, Address source, Address target) {
+BoxItem random_box(std::mt19937_64& random, DevicePointer source, DevicePointer target) {
   const auto grain = [&random] { return std::uint32_t{1} << random() % 6; };
   const std::uint32_t run_grain = grain();
   const std::uint32_t source_grain = grain();
@@ -307,7 +307,7 @@ BoxItem random_box(std::mt19937_64& random, Address source, Address target) {
     }
   }
   box.source = source + source_grain * (random() % 8);
-  box.target = target + target_grain * (random() % 8) + static_cast<Address>(negative);
+  box.target = target + target_grain * (random() % 8) + static_cast<DevicePointer>(negative);
   return box;
 }
 
