@@ -58,9 +58,9 @@ DeviceQueue::~DeviceQueue() { drain(options_.drain_patience); }
 void DeviceQueue::begin(const cuda::Event& producer, DeviceStats& stats) {
   const cuda::Scope scope(workspace_->device());
   stream().wait(producer, "save/producer");
-  kernels_ = cuda::Kernels::of(workspace_->device());
+  kernels_ = cuda::Kernels::loaded(workspace_->device());  // loading takes too long for the step path
   if (kernels_ == nullptr) {
-    stats.no_kernels = cuda::Kernels::absence(workspace_->device());
+    stats.no_kernels = "not loaded before the save";
     return;
   }
   plan_kernels();
@@ -127,7 +127,11 @@ std::vector<std::uint32_t> DeviceQueue::plan_groups() {
     filled += wanted;
     Group& group = groups_.back();
     group.positions.push_back(position);
-    for (const format::Piece& piece : pieces(position)) item_count_ += here(piece) ? 1 : 0;
+    for (const format::Piece& piece : pieces(position)) {
+      if (!here(piece)) continue;
+      ++item_count_;
+      group.item_bytes_max = std::max(group.item_bytes_max, nbytes_of(piece));
+    }
     for_each_gap(pieces(position), [&](std::uint64_t, std::uint64_t) { ++item_count_; });
     group.item_count = item_count_ - group.first_item;
     states_[position].in_group = true;
@@ -188,7 +192,7 @@ void DeviceQueue::gather_next_group(DeviceStats& stats) {
   const Group& group = groups_[next_group_++];
   kernels_->gather(stream(),
                    workspace_->device_table() + gather_items_at_ + group.first_item * sizeof(cuda::GatherItem),
-                   group.item_count);
+                   group.item_count, group.item_bytes_max);
   digest_on_device(group.first_digest, group.digest_count);
   std::uint64_t address = scratch_->address();
   for (const std::uint32_t position : group.positions) {

@@ -89,9 +89,9 @@ class DeviceQueue {
     std::vector<std::uint32_t> positions;
     std::uint64_t first_item = 0;  // of the table
     std::uint64_t item_count = 0;
+    std::uint64_t item_bytes_max = 0;
     std::uint32_t first_digest = 0;
     std::uint32_t digest_count = 0;
-    std::uint64_t nbytes = 0;  // of tensors
   };
 
   cuda::Stream& stream() { return workspace_->stream(); }

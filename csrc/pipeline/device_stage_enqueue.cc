@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/clock.h"
+#include "base/fault_hook.h"
 #include "pipeline/device_stage.h"
 
 namespace snapstone::pipeline {
@@ -102,9 +103,8 @@ void DeviceStage::fill(Batch& batch, mem::Slot* spare, std::uint64_t leave) {
       std::uint8_t* const data = place(position, std::move(slot), !queue.gathers(position));
       queue.append_copies(position, data, copies_, stats_);
       DeviceQueue::Buffer buffer = queue.give_up_buffer(position);
-      if (buffer && (batch.buffers.empty() || batch.buffers.back() != buffer)) {
-        batch.buffers.push_back(std::move(buffer));
-      }
+      const bool new_one = batch.buffers.empty() || batch.buffers.back() != buffer;
+      if (buffer && new_one && !fault::skipped("keep", "save/buffers")) batch.buffers.push_back(std::move(buffer));
       cursor_.store(skip_same(position + 1), std::memory_order_release);
     }
     if (run.empty() || spare != nullptr) break;

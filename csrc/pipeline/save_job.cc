@@ -4,6 +4,8 @@
 #include <cerrno>
 #include <cstring>
 #include <deque>
+#include <iterator>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -160,7 +162,7 @@ class SaveJob::LaneRun {
       return true;
     }
     last_was_same_ = !job_.stage(chunk, spare_.data(), last_was_same_, books_);
-    if (!last_was_same_) staged_.emplace_back(chunk, std::move(spare_));
+    if (!last_was_same_) hold(chunk, std::move(spare_));
     return true;
   }
 
@@ -171,9 +173,16 @@ class SaveJob::LaneRun {
       std::optional<DeviceStage::Taken> taken = job_.device_->take(job_.device_->position(chunk), books_);
       if (!taken) break;
       coming_.pop_front();
-      if (job_.stage_from_device(chunk, *taken, books_)) staged_.emplace_back(chunk, std::move(taken->slot));
+      if (job_.stage_from_device(chunk, *taken, books_)) hold(chunk, std::move(taken->slot));
     }
     job_.announce_staging();
+  }
+
+  // In the order of chunks, which is not that in which they come from devices and from the host.
+  void hold(std::uint64_t chunk, mem::Slot slot) {
+    auto at = staged_.end();
+    while (at != staged_.begin() && std::prev(at)->first > chunk) --at;
+    staged_.emplace(at, chunk, std::move(slot));
   }
 
   // A chunk whose place depends on chunks before it is not waited for while this lane has one of those.

@@ -44,8 +44,9 @@ void Races::forget(std::uint64_t begin, std::uint64_t end) {
   for (std::uint64_t bucket = begin >> kBucketShift; bucket <= (end - 1) >> kBucketShift; ++bucket) {
     const auto found = buckets_.find(bucket);
     if (found == buckets_.end()) continue;
+    // Also what reaches beyond: it was of a block that is gone as a whole.
     std::erase_if(found->second,
-                  [&](const Past& past) { return past.access.begin >= begin && past.access.end() <= end; });
+                  [&](const Past& past) { return past.access.begin < end && past.access.end() > begin; });
   }
 }
 
