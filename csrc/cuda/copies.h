@@ -25,7 +25,8 @@ void copy_to_host(const Stream& stream, std::span<const Copy> copies);
 void copy_to_device(const Stream& stream, std::span<const Copy> copies);
 void copy_on_device(const Stream& stream, std::span<const Copy> copies);  // both ends on the stream's device
 
-// `height` rows of `width_bytes`, each row a pitch after the one before. A pitch is at least the width, and less than 2 GiB.
+// `height` rows of `width_bytes`, each row a pitch after the one before. A pitch is at least the width, and less than 2
+// GiB.
 struct Copy2d {
   std::uint64_t dst = 0;
   std::uint64_t dst_pitch = 0;
