@@ -8,11 +8,12 @@
 namespace snapstone::pipeline {
 
 DeviceLanding::DeviceLanding(const LoadPlan& plan, std::int32_t ordinal, const LandingOptions& options,
-                             TargetFence& fence, LandingBatch::Mismatch mismatch)
+                             TargetFence& fence, LaneBooks& books, LandingBatch::Mismatch mismatch)
     : plan_(plan),
       ordinal_(ordinal),
       options_(options),
       fence_(fence),
+      books_(books),
       mismatch_(std::move(mismatch)),
       batches_max_(std::max<std::size_t>(options.batches, 1)) {}
 
@@ -29,7 +30,7 @@ void DeviceLanding::open() {
 
 bool DeviceLanding::make_batch() {
   if (batches_.size() == batches_max_) return false;
-  auto batch = std::make_unique<LandingBatch>(plan_, ordinal_, kernels_, options_.batch_bytes);
+  auto batch = std::make_unique<LandingBatch>(plan_, ordinal_, kernels_, options_.batch_bytes, books_);
   if (!batch->can_verify() && kernels_ != nullptr) {  // no memory
     if (!batches_.empty()) {
       batches_max_ = batches_.size();

@@ -146,41 +146,10 @@ TEST_P(DeviceLoadSteps, no_failing_call_of_the_driver_does_harm) {
   }
 }
 
-class DeviceLoadAhead : public DeviceLoadTest {};
-
-// Of training steps, say: targets are written when those are over, but the chunks are there and verified by then.
-TEST_F(DeviceLoadAhead, the_host_does_not_wait_for_what_the_caller_has_enqueued) {
-  use_ring(16, true);
-  const Tensors tensors = some_tensors(4 * kTestChunkBytes);
-  const Saved saved = save(tensors, "a");
-  LoadOptions roomy = options();
-  roomy.landing.batch_bytes = 4 << 20;
-  const std::vector<DeviceBytes> targets = targets_like(tensors);
-  SNAPSTONE_FAKE(fakecuda_enqueue_delay)(0, caller(0), 1'000'000);
-  const auto job = load_job(plan_to(saved, targets), "a", roomy);
-  job->mark(0, caller(0));
-  run(job);
-  EXPECT_FALSE(job->settled()) << "targets are in use for a second";
-  EXPECT_EQ(ring_->free_count(), ring_->slot_count());
-  job->fence(0, caller(0));
-  expect_loaded(targets, tensors.bytes);
-  EXPECT_TRUE(job->settled());
-}
-
-TEST_F(DeviceLoadAhead, a_registered_ring_makes_no_slow_copy) {
-  use_ring(16, true);
-  const Tensors tensors = some_tensors();
-  for (const bool compress : {false, true}) {
-    const Saved saved = save(tensors, compress ? "zstd" : "raw", {.compress = compress});
-    const std::vector<DeviceBytes> targets = targets_like(tensors);
-    load(load_job(plan_to(saved, targets), saved.name, options()));
-    expect_loaded(targets, tensors.bytes);
-  }
-  EXPECT_EQ(fake_counter("unregistered_copies"), 0u);
-}
+class DeviceLoadLost : public DeviceLoadTest {};
 
 // In a process of its own: the device does not come back.
-TEST_F(DeviceLoadAhead, DISABLED_a_lost_device_ends_the_job) {
+TEST_F(DeviceLoadLost, DISABLED_a_lost_device_ends_the_job) {
   use_ring(16, true);
   const Tensors tensors = some_tensors(40 * kTestChunkBytes);
   const Saved saved = save(tensors, "a");
@@ -199,10 +168,10 @@ TEST_F(DeviceLoadAhead, DISABLED_a_lost_device_ends_the_job) {
   std::printf("ended well\n");
 }
 
-TEST_F(DeviceLoadAhead, a_device_that_is_lost_at_any_time_is_an_error_and_no_hang) {
+TEST_F(DeviceLoadLost, a_device_that_is_lost_at_any_time_is_an_error_and_no_hang) {
   for (const char* const rule : {"work:1:719", "work:2:719", "work:5:719", "work:9:719", "work:14:719"}) {
     const testing::ChildResult child =
-        testing::run_child("DeviceLoadAhead.DISABLED_a_lost_device_ends_the_job", std::string("LOSE_AT=") + rule);
+        testing::run_child("DeviceLoadLost.DISABLED_a_lost_device_ends_the_job", std::string("LOSE_AT=") + rule);
     EXPECT_NE(child.output.find("ended well"), std::string::npos) << rule << "\n" << child.output;
   }
 }
