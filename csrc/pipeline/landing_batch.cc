@@ -53,9 +53,7 @@ std::uint64_t LandingBatch::Work::results_at() const {
   return round_up(boxes_at() + boxes.size() * sizeof(cuda::BoxItem), sizeof(codec::Digest));
 }
 
-std::uint64_t LandingBatch::Work::table_bytes() const {
-  return results_at() + digests.size() * sizeof(codec::Digest);
-}
+std::uint64_t LandingBatch::Work::table_bytes() const { return results_at() + digests.size() * sizeof(codec::Digest); }
 
 void LandingBatch::Work::clear() {
   to_scratch.clear();
@@ -79,9 +77,7 @@ LandingBatch::LandingBatch(const LoadPlan& plan, std::int32_t ordinal, const cud
   if (kernels_ != nullptr && !workspace_->reserve_table(capacity_ + kTableBytes)) kernels_ = nullptr;
 }
 
-LandingBatch::~LandingBatch() {
-  give_up(nullptr, false, 0);
-}
+LandingBatch::~LandingBatch() { give_up(nullptr, false, 0); }
 
 bool LandingBatch::add(const Arrived& arrived) {
   if (landings_.size() == kLandingsMax) return false;

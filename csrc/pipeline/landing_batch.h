@@ -55,9 +55,7 @@ class LandingBatch {
   bool free() const noexcept { return state_ == State::kFree; }
   bool filling() const noexcept { return state_ == State::kFilling; }
   // The device is to do something before memory of the host, or a verdict, is there.
-  bool owes_host() const noexcept {
-    return state_ == State::kVerifying || needs_targets_drained();
-  }
+  bool owes_host() const noexcept { return state_ == State::kVerifying || needs_targets_drained(); }
 
   // Free or filling: takes a chunk in. False when it does not fit beside those that are there.
   bool add(const Arrived& arrived);
@@ -134,7 +132,7 @@ class LandingBatch {
   State state_ = State::kFree;
   std::vector<Landing> landings_;
   Work work_;
-  std::uint64_t used_ = 0;  // of the capacity
+  std::uint64_t used_ = 0;     // of the capacity
   std::int64_t begin_ns_ = 0;  // of the first copy
   bool copied_noted_ = false;
 };

@@ -14,7 +14,6 @@ namespace {
 
 using namespace std::chrono_literals;
 using testing::ArmedFaults;
-using testing::fake_counter;
 
 // Loads follow each other as closely as they may, into targets that the caller uses for a while yet. Some fail on the
 // way, by a wrong byte and by a file that ends early.
@@ -73,7 +72,8 @@ TEST_P(DeviceLoadSteps, none_can_be_left_out_unnoticed) {
       if (name.starts_with("wait/") || name.starts_with("record/")) steps.insert(name);
     }
   }
-  std::set<std::string> expected = {"record/load/mark", "wait/load/targets", "record/load/placed", "record/load/drained"};
+  std::set<std::string> expected = {"record/load/mark", "wait/load/targets", "record/load/placed",
+                                    "record/load/drained"};
   if (GetParam().kernels) {
     expected.merge(std::set<std::string>{"record/load/copied", "record/load/verified", "wait/load/scratch",
                                          "record/load/landed", "wait/load/fence"});
@@ -133,7 +133,8 @@ TEST_P(DeviceLoadSteps, no_failing_call_of_the_driver_does_harm) {
         }
         // Whatever failed: targets are nobody's business but the caller's once that is settled, and slots are usable.
         const auto give_up = std::chrono::steady_clock::now() + 10s;
-        while (!jobs.back()->settled() && std::chrono::steady_clock::now() < give_up) std::this_thread::sleep_for(100us);
+        while (!jobs.back()->settled() && std::chrono::steady_clock::now() < give_up)
+          std::this_thread::sleep_for(100us);
         SNAPSTONE_FAKE(fakecuda_drain)();
         const std::vector<DeviceBytes> again = targets_like(tensors_);
         load(load_job(plan_to(good_, again), "good", options()));

@@ -189,7 +189,8 @@ TEST_P(DeviceLoad, several_devices_are_loaded_at_once) {
 TEST_P(DeviceLoad, compressed_chunks_are_loaded) {
   const Tensors tensors = some_tensors();
   const Saved saved = save(tensors, "a", {.compress = true});
-  ASSERT_TRUE(std::any_of(saved.table.begin(), saved.table.end(), [](const auto& record) { return record.codec != 0; }));
+  ASSERT_TRUE(
+      std::any_of(saved.table.begin(), saved.table.end(), [](const auto& record) { return record.codec != 0; }));
   for (std::uint64_t seed = 0; seed < 10; ++seed) {
     chaos(testing::seed() + seed);
     const std::vector<DeviceBytes> targets = targets_like(tensors);
@@ -359,7 +360,7 @@ TEST_F(DeviceLoadAhead, a_registered_ring_makes_no_slow_copy) {
     load(load_job(plan_to(saved, targets), saved.name, options()));
     expect_loaded(targets, tensors.bytes);
   }
-  EXPECT_EQ(fake_counter("unregistered_copies"), 0u);
+  EXPECT_EQ(testing::fake_counter("unregistered_copies"), 0u);
 }
 
 class DeviceLoadDrivers : public DeviceLoadTest {};
@@ -369,17 +370,18 @@ TEST_F(DeviceLoadDrivers, older_and_poorer_ones_load_the_same) {
   const std::vector<std::string> drivers = {
       "FAKECUDA_VERSION=12000",
       "FAKECUDA_VERSION=12080",
-      "FAKECUDA_HIDE=cuModuleLoadData",       // no kernels
+      "FAKECUDA_HIDE=cuModuleLoadData",         // no kernels
       "FAKECUDA_FAIL=cuModuleLoadData:1+:222",  // that this driver cannot compile
       "FAKECUDA_CC=75",
-      "FAKECUDA_POOLS=0",                       // no stream-ordered memory
-      "FAKECUDA_FAIL=cuMemAllocAsync:1+:2",     // no memory at all
-      "FAKECUDA_FAIL=cuMemAllocAsync:3+:2",     // for two batches only
+      "FAKECUDA_POOLS=0",                    // no stream-ordered memory
+      "FAKECUDA_FAIL=cuMemAllocAsync:1+:2",  // no memory at all
+      "FAKECUDA_FAIL=cuMemAllocAsync:3+:2",  // for two batches only
       "FAKECUDA_FAIL=cuMemHostRegister_v2:1+:800",
   };
   for (const std::string& driver : drivers) {
     const testing::ChildResult child = testing::run_child("*DeviceLoadDrivers.DISABLED_any", driver);
     EXPECT_EQ(child.status, 0) << driver << "\n" << child.output;
+    EXPECT_NE(child.output.find("[  PASSED  ] 1 test."), std::string::npos) << driver << "\n" << child.output;
   }
 }
 
