@@ -7,7 +7,7 @@ PYTHON_BIN := .venv/bin
 NATIVE_SOURCES = $$(find csrc tests/native -name '*.h' -o -name '*.cc' | sort)
 PYTEST_ARGS ?=
 
-.PHONY: help setup build test test-native sanitize demo bench lint format stubs docs clean
+.PHONY: help setup build test test-native sanitize demo bench readme-bench readme-table lint format stubs docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
@@ -33,6 +33,13 @@ demo: setup  ## train, crash, resume and sample; under 4 minutes
 
 bench: setup  ## benchmarks; writes dated JSON to benchmarks/results
 	@$(PYTHON_BIN)/python benchmarks/run.py
+
+readme-bench: setup  ## stall of every engine on 2 GB, about 20 minutes, stored in benchmarks/results; then readme-table
+	@$(PYTHON_BIN)/python benchmarks/stall_run.py
+	@$(PYTHON_BIN)/python benchmarks/readme_table.py
+
+readme-table: setup  ## README's tables and chart from the stored results; measures nothing
+	@$(PYTHON_BIN)/python benchmarks/readme_table.py
 
 lint: setup  ## ruff, clang-format, mypy --strict, and the stub of _core against the built module
 	@$(PYTHON_BIN)/ruff check .

@@ -1,6 +1,8 @@
-"""Rewrites the benchmark table of README.md, between its two markers, from the newest result.
+"""Rewrites what README.md and docs/benchmarks.md show of the newest results, between markers, and the README's chart.
 
-With --check it changes nothing and ends with status 1 if the table is out of date.
+The README has the stall table, between <!-- stall:begin --> and its end, and the speed of large tensors, in "bench";
+the page has all tables of `make bench`. With --check nothing is changed, and the status is 1 if a table or a chart is
+out of date.
 """
 
 from __future__ import annotations
@@ -8,189 +10,59 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from delta.goals import judge_deltas
-from drop_in.comparisons import Comparison, compare
-from results import newest, scenario_of, spread_of
-from targets import best_dcp, speedup
+import speed_table
+import stall_table
+from results import newest
 
-BEGIN = "<!-- bench:begin -->"
-END = "<!-- bench:end -->"
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# Label, engines whose faster blocking save counts, engine of the asynchronous save, engine of the load.
-ROWS: tuple[tuple[str, tuple[str, ...], str | None, str], ...] = (
-    ("limit (raw io_uring, O_DIRECT)", ("limit",), None, "limit"),
-    ("**snapstone**", ("snapstone",), "snapstone-async", "snapstone"),
-    ("torch.distributed.checkpoint", ("dcp", "dcp-2"), "dcp-async", "dcp"),
-    ("torch.save, torch.load(mmap)", ("torch",), None, "torch"),
-    ("safetensors", ("safetensors",), None, "safetensors"),
-    ("torch_checkpointing", (), "torch-checkpointing", "torch-checkpointing"),
-)
-TITLES = {"2gb": "Large tensors", "small": "Small tensors"}
+
+def replaced(text: str, name: str, block: str) -> str:
+    """`text` with `block` between the markers of that name. ValueError if they are not there exactly once, in order."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"one {begin} is needed, and one {end} after it")
+    head, rest = text.split(begin)
+    lines = f"{block}\n" if block else ""
+    return f"{head}{begin}\n{lines}{end}{rest.split(end)[1]}"
 
 
-def _size(scenario: Mapping[str, Any]) -> str:
-    nbytes = scenario["nbytes"]
-    size = f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-    return f"{size} in {scenario['tensors']:,} tensors"
-
-
-def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
-
-
-def _rate(scenario: Mapping[str, Any], seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{_seconds(seconds)}, {scenario['nbytes'] / seconds / 1e9:.2f} GB/s"
-
-
-def _median(scenario: Mapping[str, Any], engine: str | None, measure: str) -> float | None:
-    spread = spread_of(scenario, engine, measure) if engine else None
-    return spread.median if spread else None
-
-
-def _table(scenario: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"{TITLES[scenario['state']]}: {_size(scenario)}, {scenario['file_system']}",
-        "",
-        "| engine | durable save | cold load | async save: stall | async save: durable | save vs DCP | load vs DCP |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for label, savers, asynchronous, loader in ROWS:
-        saves = [seconds for name in savers if (seconds := _median(scenario, name, "save_seconds")) is not None]
-        save = min(saves) if saves else None
-        load = _median(scenario, loader, "load_seconds")
-        durable = _median(scenario, asynchronous, "save_seconds")
-        if save is None and durable is None and load is None:
-            continue
-        gains = (
-            speedup(save, best_dcp(scenario, "save_seconds")),
-            speedup(load, best_dcp(scenario, "load_seconds")),
-        )
-        cells = [
-            label,
-            _rate(scenario, save),
-            _rate(scenario, load),
-            _seconds(_median(scenario, asynchronous, "stall_seconds")),
-            _seconds(durable),
-            *("-" if gain is None else f"{gain:.1f}x" for gain in gains),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def _under_dcp(document: Mapping[str, Any]) -> list[str]:
-    """Ratio first; a row that the run did not measure says so."""
-    rows = document.get("dcp", [])
-    if not rows:
-        return []
-    return [
-        f"Under torch.distributed.checkpoint: {_size(rows[0])}, {rows[0]['file_system']}, "
-        f"{' or '.join(str(count) for count in sorted({row['rounds'] for row in rows}))} rounds",
-        "",
-        "| call | ratio | wanted | | snapstone | against |",
-        "|---|---|---|---|---|---|",
-        *(f"| {' | '.join(_compared(one))} |" for one in compare(rows)),
-        "",
-    ]
-
-
-def _deltas(document: Mapping[str, Any]) -> list[str]:
-    rows = [row for row in document.get("delta", []) if row["cold_by"] is None]
-    if not rows:
-        return []
-    names = [name for name in rows[0]["engines"] if any(_median(row, name, "save_seconds") for row in rows)]
-    words = {True: "met", False: "missed", None: "-"}
-    return [
-        f"Delta saves: {_size(rows[0])}, {rows[0]['file_system']}, {rows[0]['rounds']} rounds; seconds to durable, and "
-        "bytes written",
-        "",
-        f"| changed since the checkpoint before | {' | '.join(rows[0]['engines'][name]['label'] for name in names)} |",
-        f"|---|{'---|' * len(names)}",
-        *(f"| {_changed(row)} | {' | '.join(_seconds_and_bytes(row, name) for name in names)} |" for row in rows),
-        "",
-        "| ratio | wanted | got | |",
-        "|---|---|---|---|",
-        *(
-            f"| {one.what} | {one.wanted} | {one.got} | {words[one.passed]} |"
-            for one in judge_deltas(document["delta"])
-        ),
-        "",
-    ]
-
-
-def _changed(row: Mapping[str, Any]) -> str:
-    count, nbytes = row["changed_tensors"], row["changed_bytes"]
-    return f"{count} of {row['tensors']} tensors, {nbytes / 1e6:,.0f} MB" if count else "nothing"
-
-
-def _seconds_and_bytes(row: Mapping[str, Any], name: str) -> str:
-    nbytes = _median(row, name, "written_bytes")
-    written = f", {nbytes / 1e6:,.1f} MB" if nbytes else ""
-    return f"{_seconds(_median(row, name, 'save_seconds'))}{written}"
-
-
-def _compared(one: Comparison) -> tuple[str, ...]:
-    words = {True: "met", False: "missed", None: "-"}
-    sides = ("-" if side is None else f"{_amount(one, side[1])}, {side[0]}" for side in (one.ours, one.theirs))
-    return one.what, one.got_text, one.wanted_text, words[one.passed], *sides
-
-
-def _amount(one: Comparison, value: float) -> str:
-    return f"{value / 1e9:.2f} GB" if one.unit == "bytes" else _seconds(value)
-
-
-def render(document: Mapping[str, Any]) -> str:
-    """The Markdown between the markers."""
-    machine = document["machine"]
-    lines: list[str] = []
-    for state in TITLES:
-        scenario = scenario_of(document, state, "disk")
-        if scenario is not None:
-            lines += [*_table(scenario), ""]
-    lines += [*_under_dcp(document), *_deltas(document)]
-    rounds = max((scenario["rounds"] for scenario in document["scenarios"]), default=0)
-    lines.append(
-        f"Medians of {rounds} interleaved rounds, `{document['command']}`, {document['date']}; {machine['cores']} x "
-        f"{machine['cpu']}, {machine['memory_gib']} GiB, Linux {machine['kernel']}, torch {machine['torch']}. "
-        "Engines that leave data to the kernel are synced in their time; every result was compared bit for bit."
-    )
-    return "\n".join(lines)
-
-
-def replaced(readme: str, table: str) -> str:
-    """`readme` with `table` between the markers. ValueError if they are not there exactly once, in order."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"the README needs one {BEGIN} and one {END} after it")
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+def generated(readme: Path, page: Path, result: Path, stall: Path | None) -> dict[Path, str]:
+    """What each file should hold."""
+    document = json.loads(result.read_text())
+    text = replaced(readme.read_text(), "stall", stall_table.table(stall))
+    files = {
+        readme: replaced(text, "bench", speed_table.summary(document)),
+        page: replaced(page.read_text(), "bench", speed_table.full(document)),
+    }
+    return files | {readme.parent / path: drawing for path, drawing in stall_table.charts(stall).items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
-    parser.add_argument("--result", type=Path, help="default: the newest of benchmarks/results")
-    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if the table is out of date")
+    parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "benchmarks.md")
+    parser.add_argument("--result", type=Path, help="of make bench; default: the newest of benchmarks/results")
+    parser.add_argument("--stall", type=Path, help="of make readme-bench, a directory; default: the newest, if any")
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if something is out of date")
     options = parser.parse_args()
     try:
-        document = json.loads((options.result or newest()).read_text())
-        before = options.readme.read_text()
-        after = replaced(before, render(document))
+        stall = options.stall or stall_table.newest_stall()
+        files = generated(options.readme, options.page, options.result or newest(), stall)
     except (OSError, ValueError) as error:
         print(f"readme_table: {error}", file=sys.stderr)
         return 1
+    stale = {path: text for path, text in files.items() if not path.exists() or path.read_text() != text}
     if options.check:
-        if before != after:
-            print("readme_table: the table is out of date: run `python benchmarks/readme_table.py`", file=sys.stderr)
-        return int(before != after)
-    options.readme.write_text(after)
+        for path in stale:
+            print(f"readme_table: {path.name} is out of date: run `make readme-table`", file=sys.stderr)
+        return int(bool(stale))
+    for path, text in stale.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        print(f"wrote {path.name}")
     return 0
 
 

@@ -208,6 +208,7 @@ void bind_save(py::module_& module) {
           "wait_staged", [](SaveJob& self, double seconds) { return self.wait_staged(milliseconds(seconds)); },
           py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("staged", &SaveJob::staged)
+      .def_property_readonly("bytes_staged", &SaveJob::bytes_staged)
       .def_property_readonly("direct", &SaveJob::direct)
       .def_property_readonly("file_bytes", &SaveJob::file_bytes)
       .def(

@@ -281,7 +281,9 @@ bool SaveJob::stage(std::uint64_t index, std::uint8_t* slot, bool expect_same, L
 
 void SaveJob::settle(std::uint64_t index, const format::ChunkRecord& record, bool same) {
   table_[index] = record;
-  if (same) progress(payload_bytes(index));
+  const std::uint64_t nbytes = payload_bytes(index);
+  bytes_staged_.fetch_add(nbytes, std::memory_order_relaxed);
+  if (same) progress(nbytes);
   if (same || (places_in_turn() && !options_.compress)) announce(index, same ? 0 : record.stored_bytes);
 }
 

@@ -76,6 +76,7 @@ class SaveJob : public Job {
   bool device_drained() const noexcept { return !device_ || device_->drained(); }  // after finished()
   DeviceStats device_stats() const { return device_ ? device_->stats() : DeviceStats{}; }
 
+  std::uint64_t bytes_staged() const noexcept { return bytes_staged_.load(std::memory_order_relaxed); }  // of tensors
   // After finished(): the records of the layout's chunks, then those that they refer to.
   const std::vector<format::ChunkRecord>& chunk_table() const { return table_; }
   // By chunk of the layout, 0 for those that were not encoded; empty when not compressing.
@@ -129,6 +130,7 @@ class SaveJob : public Job {
   std::vector<format::ChunkRecord> table_;
   std::atomic<std::uint64_t> next_chunk_{0};
   std::atomic<std::uint64_t> chunks_staged_{0};  // of those without bytes on a device
+  std::atomic<std::uint64_t> bytes_staged_{0};
   std::atomic<int> announced_staging_{0};        // 1: snapshot_enqueued(), 2: staged()
   std::atomic<unsigned> writing_{0};             // requests of all lanes in the kernel
   // Guarded by mutex_:

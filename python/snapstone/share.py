@@ -117,6 +117,19 @@ class Share:
         """Whether the state may change."""
         return bool(self._job.staged)
 
+    @property
+    def payload_bytes(self) -> int:
+        return int(self._structure.layout.payload_bytes)
+
+    @property
+    def bytes_staged(self) -> int:
+        return int(self._job.bytes_staged)
+
+    @property
+    def bytes_written(self) -> int:
+        """Or found in the base."""
+        return int(self._job.bytes_done)
+
     def start(self) -> None:
         self._job.start()
 

@@ -34,6 +34,8 @@ class Trace:
         self.path = trace_path(rank, world_size)
         self.detailed = self.path is not None
         self.stats: dict[str, Any] = {}
+        self.stage: tuple[str, int] | None = None  # the one that is open, and since when (monotonic ns)
+        self.failed_in: str | None = None  # the first one that ended with an exception
         self._begin_ns = time.monotonic_ns()
         self._events: list[dict[str, Any]] = []
 
@@ -42,9 +44,24 @@ class Trace:
         """Times one stage of the Python half."""
         begin_ns = time.monotonic_ns()
         try:
-            yield
+            with self.within(stage):
+                yield
         finally:
             self.add(stage, begin_ns, time.monotonic_ns(), nbytes)
+
+    @contextmanager
+    def within(self, stage: str) -> Iterator[None]:
+        """Says that the operation is in a stage, for who looks at it meanwhile."""
+        outer, self.stage = self.stage, (stage, time.monotonic_ns())
+        if outer is not None and outer[0] == stage:
+            self.stage = outer
+        try:
+            yield
+        except BaseException:
+            self.failed_in = self.failed_in or stage
+            raise
+        finally:
+            self.stage = outer
 
     def add(self, stage: str, begin_ns: int, end_ns: int, nbytes: int = 0) -> None:
         entry = self.stats.setdefault(stage, {"seconds": 0.0, "bytes": 0, "count": 0})

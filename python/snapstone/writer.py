@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
-from . import _native, garbage, manifest, state, tensors, values
+from . import _native, garbage, manifest, state, status, tensors, values
 from .agreement import assign
 from .base import Memory, Stored, choose, link, sharing_stats
 from .collective import Channel, Deadline, Group
@@ -67,6 +67,7 @@ class Writer:
         self._shards: list[LocalShard] = []
         self._commit_lock = threading.Lock()
         self._state = "open"  # -> "committing" or "cancelled"
+        self._status = status.begin(target, group.rank, group.world_size, trace)
         self.save_id = ""
         self.rung = ""
 
@@ -150,6 +151,8 @@ class Writer:
             keep_staged=keep_staged,
             comparison=comparison,
         )
+        self._status.save_id = self.save_id
+        self._status.writes(self._share)
 
     def _describe(self) -> bytes:
         self._shards = describe_all(self._flattened)
@@ -400,6 +403,7 @@ class Writer:
         """Lets go of everything. After an error every rank hears of it that has not, and rank 0 removes the staging
         directory, under those who may still write into it.
         """
+        self._status.end(error, cancelled=self._state == "cancelled")
         if error is not None:
             self.channel.abort(VOTES, error)
         share, self._share = self._share, None
@@ -416,7 +420,8 @@ class Writer:
         self.trace.close()
 
     def _vote(self, label: str, error: BaseException | None, payload: bytes) -> list[bytes]:
-        return self.channel.vote(label, error, payload, self.deadline)
+        with self.trace.within("vote"):
+            return self.channel.vote(label, error, payload, self.deadline)
 
 
 def _json(value: Any) -> bytes:

@@ -59,6 +59,12 @@ def memory_directory() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
 
 
+def pinned_packages() -> set[str]:
+    """What `make setup` installs: a test that finds one of these absent fails."""
+    lines = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+    return {line.partition("==")[0] for line in lines if "==" in line}
+
+
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     return partial(measure, tmp_path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
 from snapstone.bench.engines import Engine, Pending
+from snapstone.bench.engines.deepspeed import DeepSpeedFast
 from snapstone.bench.results import Option
 
 PLANTED_SECONDS = 0.1
@@ -61,6 +65,20 @@ class SleepsInFinish(Honest):
     def save(self, state: Mapping[str, Any], directory: Path, step: int) -> Pending | None:
         super().save(state, directory, step)
         return Pending(finish=lambda: time.sleep(PLANTED_SECONDS))
+
+
+class SleepsInComplete(Honest):
+    """Calls its checkpoint saved when the training thread has done its part."""
+
+    def save(self, state: Mapping[str, Any], directory: Path, step: int) -> Pending | None:
+        super().save(state, directory, step)
+        completed = threading.Event()
+
+        def complete() -> None:
+            time.sleep(PLANTED_SECONDS)
+            completed.set()
+
+        return Pending(wait=completed.wait, complete=complete)
 
 
 class HoldsTheInterpreter(Honest):
@@ -112,6 +130,29 @@ class Raises(Honest):
         raise OSError(28, "No space left on device", str(directory))
 
 
+class RaisesLikeDcp(Honest):
+    """What is no Exception, where the training thread waits for a save."""
+
+    def save(self, state: Mapping[str, Any], directory: Path, step: int) -> Pending | None:
+        def wait() -> None:
+            raise CheckpointException("write", {self.setting.rank: wrapped})
+
+        wrapped: Any = (OSError(28, "No space left on device"), None)
+        return Pending(wait=wait)
+
+
+class Exits(Honest):
+    def save(self, state: Mapping[str, Any], directory: Path, step: int) -> Pending | None:
+        sys.exit("cannot go on")
+
+
+class FilesOfDeepSpeed(DeepSpeedFast):
+    """With the writer that needs no CUDA."""
+
+    needs_cuda = False
+    writer = "python"
+
+
 class Skips(Honest):
     """Leaves out every other save once training is on its way."""
 
@@ -126,3 +167,13 @@ class Dies(Honest):
         if step == 6 and self.setting.rank == 1:
             os.kill(os.getpid(), 9)
         return super().save(state, directory, step)
+
+
+class Hangs(Honest):
+    """Starts a process that nobody ends, and never comes back."""
+
+    def save(self, state: Mapping[str, Any], directory: Path, step: int) -> Pending | None:
+        print("the save begins", flush=True)
+        subprocess.Popen(["sleep", "987654"], start_new_session=True)
+        time.sleep(PLANTED_SECONDS * 10_000)
+        return None

@@ -37,17 +37,30 @@ def test_wrong_options_are_refused(tmp_path: Path, arguments: tuple[object, ...]
 
 
 def test_too_little_memory_is_refused_with_both_numbers(tmp_path: Path) -> None:
-    result = stall("--model", "llama-405b", "--out", tmp_path)
+    result = stall("--model", "llama-405b", "--engine", "dcp", "--out", tmp_path)
     assert result.exit_code == 2
     assert "--model llama-405b: 13607.30 GiB of memory are needed on this machine" in result.stderr
-    assert "GiB are available; take a smaller model or more ranks" in result.stderr
+    assert "GiB are available; take a smaller model, one engine at a time or more ranks" in result.stderr
+
+
+def test_several_engines_need_the_memory_that_one_may_keep_as_well(tmp_path: Path) -> None:
+    result = stall("--model", "llama-405b", "--engine", "snapstone,dcp", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "--model llama-405b: 18143.06 GiB of memory are needed on this machine" in result.stderr
+    assert "what an engine before keeps" in result.stderr
 
 
 def test_too_little_disk_is_refused_with_both_numbers(tmp_path: Path) -> None:
     result = stall("--model", "tiny", "--saves", 10**9, "--out", tmp_path)
     assert result.exit_code == 2
-    assert "GiB of disk are needed (1000000000 saves and 2 more of 0.00 GiB)" in result.stderr
-    assert "are free; take fewer --saves or another --dir" in result.stderr
+    assert "GiB of disk are needed (1000000002 saves of 0.00 GiB)" in result.stderr
+    assert "are free; take fewer --saves or --checks, or another --dir" in result.stderr
+
+
+def test_saves_that_wait_for_their_check_need_disk_too(tmp_path: Path) -> None:
+    result = stall("--model", "tiny", "--saves", 1, "--checks", 10**9, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "GiB of disk are needed (1000000002 saves of 0.00 GiB)" in result.stderr
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

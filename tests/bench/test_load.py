@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import snapstone as ss
+from bench.conftest import pinned_packages
 from distributed.ranks import at_store, serve_store
 from snapstone import _native
 from snapstone.bench import results
@@ -199,6 +200,7 @@ def test_a_safetensors_file_is_loaded_by_the_packages_that_are_there(tmp_path: P
     assert [load["engine"] for load in document["loads"]] == list(FILE_ENGINES)
     for load in document["loads"]:
         if missing := missing_package(load["engine"]):
+            assert load["engine"] not in pinned_packages()
             assert (load["status"], load["reason"], load["seconds"]) == ("absent", missing, [])
         else:
             assert (load["status"], load["strategy"], len(load["seconds"])) == ("measured", "file", 2)

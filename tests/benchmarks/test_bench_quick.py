@@ -13,10 +13,16 @@ from typing import Any
 
 import pytest
 
+from report.measured import stall_document
+from snapstone.bench import results
+from snapstone.report import Measurements, markdown
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # What a machine may lack; their rows then carry the reason.
 OPTIONAL = {"limit", "fio", "safetensors", "torch-checkpointing"}
-README = "# snapstone\n\nBefore.\n\n<!-- bench:begin -->\nold table\n<!-- bench:end -->\n\nAfter.\n"
+BLOCK = "<!-- bench:begin -->\nold table\n<!-- bench:end -->"
+README = f"# snapstone\n\nBefore.\n\n<!-- stall:begin -->\nold chart\n<!-- stall:end -->\n\n{BLOCK}\n\nAfter.\n"
+PAGE = f"# Benchmarks\n\n{BLOCK}\n"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -94,29 +100,72 @@ def test_the_json_names_the_hardware_and_neither_host_nor_user_nor_path(result: 
         assert getpass.getuser() not in text
 
 
-def test_readme_table_replaces_what_is_between_the_markers_and_nothing_else(result: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
+@pytest.fixture
+def pages(tmp_path: Path) -> tuple[Path, Path]:
+    """A README and a page that hold something old."""
+    readme, page = tmp_path / "README.md", tmp_path / "page.md"
     readme.write_text(README)
-    command = (BENCHMARKS / "readme_table.py", "--readme", readme, "--result", result)
-    assert run(*command, "--check").returncode == 1
-    done = run(*command)
+    page.write_text(PAGE)
+    return readme, page
+
+
+def readme_table(pages: tuple[Path, Path], result: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    readme, page = pages
+    return run(BENCHMARKS / "readme_table.py", "--readme", readme, "--page", page, "--result", result, *more)
+
+
+def test_tables_replace_what_is_between_the_markers_and_nothing_else(result: Path, pages: tuple[Path, Path]) -> None:
+    assert readme_table(pages, result, "--check").returncode == 1
+    done = readme_table(pages, result)
     assert done.returncode == 0, done.stderr
-    text = readme.read_text()
-    assert text.startswith("# snapstone\n\nBefore.\n\n<!-- bench:begin -->\n")
+    text, full = (path.read_text() for path in pages)
+    assert text.startswith("# snapstone\n\nBefore.\n\n<!-- stall:begin -->\n")
     assert text.endswith("<!-- bench:end -->\n\nAfter.\n")
-    assert "old table" not in text
-    assert re.search(r"^\| \*\*snapstone\*\* \| \d", text, re.MULTILINE)
-    assert "torch.distributed.checkpoint" in text
-    assert run(*command, "--check").returncode == 0
+    assert "old table" not in text + full
+    assert "old chart" not in text
+    for found in (text, full):
+        assert re.search(r"^\| \*\*snapstone\*\* \| \d", found, re.MULTILINE)
+        assert "torch.distributed.checkpoint" in found
+    assert "Small tensors: " in full
+    assert "Small tensors: " not in text
+    assert readme_table(pages, result, "--check").returncode == 0
 
 
-def test_readme_table_refuses_a_readme_without_markers(result: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("# snapstone\n")
-    done = run(BENCHMARKS / "readme_table.py", "--readme", readme, "--result", result)
+def test_a_readme_without_markers_is_refused(result: Path, pages: tuple[Path, Path]) -> None:
+    pages[0].write_text("# snapstone\n")
+    done = readme_table(pages, result)
     assert done.returncode == 1
-    assert "bench:begin" in done.stderr
-    assert readme.read_text() == "# snapstone\n"
+    assert "stall:begin" in done.stderr
+    assert pages[0].read_text() == "# snapstone\n"
+    assert pages[1].read_text() == PAGE
+
+
+def test_the_stall_run_becomes_table_and_charts(result: Path, pages: tuple[Path, Path], tmp_path: Path) -> None:
+    run_directory = tmp_path / "stall_cpu_20261121"
+    results.write(stall_document(), run_directory, "2gb")
+    assert readme_table(pages, result, "--stall", run_directory).returncode == 0
+    text = pages[0].read_text()
+    block = text.partition("<!-- stall:begin -->\n")[2].partition("<!-- stall:end -->")[0]
+    shown = Measurements.read(run_directory)
+    assert markdown(shown, "docs/images/stall.svg").strip() in block, "the report's own words"
+    assert re.search(r"^\| snapstone \| 1\.2\.3 \| 40\.\d\sms", block, re.MULTILINE)
+    for name in ("stall.svg", "stall-narrow.svg"):
+        assert f'="docs/images/{name}"' in block
+        assert (tmp_path / "docs" / "images" / name).read_text().startswith("<svg ")
+    check = (pages, result, "--stall", run_directory, "--check")
+    assert readme_table(*check).returncode == 0
+    (tmp_path / "docs" / "images" / "stall.svg").write_text("<svg/>")
+    assert readme_table(*check).returncode == 1
+
+
+def test_the_repository_shows_what_its_stored_results_say() -> None:
+    """Where no stall run is stored, the README has no stall table; a chart without a run would be out of date."""
+    done = run(BENCHMARKS / "readme_table.py", "--check")
+    assert done.returncode == 0, done.stderr
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    stored = list((BENCHMARKS / "results").glob("stall_*/stall-*.json"))
+    assert ("docs/images/stall.svg" in readme) is bool(stored)
+    assert (BENCHMARKS.parent / "docs" / "images" / "stall.svg").exists() is bool(stored)
 
 
 def test_micro_benchmarks_run(tmp_path: Path) -> None:

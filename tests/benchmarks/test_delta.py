@@ -14,7 +14,8 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-README = "# snapstone\n\n<!-- bench:begin -->\n<!-- bench:end -->\n"
+README = "# snapstone\n\n<!-- stall:begin -->\n<!-- stall:end -->\n<!-- bench:begin -->\n<!-- bench:end -->\n"
+PAGE = "# Benchmarks\n\n<!-- bench:begin -->\n<!-- bench:end -->\n"
 OPTIONAL = {"moonclip"}
 SAVES = ("nothing", "some", "all")
 
@@ -104,12 +105,13 @@ def test_goals_are_judged_from_the_samples_of_the_run(result: Path, rows: dict[s
     assert {(goal.got, goal.passed) for goal in judge([])} == {("not measured", None)}
 
 
-def test_readme_shows_seconds_and_bytes_of_each_case(result: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
+def test_the_page_shows_seconds_and_bytes_of_each_case(result: Path, tmp_path: Path) -> None:
+    readme, page = tmp_path / "README.md", tmp_path / "page.md"
     readme.write_text(README)
-    done = run(BENCHMARKS / "readme_table.py", "--readme", readme, "--result", result)
+    page.write_text(PAGE)
+    done = run(BENCHMARKS / "readme_table.py", "--readme", readme, "--page", page, "--result", result)
     assert done.returncode == 0, done.stderr
-    text = readme.read_text()
+    text = page.read_text()
     assert re.search(r"^\| nothing \| \d+\.\d+ m?s, \d+\.\d MB \|", text, re.MULTILINE)
     assert re.search(r"^\| 5 of 99 tensors, ", text, re.MULTILINE)
     assert re.search(r"^\| load 10 deltas deep, .* \| <= 1\.11x \| \d+\.\d\dx \| (met|missed) \|", text, re.MULTILINE)

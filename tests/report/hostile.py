@@ -45,6 +45,7 @@ def hostile_stall() -> dict[str, Any]:
 
 EMPTY: dict[str, dict[str, Any]] = {
     "disk": {"probes": []},
+    "link": {"links": []},
     "stall": {"workload": {}, "protocol": {}, "engines": []},
     "load": {"checkpoint": None, "loads": "none"},
     "model": {"inputs": [], "rows": [{}]},
@@ -52,6 +53,14 @@ EMPTY: dict[str, dict[str, Any]] = {
 
 WRONG: dict[str, Any] = {
     "disk": {"probes": [{"bytes_per_second": [0, 0]}, {"operation": SCRIPT, "bytes_per_second": [1e300, 1e-300]}, 3]},
+    "link": {
+        "links": [
+            {"transport": "memory", "operation": SCRIPT, "bytes_per_second": [-1, 0, NOT_A_NUMBER]},
+            {"transport": SCRIPT, "operation": "copy", "bytes_per_second": [1e300, 1e-300], "reason": SCRIPT},
+            {"transport": "cuda", "operation": "d2h", "bytes_per_second": "fast"},
+            3,
+        ]
+    },
     "load": {
         "checkpoint": {SCRIPT: SCRIPT, "nbytes": "12"},
         "loads": [

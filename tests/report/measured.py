@@ -13,7 +13,7 @@ GB = 10**9
 # In a report of `write_results`.
 CHARTS = [
     "chart-stall-1", "chart-ledger-1", "chart-steps-1", "chart-timeline-1-1", "chart-load-1", "chart-roofline",
-    "chart-disk-1", "chart-model-1",
+    "chart-disk-1", "chart-link-1", "chart-model-1",
 ]  # fmt: skip
 
 ENVIRONMENT: Any = {
@@ -156,6 +156,29 @@ def disk_document() -> Document:
     return document
 
 
+def link_document(nodes: int = 1) -> Document:
+    document = results.new_document("link", ["snapstone", "bench", "link"], ENVIRONMENT)
+    world = {"ranks": 4, "nodes": nodes, "backend": "gloo"}
+    nowhere = {"file_system": "", "device": "", "directory": ""}
+    environment: Any = {**ENVIRONMENT, "storage": nowhere, "world": world}
+    document |= {"date": "2026-11-21T11:30:00+00:00", "complete": True, "seconds": 9.0, "environment": environment}
+
+    def link(transport: str, operation: str, rate: float, reason: str | None = None) -> Any:
+        samples = [] if reason else [rate * GB * factor for factor in (0.9, 1.0, 1.1)]
+        return {
+            "transport": transport, "operation": operation, "bytes_per_second": samples, "nbytes": GB, "reason": reason,
+        }  # fmt: skip
+
+    document["links"] = [
+        link("memory", "copy", 6.4),
+        link("gloo", "broadcast", 1.6),
+        link("gloo", "all_gather", 1.1),
+        link("nccl", "broadcast", 0, "no CUDA device was asked for"),
+        link("cuda", "d2h", 0, "no CUDA device was asked for"),
+    ]
+    return document
+
+
 def load_document() -> Document:
     document = results.new_document("load", ["snapstone", "bench", "load", "--from", "C"], ENVIRONMENT)
     document |= {"date": "2026-11-21T13:00:00+00:00", "complete": True, "seconds": 60.0}
@@ -207,6 +230,7 @@ def write_results(directory: Path) -> Path:
     """One document of each kind."""
     results.write(stall_document(), directory, "llama-1b")
     results.write(disk_document(), directory, "checkpoints")
+    results.write(link_document(), directory, "4-ranks")
     results.write(load_document(), directory, "step-8")
     results.write(model_document(), directory, "cluster")
     return directory

@@ -15,7 +15,7 @@ import pytest
 from report.chromium import chromium_path
 from report.hostile import write_hostile
 from report.measured import CHARTS, write_results
-from snapstone.report import Measurements, page
+from snapstone.report import Measurements, chart_files, markdown, page
 
 pytestmark = [pytest.mark.needs_browser, pytest.mark.timeout(120)]
 
@@ -105,6 +105,39 @@ def test_the_report_is_drawn_whole(
     assert background == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
     assert said == []
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    context.close()
+
+
+@pytest.mark.parametrize(("width", "name"), [(DESK, "stall.svg"), (PHONE, "stall-narrow.svg")])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_chart_of_a_readme_suits_the_screen(
+    chromium: Any, tmp_path: Path, scheme: str, width: int, name: str
+) -> None:
+    """As <picture> in Markdown, which picks one of two files, and each file alone, where its text can be looked at."""
+    measured = Measurements.read(write_results(tmp_path / "measured"))
+    files = chart_files(measured, str(tmp_path / "stall.svg"))
+    for path, text in files.items():
+        Path(path).write_text(text, encoding="utf-8")
+    picture = markdown(measured, "stall.svg").partition("</picture>")[0] + "</picture>"
+    readme = tmp_path / "readme.html"
+    readme.write_text(
+        f'<meta name="viewport" content="width=device-width"><style>img{{max-width:100%}}</style>{picture}'
+    )
+    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+    opened = context.new_page()
+    opened.goto(readme.as_uri())
+    image = opened.locator("img")
+    image.evaluate("image => image.decode()")
+    assert image.evaluate("image => image.currentSrc").endswith(f"/{name}")
+    shown, natural = image.evaluate("image => [image.clientWidth, image.naturalWidth]")
+    assert 0.95 * natural <= shown <= natural, "text keeps its size"
+    directory = Path(os.environ.get("SNAPSTONE_SCREENSHOTS") or tmp_path)
+    opened.screenshot(path=directory / f"readme-{scheme}-{width}.png")
+
+    opened.goto((tmp_path / name).as_uri())
+    assert opened.evaluate(MISPLACED) == []
+    background = opened.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    assert background == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
     context.close()
 
 

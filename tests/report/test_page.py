@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 
 from report.hostile import SCRIPT, write_hostile
-from report.measured import CHARTS, disk_document, load_document, stall_document, write_results
+from report.measured import CHARTS, disk_document, link_document, load_document, stall_document, write_results
 from snapstone.bench import results
 from snapstone.report import Measurements, page
 
@@ -269,3 +269,46 @@ def test_an_empty_set_of_parts_makes_a_page_all_the_same(tmp_path: Path) -> None
     document["engines"] = []
     assert 'id="chart-stall-1"' in shown(tmp_path, document)
     assert SCRIPT not in shown(tmp_path, document)
+
+
+def test_the_roofline_draws_the_link_for_loads_that_read_once(tmp_path: Path) -> None:
+    """2 GB came to each rank in 0.79 s, out of memory that gives 6.4 GB/s; nobody else's bytes take that way."""
+    results.write(link_document(), tmp_path, "one")
+    results.write(disk_document(), tmp_path, "one")
+    chart = figure(shown(tmp_path, load_document()), "chart-roofline")
+    texts = [text.text or "" for text in svgs(chart)[0].iter("text")]
+    assert any(text.startswith("memory between ranks: 6.4") for text in texts)
+    assert any(text.startswith("disk, reading: 3.1") for text in texts)
+    rows = re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>.*?</tr>', chart.replace("\n", ""))
+    assert [what for _, what in rows].count("load scatter, to each rank") == 1
+    share = re.search(r"load scatter, to each rank</td>.*?(\d+(\.\d+)?) % of the limit", chart, re.DOTALL)
+    assert share is not None
+    assert float(share[1]) == pytest.approx(100 * (2 / 0.79) / 6.4, rel=0.02)
+    assert "load direct, to each rank" not in chart
+
+
+def test_a_load_of_several_nodes_is_compared_with_the_network_that_was_measured_between_them(tmp_path: Path) -> None:
+    load: Any = load_document()
+    load["environment"] = {**load["environment"], "world": {"ranks": 4, "nodes": 2, "backend": "gloo"}}
+    results.write(link_document(), tmp_path, "one-node")
+    assert "scatter, to each rank" not in shown(tmp_path, load)  # nobody has measured that link
+    results.write(link_document(nodes=2), tmp_path, "two-nodes")
+    chart = figure(shown(tmp_path, load), "chart-roofline")
+    assert any((text.text or "").startswith("between nodes: 1.6") for text in svgs(chart)[0].iter("text"))
+
+
+def test_saves_from_devices_stand_under_the_copy_to_the_host(tmp_path: Path) -> None:
+    link: Any = link_document()
+    link["links"][-1] |= {"bytes_per_second": [50e9], "reason": None}
+    results.write(link, tmp_path, "one")
+    stall: Any = stall_document()
+    assert "device to host" not in shown(tmp_path, stall)
+    hardware = {**stall["environment"]["hardware"], "device": "cuda"}
+    stall["environment"] = {**stall["environment"], "hardware": hardware}
+    assert "device to host: 50" in figure(shown(tmp_path, stall), "chart-roofline")
+
+
+def test_a_link_has_no_disk_that_could_differ(tmp_path: Path) -> None:
+    results.write(link_document(), tmp_path, "one")
+    results.write(disk_document(), tmp_path, "one")
+    assert Measurements.read(tmp_path).mixtures() == []

@@ -38,7 +38,7 @@ def test_ten_lines_are_at_most_twelve() -> None:
 
 def test_first_screen_has_the_code_and_the_table() -> None:
     first_screen = "\n".join(README.splitlines()[:FIRST_SCREEN_LINES])
-    for text in ("pip install .", "```python", "<!-- bench:begin -->", "docs/guarantees.md"):
+    for text in ("pip install .", "```python", "<!-- stall:begin -->", "docs/guarantees.md"):
         assert text in first_screen, text
 
 

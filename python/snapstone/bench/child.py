@@ -80,6 +80,7 @@ def _work(task: Task, pipe: Connection) -> tuple[str, Any]:
         nbytes_of_rank=local_nbytes(workload.state),
         optimizer=workload.optimizer,
         group=dist.new_group(backend="gloo", timeout=timeout),
+        keep=2,  # as many as it saves
     )
     engine = engine_class(task.engine)(setting)
     if task.killed:
@@ -89,6 +90,7 @@ def _work(task: Task, pipe: Connection) -> tuple[str, Any]:
 
 def _check(task: Task, workload: Any, engine: Any) -> list[str]:
     """What is wrong, a line for each checkpoint."""
+    from .loop import ENGINE_ERRORS
     from .workload import digests
 
     problems: list[str] = []
@@ -96,7 +98,7 @@ def _check(task: Task, workload: Any, engine: Any) -> list[str]:
         target = workload.blank()
         try:
             engine.load(target, path)
-        except Exception as error:
+        except ENGINE_ERRORS as error:
             problems.append(f"{path.name} cannot be loaded: {_line(error)}")
             continue
         found = digests(target)
@@ -133,5 +135,6 @@ def _line(error: BaseException) -> str:
 def _saved(pending: Any) -> None:
     if pending is not None:
         pending.fence()
+        pending.complete()
         pending.wait()
         pending.finish()

@@ -12,12 +12,17 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from torch.distributed.checkpoint.api import CheckpointException
 
 from .engines import Engine, Pending
 from .workload import Workload
 
-__all__ = ["Block", "Flight", "Saver", "StepTimes", "run_block", "sync_file_system"]
+__all__ = ["ENGINE_ERRORS", "Block", "Flight", "Saver", "StepTimes", "run_block", "sync_file_system"]
+
+# DCP's is no Exception; there are engines that end the process when something goes wrong.
+ENGINE_ERRORS: Final = (Exception, CheckpointException, SystemExit)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -91,6 +96,7 @@ class Flight:
 
     def finish(self) -> None:
         """Raises what the save raised."""
+        self.pending.complete()
         self._thread.join()
         self.pending.finish()
         if self.error is not None:
@@ -121,7 +127,7 @@ class Saver:
         if self.error is None:
             try:
                 self._call(begin)
-            except Exception as error:
+            except ENGINE_ERRORS as error:
                 self.error = error
         times.call += time.perf_counter() - begin
 
@@ -140,7 +146,7 @@ class Saver:
         begin = time.perf_counter()
         try:
             self.flight.fence()
-        except Exception as error:
+        except ENGINE_ERRORS as error:
             self.error = self.error or error
         times.fence += time.perf_counter() - begin
 
@@ -152,7 +158,7 @@ class Saver:
         begin = time.perf_counter()
         try:
             self.engine.poll()
-        except Exception as error:
+        except ENGINE_ERRORS as error:
             self.error = self.error or error
         if self.flight.done:
             self._finish()
@@ -169,7 +175,7 @@ class Saver:
             return
         try:
             flight.finish()
-        except Exception as error:
+        except ENGINE_ERRORS as error:
             self.error = self.error or error
         else:
             self.finished.append(flight)

@@ -1,8 +1,8 @@
 """Named models: their sizes, what a training checkpoint of each holds, and a decoder-only transformer that trains.
 
-Sizes are those of the published configurations (Llama 3: arXiv 2407.21783, table 3; 1B and 3B: Llama 3.2, with a head
-of its own where the original ties it to the embedding). Counting needs no torch: a size can be refused before it is
-made.
+Sizes are those of the published configurations (Llama 3: arXiv 2407.21783, table 3; 1B and 3B: Llama 3.2; SmolLM2:
+arXiv 2502.02737), with a head of its own where the original ties it to the embedding. Counting needs no torch: a size
+can be refused before it is made.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ MODELS: Final[Mapping[str, Shape]] = {
     for shape in (
         Shape("tiny", layers=2, width=64, heads=4, key_heads=2, hidden=176, vocabulary=512),
         Shape("small", layers=8, width=512, heads=8, key_heads=4, hidden=1408, vocabulary=8192),
+        Shape("smollm-135m", layers=30, width=576, heads=9, key_heads=3, hidden=1536, vocabulary=49152),
         Shape("medium", layers=16, width=1024, heads=16, key_heads=8, hidden=2816, vocabulary=16384),
         Shape("llama-1b", layers=16, width=2048, heads=32, key_heads=8, hidden=8192, vocabulary=128256),
         Shape("llama-3b", layers=28, width=3072, heads=24, key_heads=8, hidden=8192, vocabulary=128256),

@@ -27,6 +27,7 @@ __all__ = [
     "EngineResult",
     "Environment",
     "Ledger",
+    "Link",
     "Load",
     "ModelRow",
     "Option",
@@ -49,9 +50,9 @@ __all__ = [
 FORMAT: Final = "snapstone-bench"
 VERSION: Final = 1
 
-Kind = Literal["disk", "stall", "load", "model"]
+Kind = Literal["disk", "link", "stall", "load", "model"]
 Status = Literal["measured", "absent", "failed", "partial"]
-KINDS: Final[tuple[Kind, ...]] = ("disk", "stall", "load", "model")
+KINDS: Final[tuple[Kind, ...]] = ("disk", "link", "stall", "load", "model")
 LEDGER_ROWS: Final = ("call", "wait_previous", "fence", "finalize", "inflation", "unexplained")
 
 
@@ -206,6 +207,16 @@ class Probe(TypedDict):
     reason: str | None
 
 
+class Link(TypedDict):
+    """`nbytes`, and the rates, are of the bytes that arrive at one rank."""
+
+    transport: str  # "memory" that the ranks of a node share, "gloo", "nccl", "cuda": between a device and its host
+    operation: str  # "copy", "broadcast", "all_gather", "d2h", "h2d"
+    bytes_per_second: list[float]
+    nbytes: int
+    reason: str | None
+
+
 class Load(TypedDict):
     engine: str
     strategy: str
@@ -247,6 +258,7 @@ class Document(TypedDict):
     protocol: NotRequired[Protocol]
     engines: NotRequired[list[EngineResult]]
     probes: NotRequired[list[Probe]]
+    links: NotRequired[list[Link]]
     checkpoint: NotRequired[dict[str, Any]]
     loads: NotRequired[list[Load]]
     inputs: NotRequired[dict[str, Any]]
@@ -255,6 +267,7 @@ class Document(TypedDict):
 
 _PARTS: Final[Mapping[str, tuple[str, ...]]] = {
     "disk": ("probes",),
+    "link": ("links",),
     "stall": ("workload", "protocol", "engines"),
     "load": ("checkpoint", "loads"),
     "model": ("inputs", "rows"),

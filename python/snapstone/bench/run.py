@@ -24,14 +24,16 @@ from .loop import described
 from .models import Precision, shape_of, state_nbytes
 from .ranks import Ranks
 from .results import Document, EngineResult
-from .stall import Measurement, Protocol, blank_result
+from .stall import Measurement, Protocol, blank_result, single_saves
 from .workload import Plan, Workload, local_nbytes
 
 __all__ = ["PAIRS_MIN", "Request", "leave", "run"]
 
 PAIRS_MIN = 5
-# The state, an engine's copy of it, and the tensors that a new process loads a checkpoint into.
-COPIES_IN_MEMORY = 3
+# The state, an engine's copy of it, and the tensors that a new process loads a checkpoint into; and what an engine
+# before may keep, as snapstone keeps its staging memory for the next save.
+COPIES_OF_ONE_ENGINE = 3
+COPIES_OF_SEVERAL = 4
 DISK_MARGIN = 1.1
 
 
@@ -74,7 +76,7 @@ def run(request: Request, report: Callable[[str], None]) -> int:
     check_request(request)
     signal.signal(signal.SIGTERM, _interrupt)
     directory = request.directory or request.out
-    _check_place(request, directory)
+    _check_place(request, directory, COPIES_OF_ONE_ENGINE if len(names) == 1 else COPIES_OF_SEVERAL)
     return _Run(request, names, Ranks(request.device), directory, report).measure()
 
 
@@ -104,7 +106,7 @@ def _from_launcher(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
 
 
-def _check_place(request: Request, directory: Path) -> None:
+def _check_place(request: Request, directory: Path, copies: int) -> None:
     """Whether directories can be written, and memory and disk hold what is to come; raises with the numbers."""
     for path in {request.out, directory}:
         path.mkdir(parents=True, exist_ok=True)
@@ -114,22 +116,24 @@ def _check_place(request: Request, directory: Path) -> None:
     nbytes = state_nbytes(shape, request.precision)
     world = _from_launcher("WORLD_SIZE", 1)
     local_ranks = _from_launcher("LOCAL_WORLD_SIZE", world)
-    needed = COPIES_IN_MEMORY * local_ranks * nbytes // (request.fsdp * request.tp)
+    needed = copies * local_ranks * nbytes // (request.fsdp * request.tp)
     available = memory_available_bytes()
     if _from_launcher("LOCAL_RANK", 0) == 0 and needed > available:
         raise ValueError(
             f"--model {request.model}: {_gib(needed)} of memory are needed on this machine (the state of {local_ranks} "
-            f"ranks {COPIES_IN_MEMORY} times: itself, an engine's copy, a load that is compared), {_gib(available)} "
-            "are available; take a smaller model or more ranks with --fsdp"
+            f"ranks {copies} times: itself, an engine's copy, a load that is compared"
+            f"{', what an engine before keeps' if copies == COPIES_OF_SEVERAL else ''}), {_gib(available)} are "
+            "available; take a smaller model, one engine at a time or more ranks with --fsdp"
         )
     # Engines without deduplication write the replicas too.
     stored = nbytes * world // (request.fsdp * request.tp)
-    wanted = int(DISK_MARGIN * stored * (request.saves + 2))
+    kept = 1 + max(request.saves + 1, single_saves(request.checks))  # a block's and the newest before it; one is spare
+    wanted = int(DISK_MARGIN * stored * kept)
     free = shutil.disk_usage(directory).free
     if _from_launcher("RANK", 0) == 0 and wanted > free:
         raise ValueError(
-            f"{directory}: {_gib(wanted)} of disk are needed ({request.saves} saves and 2 more of {_gib(stored)}), "
-            f"{_gib(free)} are free; take fewer --saves or another --dir"
+            f"{directory}: {_gib(wanted)} of disk are needed ({kept} saves of {_gib(stored)}), {_gib(free)} are free; "
+            "take fewer --saves or --checks, or another --dir"
         )
 
 
@@ -185,6 +189,8 @@ class _Run:
             for name in self.names:
                 self._engine(name)
             self.document["complete"] = True
+            _finish_undisturbed()
+            self.ranks.barrier()  # when an engine failed, the first rank that leaves makes torchrun end the others
         except KeyboardInterrupt:
             _finish_undisturbed()
             self.document["problems"].append("interrupted")

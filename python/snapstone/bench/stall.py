@@ -4,7 +4,8 @@
    second save, with the optimizer's steps following at once.
 2. A save after a tensor was added to the state, and one after it was taken away.
 3. A kill -9 of a rank during a save, in processes of their own.
-4. Pairs: a block without saves, then a block with saves and the final drain, at the cadence "relaxed", whose interval
+4. Of an engine that tells its stages a save for the time line: noting them costs time, so it counts for nothing else.
+5. Pairs: a block without saves, then a block with saves and the final drain, at the cadence "relaxed", whose interval
    is longer than the time to durable, and "tight", whose interval is shorter.
 
 An engine that fails 1 to 3 is not timed.
@@ -16,20 +17,21 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .counters import Sampler, merged
 from .engines import Engine, Setting
+from .engines.inner_stages import InnerSpan
 from .ledger import Pair, cadence_of, pair_of, spread_of, strip_of, walls_of
-from .loop import Block, Flight, Saver, StepTimes, described, run_block, sync_file_system
+from .loop import ENGINE_ERRORS, Block, Flight, Saver, StepTimes, described, run_block, sync_file_system
 from .ranks import Ranks
 from .results import EngineResult, SaveTimes, Span, Spread
 from .truth import Check, Witness
 from .workload import ADDED, Workload, digests, local_nbytes
 
-__all__ = ["Measurement", "Protocol", "blank_result"]
+__all__ = ["Measurement", "Protocol", "blank_result", "single_saves"]
 
 BASELINE_STEPS = 5
 RELAXED_FACTOR = 1.5  # of the time to durable
@@ -50,6 +52,11 @@ class Protocol:
 
 class EngineFailed(Exception):
     """What an engine did wrong, in a line; it gets no time."""
+
+
+def single_saves(checks: int) -> int:
+    """How many saves of an engine come before its pairs, all of which stay until they were checked."""
+    return 2 + max(1, checks - 1)
 
 
 def blank_result(name: str, kind: type[Engine]) -> EngineResult:
@@ -107,11 +114,12 @@ class Measurement:
             nbytes_of_rank=local_nbytes(self.workload.state),
             optimizer=self.workload.optimizer,
             group=self.ranks.new_group(),
+            keep=max(self.protocol.saves, self.protocol.checks + 2),  # those to check, and two with a changed plan
         )
         engine, error = None, None
         try:
             engine = self.kind(setting)
-        except Exception as raised:
+        except ENGINE_ERRORS as raised:
             error = raised
         try:
             self._agree("cannot be opened", described(error))
@@ -132,6 +140,8 @@ class Measurement:
             self.result["truth"]["kills"] += 1
             self._judge(witness.kill(engine))
         self._prune()
+        self._trace(saver)
+        self._prune()
         self.keep()
         with Sampler() as sampler:
             for cadence in self.protocol.cadences:
@@ -149,7 +159,7 @@ class Measurement:
         self.workload.change_plan(on=True)
         self.result["changed_plan_save"] = self._single(saver, None)
         self.workload.change_plan(on=False)
-        for number in range(max(1, self.protocol.checks - 1)):
+        for number in range(single_saves(self.protocol.checks) - 2):
             self._single(saver, checks if number < self.protocol.checks - 1 else None)
         if self.protocol.checks:
             checks = checks[: self.protocol.checks]
@@ -159,6 +169,7 @@ class Measurement:
     def _single(self, saver: Saver, checks: list[Check] | None) -> SaveTimes:
         """One save with a step at once after its fence, then the drain. With `checks`, what it must be is noted."""
         expected = digests(self.workload.state) if checks is not None else {}
+        sync_file_system(self.root)  # what is removed of another engine's checkpoints is no business of this one
         self.ranks.barrier()
         times = StepTimes()
         saver.finished.clear()
@@ -183,14 +194,28 @@ class Measurement:
         self._durable.append(durable)
         return {"call": waited, "durable": durable}
 
-    def _timeline(self, flight: Flight) -> list[Span]:
+    def _trace(self, saver: Saver) -> None:
+        """A time line with the engine's own stages, of an engine that tells them."""
+        recording = saver.engine.traced()
+        if recording is None:
+            return
+        durable = list(self._durable)
+        with recording as inner:
+            self._single(saver, None)
+        self._durable = durable
+        self.result["timeline"] = self._timeline(saver.finished[0], inner)
+
+    def _timeline(self, flight: Flight, inner: Sequence[InnerSpan] = ()) -> list[Span]:
+        """Of all ranks. With `inner` the stages of the engine take the place of "save", which says less."""
         nbytes = local_nbytes(self.workload.state)
         stages = [("training", "call", flight.begin, flight.called, nbytes)]
         if flight.fence_begin is not None and flight.fenced is not None:
             stages.append(("training", "fence", flight.fence_begin, flight.fenced, 0))
-        stages.append(("background", "save", flight.called, max(flight.called, flight.saved), nbytes))
+        if not inner:
+            stages.append(("background", "save", flight.called, max(flight.called, flight.saved), nbytes))
         if not self.kind.syncs:
             stages.append(("background", "syncfs", flight.saved, flight.durable, 0))
+        stages += inner
         own: list[Span] = [
             {
                 "rank": self.ranks.rank,

@@ -12,6 +12,7 @@ __all__ = ["bench"]
 
 _SUBCOMMANDS: Final[Mapping[str, tuple[str, str]]] = {  # name: module of this package, command in it
     "disk": ("bench_disk", "disk"),
+    "link": ("bench_link", "link"),
     "load": ("bench_load", "load"),
     "model": ("bench_model", "model"),
     "stall": ("bench_stall", "stall"),

@@ -14,7 +14,7 @@ __all__ = ["stall"]
 
 
 @click.command(short_help="How long saves hold up training, engine by engine.")
-@click.option("--model", required=True, help="tiny, small, medium, llama-1b, llama-3b, -8b, -70b or -405b.")
+@click.option("--model", required=True, help="tiny, small, smollm-135m, medium, llama-1b, -3b, -8b, -70b or -405b.")
 @click.option("--engine", default="all", show_default=True, help='Names with commas between them, or "all".')
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the result.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path), help="Where checkpoints go; default: below --out.")
@@ -45,7 +45,8 @@ def stall(**options: Any) -> None:
 
     \b
     --engine takes snapstone, snapstone-dcp, snapstone-delta, dcp, dcp-async, dcp-process, dcp-pinned, torch-save,
-    safetensors, torch-checkpointing, torchsnapshot, moonclip, and name=package.module:Class for an adapter of yours.
+    safetensors, torch-checkpointing, torchsnapshot, megatron, megatron-async, deepspeed, deepspeed-fast,
+    deepspeed-decoupled, datastates, and name=package.module:Class for an adapter of yours.
     What is not installed is reported as absent.
 
     Writes R/stall-LABEL.json. Exits with 1 when an engine failed, and keeps what was measured whatever ends it.

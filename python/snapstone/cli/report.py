@@ -26,7 +26,7 @@ __all__ = ["report"]
 @json_option
 @click.option("--markdown", "as_markdown", is_flag=True, help="Tables for a README.")
 @click.option("--csv", "as_csv", is_flag=True, help="One line per measured number.")
-@click.option("--chart", metavar="FILE", help="Also the stall chart as an SVG file, which --markdown then refers to.")
+@click.option("--chart", metavar="FILE", help="Also the stall chart as SVG: FILE, FILE-narrow.")
 @click.pass_context
 def report(
     ctx: click.Context,
@@ -50,7 +50,7 @@ def report(
 
     Exits with 1 when there is no result in R.
     """
-    from ..report import Measurements, csv_text, markdown, page, standalone_chart
+    from ..report import Measurements, chart_files, csv_text, markdown, page
 
     if as_json + as_markdown + as_csv > 1:
         raise click.UsageError("--json, --markdown and --csv exclude each other")
@@ -64,10 +64,11 @@ def report(
         click.echo(f"snapstone: {printable(results)}: no results of snapstone bench", err=True)
         ctx.exit(ExitCode.FINDING)
     if chart is not None:
-        drawing = standalone_chart(found)
-        if drawing is None:
+        files = chart_files(found, chart)
+        if not files:
             raise ValueError(f"{results}: no result of snapstone bench stall, so there is no chart to write")
-        write_whole(chart, drawing)
+        for path, drawing in files.items():
+            write_whole(path, drawing)
     if as_markdown:
         _write(markdown(found, _link(chart, output)), output or "-")
     elif as_csv:

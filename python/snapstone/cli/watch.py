@@ -55,8 +55,9 @@ def watch(
     """Shows how old the last durable checkpoint of a run is, and what the save in flight has written.
 
     Also how often the run saves, when the next checkpoint is due, which ranks are behind, how long the free space
-    lasts, what dead saves left behind, and damaged checkpoints. All of it is read from the directory; the training
-    process does not notice. Ends with Ctrl-C.
+    lasts, what dead saves left behind, and damaged checkpoints: all that is read from the directory. On the machine
+    that trains also the stages and rates of each rank, its staging memory, and why its last save failed. Ends with
+    Ctrl-C.
 
     \b
     Examples:
@@ -65,7 +66,8 @@ def watch(
       snapstone watch runs/gpt --json | jq .last_durable.age_seconds
       snapstone watch runs/gpt --metrics-port 9464  # http://127.0.0.1:9464/metrics
 
-    --json implies --once. With --once exits with 1 when nothing is durable or a checkpoint is damaged.
+    --json implies --once. With --once exits with 1 when nothing is durable, a checkpoint is damaged, or the last save
+    of a rank failed.
     """
     from ..watch import Watcher
     from .watch_view import document, print_frame
@@ -81,7 +83,8 @@ def watch(
     else:
         _follow(watcher, seen, run, interval, metrics_port, metrics_address, exact)
         return
-    ctx.exit(ExitCode.FINDING if seen.last is None or seen.problems else ExitCode.OK)
+    bad = seen.last is None or seen.problems or seen.processes.troubles
+    ctx.exit(ExitCode.FINDING if bad else ExitCode.OK)
 
 
 def _follow(

@@ -10,6 +10,7 @@ from .output import emit, emit_facts, emit_table, human_age, printable, shortene
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from ..status_page import SaveStatus
     from ..watch import Observation, SaveInFlight
 
 __all__ = ["document", "print_frame", "renderable"]
@@ -17,6 +18,7 @@ __all__ = ["document", "print_frame", "renderable"]
 _RANKS_SHOWN = 16
 _PROBLEMS_SHOWN = 8
 _HEADERS = ("rank", "written", "of", "state")
+_STAGE_HEADERS = ("rank", "stage", "for", "staged", "per second", "written", "per second", "of")
 _Size = Callable[[int], str]
 
 
@@ -43,6 +45,30 @@ def document(seen: Observation, run: str) -> dict[str, Any]:
         "cadence_steps": seen.cadence_steps,
         "next_in_seconds": _rounded(seen.next_in_seconds),
         "saves": [_save(seen, save) for save in seen.saves],
+        "processes": [
+            {
+                "host": one.host,
+                "pid": one.pid,
+                "state": one.state,
+                "ring_bytes": one.ring.nbytes,
+                "ring_used_bytes": one.ring.used_bytes,
+                "committed": one.committed,
+                "failed": one.failed,
+            }
+            for one in seen.processes.all
+        ],
+        "ranks": [_rank(seen, save) for save in seen.processes.saving],
+        "errors": [
+            {
+                "rank": one.rank,
+                "name": one.name,
+                "step": one.step,
+                "stage": one.stage,
+                "at": utc(one.at),
+                "error": one.error,
+            }
+            for one in seen.processes.troubles
+        ],
         "leftovers": [
             {"name": one.name, "kind": one.kind, "state": one.state, "age_seconds": _rounded(max(0.0, one.age_seconds))}
             for one in seen.leftovers
@@ -73,12 +99,39 @@ def _save(seen: Observation, save: SaveInFlight) -> dict[str, Any]:
     }
 
 
+def _rank(seen: Observation, save: SaveStatus) -> dict[str, Any]:
+    return {
+        "rank": save.rank,
+        "world_size": save.world_size,
+        "name": save.name,
+        "step": save.step,
+        "stage": save.stage,
+        "stage_seconds": _rounded(max(0.0, seen.at - save.stage_begun_at)),
+        "age_seconds": _rounded(max(0.0, seen.at - save.begun_at)),
+        "size_bytes": save.size_bytes,
+        "staged_bytes": save.staged_bytes,
+        "staged_bytes_per_second": _whole(save.staged_bytes_per_second),
+        "written_bytes": save.written_bytes,
+        "written_bytes_per_second": _whole(save.written_bytes_per_second),
+        "stages": {
+            name: {"seconds": _rounded(cost.seconds), "bytes": cost.nbytes, "count": cost.count}
+            for name, cost in save.stages.items()
+        },
+    }
+
+
+def _whole(rate: float | None) -> int | None:
+    return None if rate is None else round(rate)
+
+
 def print_frame(seen: Observation, run: str, size: _Size) -> None:
     """As plain text on stdout."""
     emit_facts(_facts(seen, run, size))
     for save in seen.saves:
         if save.ranks:
             emit_table(_HEADERS, list(_rank_rows(save, size)), right=("rank", "written", "of"))
+    if seen.processes.saving:
+        emit_table(_STAGE_HEADERS, list(_stage_rows(seen, size)), right=("rank", *_STAGE_HEADERS[2:]))
     for problem in _problems(seen):
         emit(printable(problem))
 
@@ -99,12 +152,17 @@ def renderable(seen: Observation, run: str, size: _Size) -> RenderableType:
             ranks.add_row(*map(Text, row))
         if save.ranks:
             parts += [Text(), ranks]
+    if seen.processes.saving:
+        stages = Table(*_STAGE_HEADERS, box=None, pad_edge=False)
+        for row in _stage_rows(seen, size):
+            stages.add_row(*map(Text, row))
+        parts += [Text(), stages]
     parts += [Text(printable(problem), style="bold red") for problem in _problems(seen)]
     return Group(*parts)
 
 
 def _style(what: str, value: str) -> str:
-    if what == "damaged" or "overdue" in value:
+    if what in ("damaged", "error") or "overdue" in value:
         return "bold red"
     return "cyan" if what.startswith("saving") else ""
 
@@ -126,12 +184,27 @@ def _facts(seen: Observation, run: str, size: _Size) -> Iterator[tuple[str, str]
         yield "next", _next(seen.next_in_seconds or 0.0, cadence)
     for save in seen.saves:
         yield "saving", _in_flight(seen, save, size)
+    yield from _process_facts(seen, size)
     for one in seen.leftovers:
         what = "unfinished save" if one.kind == "staging" else "replaced or discarded checkpoint"
         yield "leftover", f"{one.name}: {what}, {one.state}, {human_age(one.age_seconds)} old"
     yield "free space", f"{size(seen.free_bytes)} of {size(seen.total_bytes)}{_room(seen)}"
     if damaged := len(seen.checkpoints) - len(seen.sound):
         yield "damaged", str(damaged)
+
+
+def _process_facts(seen: Observation, size: _Size) -> Iterator[tuple[str, str]]:
+    processes = seen.processes
+    if processes.living:
+        ranks = f" of {processes.world_size} ranks" if processes.world_size > len(processes.living) else ""
+        used = f"{size(processes.ring_used_bytes)} of {size(processes.ring_bytes)} in use"
+        yield "processes", f"{len(processes.living)}{ranks} on this machine; staging memory: {used}"
+    for one in processes.troubles[:_PROBLEMS_SHOWN]:
+        step = "" if one.step is None else f" (step {one.step})"
+        ago = human_age(max(0.0, seen.at - one.at))
+        yield "error", shortened(f"rank {one.rank}, {one.name}{step}, in {one.stage}, {ago} ago: {one.error}", 400)
+    if hidden := processes.troubles[_PROBLEMS_SHOWN:]:
+        yield "error", f"of {len(hidden)} more ranks"
 
 
 def _next(left: float, cadence: float) -> str:
@@ -170,6 +243,28 @@ def _rank_rows(save: SaveInFlight, size: _Size) -> Iterator[list[str]]:
         yield [str(one.rank), size(one.written_bytes), size(one.size_bytes), "written" if one.done else "writing"]
     if hidden := ranks[_RANKS_SHOWN:]:
         yield [f"{len(hidden)} more", size(sum(one.written_bytes for one in hidden)), "", ""]
+
+
+def _stage_rows(seen: Observation, size: _Size) -> Iterator[list[str]]:
+    """What the processes say. Ranks that have written least first."""
+    saves = sorted(seen.processes.saving, key=lambda save: (save.written_bytes - save.size_bytes, save.rank))
+    for save in saves[:_RANKS_SHOWN]:
+        rates = [
+            "" if rate is None else size(round(rate))
+            for rate in (save.staged_bytes_per_second, save.written_bytes_per_second)
+        ]
+        yield [
+            str(save.rank),
+            printable(save.stage),
+            _duration(max(0.0, seen.at - save.stage_begun_at)),
+            size(save.staged_bytes),
+            rates[0],
+            size(save.written_bytes),
+            rates[1],
+            size(save.size_bytes),
+        ]
+    if hidden := saves[_RANKS_SHOWN:]:
+        yield [f"{len(hidden)} more", *[""] * (len(_STAGE_HEADERS) - 1)]
 
 
 def _problems(seen: Observation) -> Iterator[str]:

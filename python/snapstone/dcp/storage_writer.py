@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter as StorageWriterInterface
 from torch.futures import Future
 
-from .. import _native, garbage, manifest, state, tensors, values
+from .. import _native, garbage, manifest, state, status, tensors, values
 from ..base import Memory, choose, link
 from ..collective import Deadline
 from ..config import SaveOptions
@@ -28,6 +28,7 @@ from ..plan import TensorItem
 from ..progress import Progress
 from ..share import Share
 from ..staleness import heed_unchanged, owned_unchanged
+from ..status import SaveWatch
 from ..structure import StructureCache, StructureKeys, make_structure, without_derived
 from ..target import Target
 from ..tensors import LocalShard
@@ -57,6 +58,7 @@ class _Saving:
     staging: Any
     leads: bool
     process: int = field(default_factory=os.getpid)
+    status: SaveWatch | None = None  # from `write_data` on
 
     def check_deadline(self) -> None:
         if self.deadline.expired:
@@ -66,6 +68,8 @@ class _Saving:
         if self.leads and self.process == os.getpid():  # a forked child has a copy of the writer, but not the save
             self.staging.discard()
             self.note.remove(self.target)
+            if self.status is not None:
+                self.status.end(CheckpointError("not committed: another rank failed", path=self.target.path))
         self.staging.close()
 
 
@@ -261,7 +265,11 @@ class StorageWriter(StorageWriterInterface):
         saving = self._saving or self._join()
         try:
             result = self._write(saving, plan, planner)
-        except BaseException:
+            if saving.status is not None and not saving.leads:
+                saving.status.end(None)  # whether it is committed the coordinator knows
+        except BaseException as error:
+            if saving.status is not None:
+                saving.status.end(error)
             # The others still write into the staging directory, and must fail with this error and none of their own:
             # it goes with the next use of this writer, or with the writer.
             if saving.note.world_size == 1:
@@ -284,6 +292,8 @@ class StorageWriter(StorageWriterInterface):
         rank = (self.rank or 0) if self.use_collectives else 0
         options = self._options()
         trace = Trace("save", rank, saving.note.world_size)
+        saving.status = status.begin(saving.target, rank, saving.note.world_size, trace)
+        saving.status.save_id = saving.note.save_id
         # Without gradients a DTensor gives its local tensor as it is, and makes no view of it for autograd (8 us each).
         with trace.span("plan"), garbage.paused(), torch.no_grad():
             taken = _Taken.of(plan, planner)
@@ -324,6 +334,7 @@ class StorageWriter(StorageWriterInterface):
             keep_staged=False,
             comparison=comparison,
         )
+        saving.status.writes(share)
         try:
             share.start()
             share.wait_written(saving.deadline, Progress(False, "save", 0))
@@ -377,9 +388,13 @@ class StorageWriter(StorageWriterInterface):
             saving.staging.keep_shared([(os.path.basename(entry.name), entry.nbytes) for entry in shared])
             saving.staging.commit(data, manifest.digest_line(data), saving.target.name, self.overwrite)
             saving.note.remove(saving.target)
-        except BaseException:
+        except BaseException as error:
+            if saving.status is not None:
+                saving.status.end(error)
             self._abandon()
             raise
+        if saving.status is not None:
+            saving.status.end(None)
         saving.staging.close()
         self._saving = None
         if isinstance(metadata.state_dict_metadata, PlannedEntries):

@@ -7,8 +7,8 @@ down. Documents may come from anywhere: a number that is none counts as missing,
 from .documents import Measurements
 from .merged_trace import MergedTrace, merged_trace
 from .page import page
-from .text_formats import csv_text, json_document, markdown, standalone_chart
+from .text_formats import chart_files, csv_text, json_document, markdown
 
 __all__ = [
-    "Measurements", "MergedTrace", "csv_text", "json_document", "markdown", "merged_trace", "page", "standalone_chart",
+    "Measurements", "MergedTrace", "chart_files", "csv_text", "json_document", "markdown", "merged_trace", "page",
 ]  # fmt: skip

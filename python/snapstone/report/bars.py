@@ -108,7 +108,7 @@ def _frame(width: float, rows: Sequence[Row], limits: Sequence[Limit]) -> _Frame
     wide = width >= WIDE
     if not wide:
         return _Frame(False, Scale(low, high, 4, width - 12), 0, 0, 0, width)
-    names = min(max((text_width(row.name, 13, bold=True) for row in rows), default=0) + 14, 235)
+    names = min(max((text_width(row.name, 13, bold=True) for row in rows), default=0) + 14, 320)
     labels = min(max((text_width(bar.label, 11) for bar in bars), default=0) + 10, 130)
     values = max((text_width(bar.value, 13, bold=True) for bar in bars), default=60) + 8
     ranges = max((text_width(bar.range, 11) for bar in bars), default=0)

@@ -44,5 +44,6 @@ class Chart:
             f"<details><summary>Data of this chart</summary>{tables}</details></figure>\n"
         )
 
-    def svg_file(self) -> str:
-        return self.draw(self.identity, WIDE).svg(STANDALONE_STYLE) + "\n"
+    def svg_file(self, width: float = WIDE) -> str:
+        """The drawing as a file, which says itself how to read it."""
+        return self.draw(self.identity, width).svg_file(STANDALONE_STYLE, self.reading) + "\n"

@@ -68,6 +68,8 @@ class Measurements:
         for part, name, title in _COMPARED:
             values: dict[str, list[str]] = {}
             for one in measured:
+                if part == "storage" and one.kind == "link":
+                    continue  # no storage took part
                 values.setdefault(_value(one.environment(part), name), []).append(one.name)
             if len(values) > 1:
                 found.append(f"{title}: {'; '.join(f'{value} ({_listed(names)})' for value, names in values.items())}")

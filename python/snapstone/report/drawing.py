@@ -15,6 +15,7 @@ __all__ = ["Drawing", "fitted", "text_width", "wrapped"]
 
 _ADVANCE_EM = 0.58  # of an average character of a sans-serif face
 _BOLD = 1.16
+_MARGIN = 16.0  # of a file, whose background need not be that of what is around it
 
 
 class Drawing:
@@ -53,16 +54,30 @@ class Drawing:
         yield
         self._parts.append("</g>")
 
-    def svg(self, style: str = "") -> str:
-        """The element; with `style`, a document of its own that needs no page around it."""
-        alone = ' xmlns="http://www.w3.org/2000/svg"' if style else ""
-        size = f'viewBox="0 0 {_n(self.width)} {_n(self.height)}" width="{_n(self.width)}" height="{_n(self.height)}"'
+    def svg(self) -> str:
+        """The element, for a page that has the rules of `palette`."""
+        return self._element("", (0.0, 0.0, self.width, self.height), "")
+
+    def svg_file(self, style: str, reading: str) -> str:
+        """A document of its own, with a margin; above the drawing its title and how to read it."""
+        lines = wrapped(reading, self.width, 11, 5)
+        top = _MARGIN + 22 + 16.0 * len(lines)
+        head = [f'<text x="0" y="{_n(_MARGIN + 12 - top)}" class="title">{escape(self.title)}</text>']
+        for number, line in enumerate(lines):
+            head.append(
+                f'<text x="0" y="{_n(_MARGIN + 30 + 16 * number - top)}" class="muted small">{escape(line)}</text>'
+            )
+        frame = (-_MARGIN, -top, self.width + 2 * _MARGIN, self.height + top + _MARGIN)
+        return self._element(f"<style>{style}</style>{''.join(head)}", frame, ' xmlns="http://www.w3.org/2000/svg"')
+
+    def _element(self, head: str, frame: tuple[float, float, float, float], namespace: str) -> str:
+        size = f'viewBox="{" ".join(map(_n, frame))}" width="{_n(frame[2])}" height="{_n(frame[3])}"'
         names = f"{self.identity}-title {self.identity}-desc"
         return (
-            f'<svg{alone} {size} role="img" aria-labelledby="{escape(names)}" class="chart">'
+            f'<svg{namespace} {size} role="img" aria-labelledby="{escape(names)}" class="chart">'
             f'<title id="{escape(self.identity)}-title">{escape(self.title)}</title>'
             f'<desc id="{escape(self.identity)}-desc">{escape(self.description)}</desc>'
-            f"{f'<style>{style}</style>' if style else ''}{''.join(self._parts)}</svg>"
+            f"{head}{''.join(self._parts)}</svg>"
         )
 
     def _shape(self, name: str, attributes: str, css: str, title: str) -> None:

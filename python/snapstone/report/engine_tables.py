@@ -9,7 +9,9 @@ from .fields import Fields
 from .quantity import Spread, compact_range, format_bytes, format_count, format_rate, format_seconds
 from .table import Table
 
-__all__ = ["counters_table", "engine_table", "options_table", "truth_table"]
+__all__ = ["SYNCFS_NOTE", "counters_table", "engine_table", "options_table", "summary_table", "truth_table"]
+
+SYNCFS_NOTE = "syncfs"
 
 
 def engine_table(engines: Sequence[Engine]) -> Table:
@@ -24,6 +26,52 @@ def engine_table(engines: Sequence[Engine]) -> Table:
         [_engine_cells(one) for one in engines],
         frozenset(range(2, 8)),
     )
+
+
+def summary_table(engines: Sequence[Engine]) -> Table:
+    """What of `engine_table` fits a README: a cadence that nobody was measured at has no column, absent engines no row.
+
+    `note` has what a reader of the numbers must know: that an engine failed (reasons are too long for a cell), skipped
+    saves, a sync that the harness added.
+    """
+    shown = [one for one in engines if one.status != "absent"]
+    names = [name for name in ("relaxed", "tight") if any(_cadence(one, name) for one in shown)]
+    titles = {"relaxed": "stall per save", "tight": "stall, tight cadence"}
+    stalls = [header for name in names for header in (titles[name], "lowest–highest")]
+    headers = ("engine", "version", *stalls, "to durable", "first save: call", "note")
+    rows = [_summary_cells(one, names) for one in shown]
+    return Table("Stall per save", headers, rows, frozenset(range(2, len(headers) - 1)))
+
+
+def _cadence(engine: Engine, name: str) -> Cadence | None:
+    """The tight cadence, or that which is none; a failed engine has neither."""
+    return next((one for one in engine.cadences if engine.shown and (one.name == "tight") == (name == "tight")), None)
+
+
+def _summary_cells(engine: Engine, names: Sequence[str]) -> list[str]:
+    if not engine.shown:
+        return [engine.title, engine.version, *(["–"] * (2 * len(names) + 2)), engine.status]
+    durable = next((one.durable for one in engine.cadences if one.durable), None)
+    skipped = sum(one.skipped for one in engine.cadences)
+    notes = (
+        engine.status if engine.status != "measured" else "",
+        f"{skipped} saves skipped" if skipped else "",
+        "" if engine.fields.flag("syncs") else SYNCFS_NOTE,
+    )
+    return [
+        engine.title,
+        engine.version,
+        *(cell for name in names for cell in _median_and_range(_cadence(engine, name))),
+        format_seconds(durable.median if durable else None),
+        format_seconds(engine.fields.fields("first_save").number("call")),
+        "; ".join(note for note in notes if note),
+    ]
+
+
+def _median_and_range(cadence: Cadence | None) -> tuple[str, str]:
+    if cadence is None or cadence.stall is None:
+        return "–", "–"
+    return format_seconds(cadence.stall.median), compact_range(cadence.stall) or "–"
 
 
 def _engine_cells(engine: Engine) -> list[str]:

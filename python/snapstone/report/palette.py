@@ -55,7 +55,9 @@ CHART_STYLE = (
 )
 
 # A picture beside a README has no page around it, and its background is not known: it brings one.
-STANDALONE_STYLE = THEME + CHART_STYLE + "svg{background:var(--paper)}"
+STANDALONE_STYLE = (
+    THEME + CHART_STYLE + ".chart .title{fill:var(--ink);font-weight:600;font-size:15px}svg{background:var(--paper)}"
+)
 
 LEDGER_CLASSES = {
     "call": "s0",

@@ -7,14 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .chart import Chart
-from .disk_charts import disk_chart, limits_of, roofline_chart
+from .disk_charts import disk_chart, limits_of
 from .documents import Measurement, Measurements
 from .engine_tables import counters_table, engine_table, options_table, truth_table
 from .engines import Engine, engines_of
 from .fields import Fields
+from .link_chart import link_chart, link_limits_of
 from .load_chart import load_chart
 from .model_chart import inputs_table, model_chart
 from .quantity import compact_range, format_bytes, format_count, format_named, format_number, format_seconds
+from .roofline import roofline_chart
 from .save_timeline import timeline_chart
 from .stall_charts import ledger_chart, stall_chart
 from .step_strip import step_chart
@@ -38,17 +40,19 @@ class Section:
 def sections_of(measurements: Measurements) -> list[Section]:
     """Stalls first, then loads, the hardware's limits, the model of a cluster."""
     stalls = [(one, engines_of(one)) for one in measurements.of_kind("stall")]
-    loads, disks = measurements.of_kind("load"), measurements.of_kind("disk")
+    loads, disks, links = (measurements.of_kind(kind) for kind in ("load", "disk", "link"))
     found = [_stall_section(number, *stall) for number, stall in enumerate(stalls, start=1)]
     found += [_load_section(number, one) for number, one in enumerate(loads, start=1)]
     hardware = Section("limits", "The hardware's limits")
-    if roofline := roofline_chart("chart-roofline", stalls, loads, limits_of(disks)):
+    limits = limits_of(disks) | link_limits_of(links)
+    if roofline := roofline_chart("chart-roofline", stalls, loads, limits):
         if measurements.mixtures():
             hardware.lines.append("Careful: limits and rates below were measured on machines that differ.")
         hardware.charts.append(roofline)
     elif stalls or loads:
         hardware.lines.append("No roofline: snapstone bench disk DIRECTORY --out measures the limit it needs.")
     hardware.charts += _present(disk_chart(f"chart-disk-{number}", one) for number, one in enumerate(disks, start=1))
+    hardware.charts += _present(link_chart(f"chart-link-{number}", one) for number, one in enumerate(links, start=1))
     if hardware.charts or hardware.lines:
         found.append(hardware)
     for number, one in enumerate(measurements.of_kind("model"), start=1):
@@ -130,7 +134,7 @@ def workload_line(measurement: Measurement) -> str:
         _machine(measurement),
         f"a step takes {format_seconds(step)}" if step is not None else "",
         f"{format_count(pairs)} A/B pairs" if pairs is not None else "",
-        f"{format_count(saves)} saves per block" if saves is not None else "",
+        f"{format_count(saves)} save{'s' if saves != 1 else ''} per block" if saves is not None else "",
     ]
     return ", ".join(part for part in parts if part)
 

@@ -8,6 +8,8 @@ from html import escape
 
 __all__ = ["Table"]
 
+_NO_BREAK = "\u00a0"
+
 
 @dataclass(frozen=True)
 class Table:
@@ -39,7 +41,10 @@ class Table:
 
     def markdown(self) -> str:
         rule = ["---:" if column in self.numeric else "---" for column in range(len(self.headers))]
-        lines = [[_markdown(cell) for cell in row] for row in (self.headers, *self.rows)]
+        lines = [[_markdown(cell) for cell in self.headers]]
+        for row in self.rows:  # a number stays on one line, whatever else of its row needs the width
+            cells = [_markdown(cell) for cell in row]
+            lines.append([cell.replace(" ", _NO_BREAK) if n in self.numeric else cell for n, cell in enumerate(cells)])
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
 
 

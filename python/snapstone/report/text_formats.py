@@ -5,23 +5,31 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import quote
 
+from .chart import NARROW
 from .disk_charts import disk_chart
 from .documents import Measurement, Measurements
-from .engine_tables import engine_table
+from .engine_tables import SYNCFS_NOTE, summary_table
 from .engines import engines_of
 from .fields import Fields
+from .link_chart import link_chart
 from .load_chart import load_chart
 from .model_chart import model_chart
+from .quantity import format_bytes, format_count
 from .sections import command_of, headline, workload_line
 from .stall_charts import stall_chart
 from .table import Table
 
-__all__ = ["csv_text", "json_document", "markdown", "standalone_chart"]
+__all__ = ["chart_files", "csv_text", "json_document", "markdown"]
 
-_ORDER = ("stall", "load", "disk", "model")
+NARROW_SCREEN = 600  # pixels; the wide drawing cannot be read when it is scaled down to less
+
+_ORDER = ("stall", "load", "disk", "link", "model")
+_CHARTS = {"load": load_chart, "disk": disk_chart, "link": link_chart, "model": model_chart}
 _CSV_HEADER = ("file", "kind", "name", "status", "cadence", "quantity", "unit", "index", "value")
 
 
@@ -44,39 +52,83 @@ def _finite(value: Any) -> Any:
     return [_finite(member) for member in value] if isinstance(value, list) else value
 
 
-def standalone_chart(measurements: Measurements) -> str | None:
-    """The stall chart of the first stall document as an SVG file; None when there is no such document."""
+def chart_files(measurements: Measurements, path: str) -> dict[str, str]:
+    """The stall chart of the first stall document as SVG files: `path`, and beside it one for narrow screens.
+
+    Empty when there is no such document.
+    """
     stalls = measurements.of_kind("stall")
-    return stall_chart("stall", engines_of(stalls[0])).svg_file() if stalls else None
+    if not stalls:
+        return {}
+    chart = stall_chart("stall", engines_of(stalls[0]))
+    return {path: chart.svg_file(), _narrow(path): chart.svg_file(NARROW)}
+
+
+def _narrow(path: str) -> str:
+    stem, suffix = os.path.splitext(path)
+    return f"{stem}-narrow{suffix}"
 
 
 def markdown(measurements: Measurements, chart_name: str | None = None) -> str:
-    """The main table of every document, its facts and its command; `chart_name` is the SVG beside it."""
+    """The main table of every document, its facts and its command; `chart_name` is the SVG of `chart_files`."""
     parts = [f"> **Mixed machines**, not to be compared: {_plain(line)}" for line in measurements.mixtures()]
     parts += [f"> Skipped: {_plain(line)}" for line in measurements.skipped]
     parts += [f"> Problem: {_plain(line)}" for line in measurements.problems()]
     for one in sorted(measurements.all, key=lambda one: _ORDER.index(one.kind)):
-        table, lines = _main_table(one)
+        table, lines, notes = _main_table(one)
         if table is None:
             continue
         if chart_name and one.kind == "stall":
-            parts.append(f"![Stall per save, by engine]({chart_name})")
+            parts.append(_picture(chart_name))
             chart_name = None
-        environment = [one.environment(part) for part in ("hardware", "storage", "software")]
-        machine = [environment[0].text("cpu"), environment[1].text("file_system"), environment[2].text("torch")]
-        machine = [text for text in (machine[0], machine[1], f"torch {machine[2]}" if machine[2] else "") if text]
-        source = "; ".join([one.name, one.fields.text("date"), *machine])
         parts += [_plain(line) for line in lines if line]
-        parts += [table.markdown(), f"{_plain(source)}; command:\n\n{_code(command_of(one))}"]
+        parts += [table.markdown(), *(_plain(note) for note in notes)]
+        parts += [f"{_plain('; '.join(_source(one)))}; command:\n\n{_code(command_of(one))}"]
     return "\n\n".join(parts) + "\n"
 
 
-def _main_table(one: Measurement) -> tuple[Table | None, list[str]]:
+def _main_table(one: Measurement) -> tuple[Table | None, list[str], Sequence[str]]:
+    """The table, what stands above it and what below."""
     if one.kind == "stall":
         engines = engines_of(one)
-        return engine_table(engines), [workload_line(one), headline(engines)]
-    chart = {"load": load_chart, "disk": disk_chart, "model": model_chart}[one.kind]("chart", one)
-    return (chart.tables[0], [chart.title]) if chart else (None, [])
+        said = [f"{one.fields.fields('workload').text('model')}, {workload_line(one)}.", headline(engines)]
+        notes = [f"{one.title} failed: {one.reason}" for one in engines if one.status == "failed"]
+        notes += stall_chart("stall", engines).notes
+        if any(one.shown and not one.fields.flag("syncs") for one in engines):
+            notes.insert(
+                0, f"{SYNCFS_NOTE}: the engine does not sync its files; the harness does, and the time counts."
+            )
+        return summary_table(engines), said, notes
+    chart = _CHARTS[one.kind]("chart", one)
+    return (chart.tables[0], [chart.title], chart.notes) if chart else (None, [], ())
+
+
+def _picture(name: str) -> str:
+    """Both files of `chart_files`; each follows the light or dark setting of the reader by itself."""
+    wide, narrow = (quote(path) for path in (name, _narrow(name)))
+    return (
+        f'<picture>\n<source media="(max-width: {NARROW_SCREEN}px)" srcset="{narrow}">\n'
+        f'<img alt="Stall per save, by engine; the numbers are in the table below" src="{wide}">\n</picture>'
+    )
+
+
+def _source(one: Measurement) -> list[str]:
+    """File, date, machine and versions."""
+    hardware, storage, software = (one.environment(part) for part in ("hardware", "storage", "software"))
+    cores, memory = hardware.number("cores"), hardware.number("memory_bytes")
+    where = storage.text("file_system"), storage.text("device")
+    kernel, torch = software.text("kernel"), software.text("torch")
+    facts = (
+        one.name,
+        one.fields.text("date"),
+        (f"{format_count(cores)} x " if cores else "") + hardware.text("cpu"),
+        f"{format_bytes(memory)} of memory" if memory else "",
+        hardware.text("accelerator"),
+        " on ".join(text for text in where if text),
+        f"Linux {kernel}" if kernel else "",
+        f"torch {torch}" if torch else "",
+    )
+    return [fact for fact in facts if fact]
 
 
 def _plain(text: str) -> str:
@@ -94,7 +146,7 @@ def csv_text(measurements: Measurements) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_CSV_HEADER)
     for one in measurements.all:
-        rows = {"stall": _stall_rows, "load": _load_rows, "disk": _disk_rows, "model": _model_rows}[one.kind](one)
+        rows = _CSV_ROWS[one.kind](one)
         writer.writerows([_cell(one.name), one.kind, *map(_cell, row)] for row in rows)
     return buffer.getvalue()
 
@@ -163,6 +215,13 @@ def _disk_rows(measurement: Measurement) -> Iterator[_CsvRow]:
         yield from _numbers(*who, "", probe.text("operation"), "B/s", probe.numbers("bytes_per_second"))
 
 
+def _link_rows(measurement: Measurement) -> Iterator[_CsvRow]:
+    for link in measurement.fields.items("links"):
+        status = "absent" if link.text("reason") else "measured"
+        rates = link.numbers("bytes_per_second")
+        yield from _numbers(link.text("transport"), status, "", link.text("operation"), "B/s", rates)
+
+
 def _model_rows(measurement: Measurement) -> Iterator[_CsvRow]:
     for row in measurement.fields.items("rows"):
         who = row.text("engine"), f"{row.text('gpus')} GPUs"
@@ -173,3 +232,12 @@ def _model_rows(measurement: Measurement) -> Iterator[_CsvRow]:
         yield from _numbers(
             who[0], "modelled", who[1], "simulated_goodput", "", row.fields("simulated_goodput").numbers("median")
         )
+
+
+_CSV_ROWS = {
+    "stall": _stall_rows,
+    "load": _load_rows,
+    "disk": _disk_rows,
+    "link": _link_rows,
+    "model": _model_rows,
+}

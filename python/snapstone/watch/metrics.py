@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
+from ..status_page import SaveStatus
 from .durable import Durable
 from .watcher import Observation, Watcher
 
 if TYPE_CHECKING:
-    from prometheus_client.core import GaugeMetricFamily
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 __all__ = ["MetricsServer"]
 
 _NOTHING = Durable("", None)
+# Names that a page may not add to: each is a time series for as long as Prometheus keeps it.
+_STAGES = ("plan", "stage", "write", "sync", "vote", "commit", "derive", "compare", "carry", "other")
 _LEFTOVERS = (("staging", "dead"), ("trash", "dead"), ("trash", "unknown"))
 
 
@@ -66,7 +69,7 @@ class _Collector:
         """Nothing: registering looks at no directory."""
         return []
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """A directory that cannot be listed is a fact like others: an alert on it must find a number."""
         try:
             seen = self._watcher.observe()
@@ -76,6 +79,7 @@ class _Collector:
         yield _gauge("snapstone_run_up", "Whether the run directory could be read: 1 or 0.", 1)
         yield from _of_checkpoints(seen)
         yield from _of_saves(seen)
+        yield from _of_processes(seen)
         yield from _of_space(seen)
 
 
@@ -136,6 +140,51 @@ def _of_saves(seen: Observation) -> Iterator[GaugeMetricFamily]:
     for kind, state in _LEFTOVERS:
         left.add_metric([kind, state], sum((one.kind, one.state) == (kind, state) for one in seen.leftovers))
     yield left
+
+
+def _of_processes(seen: Observation) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    """Sums over the ranks of this machine; nothing of them where no process tells."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    processes, saving = seen.processes, seen.processes.saving
+    told = bool(processes.all)
+    yield _gauge("snapstone_processes", "Processes of this machine that tell of their saves.", len(processes.living))
+    ranks = GaugeMetricFamily("snapstone_save_stage_ranks", "Ranks that are in a stage of a save.", labels=["stage"])
+    seconds = GaugeMetricFamily(
+        "snapstone_save_rank_stage_seconds", "Time since a rank came to the stage that it is in.", labels=["rank"]
+    )
+    for stage in _STAGES if told else ():
+        ranks.add_metric([stage], sum(_stage(save) == stage for save in saving))
+    for rank, save in {save.rank: save for save in saving}.items():
+        seconds.add_metric([str(rank)], max(0.0, seen.at - save.stage_begun_at))
+    yield ranks
+    yield seconds
+    for what in ("staged", "written"):
+        nbytes = sum(getattr(save, f"{what}_bytes") for save in saving) if saving else None
+        rates = [rate for save in saving if (rate := getattr(save, f"{what}_bytes_per_second")) is not None]
+        name = f"snapstone_engine_{what}_bytes"
+        yield _gauge(name, f"Bytes that the ranks have {what}, as they say.", nbytes)
+        yield _gauge(f"{name}_per_second", "The rate of that, of the last seconds.", sum(rates) if rates else None)
+    size = sum(save.size_bytes for save in saving) if saving else None
+    yield _gauge("snapstone_engine_size_bytes", "Bytes of the ranks' shares.", size)
+    yield _gauge("snapstone_ring_size_bytes", "Staging memory.", processes.ring_bytes if told else None)
+    yield _gauge("snapstone_ring_used_bytes", "What of it holds bytes.", processes.ring_used_bytes if told else None)
+    failed = CounterMetricFamily("snapstone_save_failures", "Saves of single ranks that failed.")
+    ended = CounterMetricFamily("snapstone_save_commits", "Saves of single ranks that were committed.")
+    if told:
+        failed.add_metric([], processes.failed)
+        ended.add_metric([], processes.committed)
+    yield failed
+    yield ended
+    yield _gauge(
+        "snapstone_save_failing_ranks",
+        "Ranks whose last save failed, or died with its process.",
+        len(processes.troubles) if told else None,
+    )
+
+
+def _stage(save: SaveStatus) -> str:
+    return save.stage if save.stage in _STAGES else "other"
 
 
 def _of_space(seen: Observation) -> Iterator[GaugeMetricFamily]:

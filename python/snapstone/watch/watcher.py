@@ -12,6 +12,7 @@ from statistics import median
 from ..run_directory import Leftover, find_leftovers
 from .durable import Durable, DurableCheckpoints
 from .in_flight import Rates, SaveInFlight, look_at
+from .processes import Processes, look_at_processes
 
 __all__ = ["Observation", "Watcher"]
 
@@ -22,7 +23,8 @@ _RECENT = 9  # checkpoints that say how often, and how much, is saved
 class Observation:
     """What a run directory said at one moment. Times are seconds since the epoch, as the file system has them.
 
-    `checkpoints` are in the order of their commits; those with problems are among them.
+    `checkpoints` are in the order of their commits; those with problems are among them. `processes` are those of this
+    machine that tell of their saves.
     """
 
     run: str
@@ -32,6 +34,7 @@ class Observation:
     leftovers: tuple[Leftover, ...]  # dead staging directories, and what was replaced
     free_bytes: int
     total_bytes: int
+    processes: Processes
 
     @property
     def sound(self) -> list[Durable]:
@@ -112,6 +115,7 @@ class Watcher:
             now = time.time()
             rates = self._rates.of(saves, now)
             space = os.statvfs(self.run)
+            processes = look_at_processes(self.run)
         return Observation(
             self.run,
             now,
@@ -120,4 +124,5 @@ class Watcher:
             tuple(one for one in leftovers if one not in living),
             space.f_bavail * space.f_frsize,
             space.f_blocks * space.f_frsize,
+            processes,
         )

@@ -49,7 +49,9 @@ def test_markdown_refers_to_the_chart_from_where_it_lies(measured: Path, tmp_pat
     (tmp_path / "docs").mkdir()
     chart, target = tmp_path / "charts.svg", tmp_path / "docs" / "results.md"
     assert snapstone("report", measured, "--markdown", "--chart", chart, "-o", target).exit_code == 0
-    assert "](../charts.svg)" in target.read_text()
+    assert 'src="../charts.svg"' in target.read_text()
+    assert 'srcset="../charts-narrow.svg"' in target.read_text()
+    assert (tmp_path / "charts-narrow.svg").read_text().startswith("<svg ")
     assert chart.read_text().startswith("<svg xmlns=")
 
 
@@ -57,7 +59,8 @@ def test_json_has_the_documents(measured: Path, snapstone_json: RunJson) -> None
     code, document = snapstone_json("report", measured)
     assert code == 0
     assert document["schema"] == "snapstone.report/1"
-    assert sorted(one["document"]["kind"] for one in document["documents"]) == ["disk", "load", "model", "stall"]
+    kinds = sorted(one["document"]["kind"] for one in document["documents"])
+    assert kinds == ["disk", "link", "load", "model", "stall"]
     assert document["skipped"] == []
 
 

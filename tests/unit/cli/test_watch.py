@@ -73,7 +73,7 @@ def test_json_has_every_documented_key(snapstone_json: RunJson, run_path: Path) 
     assert document.keys() == {
         *("schema", "path", "at", "checkpoints", "last_durable", "cadence_seconds", "cadence_steps"),
         *("next_in_seconds", "saves", "leftovers", "free_bytes", "total_bytes", "room_for", "exhausted_in_seconds"),
-        "problems",
+        *("problems", "processes", "ranks", "errors"),
     }
     last = document["last_durable"]
     assert last.keys() == {

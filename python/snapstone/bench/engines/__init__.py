@@ -25,6 +25,17 @@ _HOMES: Final[dict[str, tuple[str, str]]] = {  # name: module, class
     "safetensors": (".plain", "Safetensors"),
     "torch-checkpointing": (".torch_checkpointing", "TorchCheckpointing"),
     "torchsnapshot": (".torchsnapshot", "TorchSnapshot"),
+    "megatron": (".megatron", "Megatron"),
+    "megatron-async": (".megatron", "MegatronAsync"),
+    "deepspeed": (".deepspeed", "DeepSpeed"),
+    "deepspeed-fast": (".deepspeed", "DeepSpeedFast"),
+    "deepspeed-decoupled": (".deepspeed", "DeepSpeedDecoupled"),
+    "datastates": (".datastates", "DataStates"),
+    "moonclip": (".moonclip", "Moonclip"),
+    "moonclip-raw": (".moonclip", "MoonclipRaw"),
+    "orbax": (".orbax", "Orbax"),
+    "bytecheckpoint": (".bytecheckpoint", "ByteCheckpoint"),
+    "nvidia-resiliency": (".nvidia_resiliency", "NvidiaResiliency"),
 }
 NAMES: Final[Mapping[str, tuple[str, str]]] = _HOMES
 

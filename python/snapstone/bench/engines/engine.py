@@ -6,7 +6,8 @@
     optimizer.step()
     engine.poll()                                   row "finalize": what must run on the training thread, each step
     pending.wait()                                  on a thread of the harness: returns when the engine calls it saved
-    pending.finish()                                row "finalize", or "wait_previous" before the next save
+    pending.complete()                              row "finalize", or "wait_previous" before the next save: what the
+    pending.finish()                                training thread must do for wait to return, and what follows it
 
 Every method is called by all ranks. An error in any of them fails the engine.
 """
@@ -16,12 +17,14 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..environment import version_of
 from ..results import Option
+from .inner_stages import InnerSpan
 
 __all__ = ["Engine", "Pending", "Setting", "future_pending"]
 
@@ -36,6 +39,7 @@ class Setting:
     nbytes_of_rank: int
     optimizer: Any  # a torch.optim.Optimizer that owns the tensors of the state
     group: Any  # a gloo group of all ranks, of this engine alone
+    keep: int  # newest checkpoints that must stay loadable, where an engine deletes old ones itself
 
 
 def _nothing() -> None:
@@ -48,6 +52,7 @@ class Pending:
 
     fence: Callable[[], object] = _nothing
     wait: Callable[[], object] = _nothing
+    complete: Callable[[], object] = _nothing
     finish: Callable[[], object] = _nothing
 
 
@@ -69,7 +74,8 @@ class Engine(ABC):
 
     title: ClassVar[str]
     distribution: ClassVar[str]  # whose version is recorded
-    module: ClassVar[str]  # imported to see whether it is installed
+    module: ClassVar[str]  # looked for, to see whether it is installed
+    needs: ClassVar[tuple[str, ...]] = ()  # more modules that it imports, of packages installed apart
     options: ClassVar[tuple[Option, ...]]  # used, and why they are its best
     syncs: ClassVar[bool]  # files, directories and names are synced when it calls a checkpoint saved
     needs_cuda: ClassVar[bool] = False
@@ -82,11 +88,15 @@ class Engine(ABC):
         """Why it cannot run here, or None."""
         if cls.needs_cuda and device != "cuda":
             return "needs a CUDA device"
-        try:
-            found = importlib.util.find_spec(cls.module)
-        except (ImportError, ValueError) as error:
-            return f"{cls.distribution} cannot be imported: {error}"
-        return None if found else f"{cls.distribution} is not installed"
+        for module in (cls.module, *cls.needs):
+            try:
+                found = importlib.util.find_spec(module)
+            except (ImportError, ValueError) as error:
+                return f"{cls.distribution} cannot be imported: {error}"
+            if not found:
+                package = cls.distribution if module == cls.module else f"{module}, which {cls.distribution} needs,"
+                return f"{package} is not installed"
+        return None
 
     @classmethod
     def version(cls) -> str | None:
@@ -103,6 +113,12 @@ class Engine(ABC):
     @abstractmethod
     def is_complete(self, directory: Path) -> bool:
         """What a job that resumes goes by: whether the engine left its mark of a finished checkpoint."""
+
+    def traced(self) -> AbstractContextManager[list[InnerSpan]] | None:
+        """Saves that begin and end in the block note their own stages, which the list has when it is over. None of an
+        engine that tells nothing. Noting may cost time: such saves are not measured.
+        """
+        return None
 
     def poll(self) -> None:  # noqa: B027, most have nothing to do
         """Once a step, on the training thread."""

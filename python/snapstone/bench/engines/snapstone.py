@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..results import Option
 from .engine import Engine, Pending, Setting, future_pending
+from .inner_stages import InnerSpan, traced_saves
 
 __all__ = ["Snapstone", "SnapstoneDcp", "SnapstoneDelta"]
 
@@ -48,6 +50,9 @@ class Snapstone(Engine):
 
     def is_complete(self, directory: Path) -> bool:
         return directory.is_dir()  # it appears by the rename that commits it
+
+    def traced(self) -> AbstractContextManager[list[InnerSpan]] | None:
+        return traced_saves()
 
 
 class SnapstoneDelta(Snapstone):
@@ -102,6 +107,9 @@ class SnapstoneDcp(Engine):
 
     def is_complete(self, directory: Path) -> bool:
         return directory.is_dir()
+
+    def traced(self) -> AbstractContextManager[list[InnerSpan]] | None:
+        return traced_saves()
 
     def close(self) -> None:
         self._stager.close()
