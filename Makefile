@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON_BIN := .venv/bin
-NATIVE_SOURCES = $$(find csrc tests/native -name '*.h' -o -name '*.cc' | sort)
+NATIVE_SOURCES = $$(find csrc tests/native tests/cuda -name '*.h' -o -name '*.cc' -o -name '*.cu' | sort)
 PYTEST_ARGS ?=
 
 .PHONY: help setup build test test-native sanitize demo bench readme-bench readme-table lint format stubs docs clean

@@ -138,6 +138,7 @@ void bind_engine(py::module_& module) {
   module.def("fault_arm", &fault::arm, py::arg("rules"), "See csrc/base/fault_hook.h for the syntax.");
   module.def("fault_disarm", &fault::disarm);
   module.def("fault_seen", &fault::seen, py::arg("call"));
+  module.def("fault_seen_names", &fault::seen_names, "Calls and steps seen since fault_arm, sorted.");
 }
 
 }  // namespace snapstone::bind

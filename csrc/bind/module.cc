@@ -8,4 +8,5 @@ PYBIND11_MODULE(_core, module) {
   snapstone::bind::bind_save(module);
   snapstone::bind::bind_load(module);
   snapstone::bind::bind_state(module);
+  snapstone::bind::bind_cuda(module);
 }

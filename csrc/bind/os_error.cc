@@ -1,10 +1,12 @@
 // C++ errors as Python sees them: OsError -> OSError(errno, message, filename), so FileNotFoundError, PermissionError
 // and e.errno == ENOSPC just work; CorruptError -> snapstone.errors.CorruptCheckpointError; UnsupportedError ->
-// snapstone.errors.IncompatibleCheckpointError; CancelledError -> concurrent.futures.CancelledError.
+// snapstone.errors.IncompatibleCheckpointError; CancelledError -> concurrent.futures.CancelledError; CudaError ->
+// snapstone.errors.CudaError.
 #include <cstring>
 
 #include "base/error.h"
 #include "bind/bind.h"
+#include "cuda/driver.h"
 
 namespace snapstone::bind {
 namespace {
@@ -44,6 +46,14 @@ void raise_cancelled(const CancelledError& error) {
   raise(type, type(error.what()));
 }
 
+void raise_cuda(const cuda::CudaError& error) {
+  const py::object type = py::module_::import("snapstone.errors").attr("CudaError");
+  const bool known = error.device() != cuda::CudaError::kNoDevice;
+  const py::object device = known ? py::object(py::int_(error.device())) : py::object(py::none());
+  raise(type, type(error.name(), py::arg("code") = static_cast<int>(error.code()), py::arg("call") = error.call(),
+                   py::arg("device") = device));
+}
+
 }  // namespace
 
 void register_errors(py::module_&) {
@@ -58,6 +68,8 @@ void register_errors(py::module_&) {
       raise_unsupported(error);
     } catch (const CancelledError& error) {
       raise_cancelled(error);
+    } catch (const cuda::CudaError& error) {
+      raise_cuda(error);
     }
   });
 }

@@ -102,7 +102,8 @@ void decompress_zstd_frame(std::span<const std::uint8_t> stored, std::span<std::
   }
 }
 
-std::optional<std::uint64_t> compress_zstd_frame(std::span<const std::uint8_t> source, int level, std::uint8_t* target) {
+std::optional<std::uint64_t> compress_zstd_frame(std::span<const std::uint8_t> source, int level,
+                                                 std::uint8_t* target) {
   ZSTD_CCtx* context = thread_context<ZSTD_CCtx, ZSTD_createCCtx>();
   ZSTD_CCtx_reset(context, ZSTD_reset_session_only);  // a frame that did not fit stays open
   set_parameter(context, ZSTD_c_compressionLevel, level);

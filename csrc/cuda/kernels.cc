@@ -94,9 +94,8 @@ FunctionHandle Kernels::find(ModuleHandle module, const char* name, unsigned sha
   const Driver& driver = Driver::require();
   FunctionHandle function = nullptr;
   driver.cuModuleGetFunction.must(device_.ordinal(), &function, module, name);
-  // Drivers load a kernel's code when it is first used, for which they may wait for the device: this use is early
-  // enough
-  // ("Lazy Loading" in the CUDA C++ Programming Guide).
+  // Drivers load a kernel's code when it is first used, for which they may wait for the device ("Lazy Loading" in the
+  // CUDA C++ Programming Guide): this is a use.
   driver.cuFuncSetAttribute.must(device_.ordinal(), function, kFunctionAttributeMaxDynamicSharedSizeBytes,
                                  static_cast<int>(shared_bytes));
   return function;

@@ -7,7 +7,7 @@
 //   adding warps:  16 bytes per thread and load, 4 loads per block and 2 blocks per thread in a tile. Each load is
 //                  replaced by that of the next tile as soon as it is used, so that 8 are in flight across the barrier.
 //                  16 lanes share a block; two shuffles bring their sums together.
-//   last warp:    one lane per accumulator; takes the sums of the tile before through the scrambles, 3 dependent
+//   last warp:     one lane per accumulator; takes the sums of the tile before through the scrambles, 3 dependent
 //                  instructions each, while the others are at the next tile. It also adds what follows the last whole
 //                  block, which it can do first, since that is scrambled no more.
 //
@@ -203,16 +203,15 @@ class Scrambler {
   }
 
  private:
-  // xxh3::scramble(word, key_) + sum. Halves: the shift by 47 reaches the low one only, and the sum rides on the
-  // product.
+  // xxh3::scramble(word, key_) + sum. Halves: the shift by 47 reaches the low one only, the product takes the sum along.
   __device__ __forceinline__ U64 scramble_and_add(U64 word, U64 sum) const {
     const U32 low = low_half(word) ^ high_half(word) >> 15 ^ low_half(key_);
     const U32 high = (high_half(word) ^ high_half(key_)) * xxh3::kPrime32_1 + high_half(sum);
     return xxh3::multiply_halves(low, xxh3::kPrime32_1) + whole(low_half(sum), high);
   }
 
-  // What the stripes after the whole blocks, and the last stripe, add to this lane's accumulator. Each 8 lanes take
-  // every fourth stripe.
+  // What the stripes after the whole blocks, and the last stripe, add to this lane's accumulator. Lanes of 8
+  // take every fourth stripe.
   __device__ __forceinline__ static U64 add_rest(const DigestItem& item, U64 seed, unsigned lane) {
     const unsigned column = lane % xxh3::kLanes;
     const DevicePointer rest = item.address + xxh3::scrambled_blocks(item.nbytes) * xxh3::kBlockBytes + 8 * column;

@@ -1,8 +1,10 @@
 // Kernels: those of kernels.cu on one device, launched in streams. Without them everything works, on the host's cores.
 //
 // They come as PTX, which the driver compiles for the device when they are loaded: half a second once on a machine,
-// later from its cache. Loaded once per device, never unloaded. What a launch is given (items, sources, targets) is
-// device memory that stays alive and untouched until an event recorded after it is done. A count of 0 launches nothing.
+// later from its cache. Loaded once per device, never unloaded.
+//
+// What a launch is given (items, sources, targets) is device memory that stays alive and untouched until an event that
+// is recorded after it is done. A count of 0 launches nothing.
 // Threads: any.
 // Failure: of() never throws: no kernels is an answer. Launches throw CudaError.
 #pragma once

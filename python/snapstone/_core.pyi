@@ -26,11 +26,13 @@ __all__: list[str] = [
     "bytes_before",
     "check_chunk_table",
     "choose_rung",
+    "cuda_facts",
     "digest_hex",
     "digest_memory",
     "fault_arm",
     "fault_disarm",
     "fault_seen",
+    "fault_seen_names",
     "file_system_facts",
     "is_file_name",
     "memlock_limit_bytes",
@@ -45,6 +47,7 @@ __all__: list[str] = [
     "try_reflink",
     "try_rung",
     "uring_compiled_in",
+    "zstd_compiled_in",
 ]
 
 class Staging:
@@ -297,6 +300,11 @@ def choose_rung(directory: str) -> tuple:
     (name, reasons why better rungs were passed over)
     """
 
+def cuda_facts() -> dict:
+    """
+    What csrc/cuda found: available, reason (why not), driver_version (13000 for 13.0), devices, and whether the driver has its optional calls. Initialises CUDA.
+    """
+
 def digest_hex(data: bytes) -> str:
     """
     XXH3-128 of `data` as 32 hex digits, as xxh128sum prints it.
@@ -316,6 +324,11 @@ def fault_arm(rules: str) -> None:
 
 def fault_disarm() -> None: ...
 def fault_seen(call: str) -> int: ...
+def fault_seen_names() -> list[str]:
+    """
+    Calls and steps seen since fault_arm, sorted.
+    """
+
 def file_system_facts(directory: str) -> dict: ...
 def is_file_name(name: str) -> bool: ...
 def memlock_limit_bytes() -> int: ...
@@ -368,6 +381,7 @@ def try_rung(directory: str, rung: str) -> str:
     """
 
 def uring_compiled_in() -> bool: ...
+def zstd_compiled_in() -> bool: ...
 
 CHUNK_BYTES_DEFAULT: int = 1048576
 CHUNK_BYTES_MAX: int = 67108864

@@ -16,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "CorruptCheckpointError",
+    "CudaError",
     "IncompatibleCheckpointError",
     "IncompleteCheckpointError",
     "RankFailedError",
@@ -82,6 +83,29 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 class IncompatibleCheckpointError(CheckpointError):
     """The checkpoint is sound but cannot be used here: a newer format, other keys, shapes or dtypes, or pickle."""
+
+
+class CudaError(CheckpointError):
+    """A call of the CUDA driver failed; `call`, `code` (its CUresult) and `device` (an ordinal) say which and where.
+
+    Out of memory, an unregistered ring and missing kernels are no errors: the engine does without.
+    """
+
+    _shown = ("call", "code", "device", *CheckpointError._shown)
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        code: int | None = None,
+        call: str | None = None,
+        device: int | None = None,
+        **where: Any,
+    ) -> None:
+        super().__init__(message, **where)
+        self.code = code
+        self.call = call
+        self.device = device
 
 
 class RankFailedError(CheckpointError):

@@ -49,10 +49,11 @@ def forbidden_words(text: str) -> list[str]:
 
 
 def without_comments_and_strings(source: str) -> str:
-    """C++ with comments and literals blanked; line breaks stay, so that line numbers hold."""
+    """C++ with comments, literals and directives blanked; line breaks stay, so that line numbers hold."""
     token = re.compile(
-        r'R"([^(\s]*)\(.*?\)\1"|//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(?<![0-9a-zA-Z])\'(?:\\.|[^\'\\\n])+\'',
-        re.DOTALL,
+        r"^[ \t]*#(?:\\.|[^\\\n])*"
+        r'|R"([^(\s]*)\(.*?\)\1"|//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|(?<![0-9a-zA-Z])\'(?:\\.|[^\'\\\n])+\'',
+        re.DOTALL | re.MULTILINE,
     )
     return token.sub(lambda match: "\n" * match.group().count("\n"), source)
 
@@ -132,6 +133,8 @@ def test_a_long_native_function_is_found() -> None:
     source = f"namespace a {{\nclass B {{\n int ok() {{ return 1; }}\n}};\nint f(int x) noexcept {{\n{filler}}}\n}}\n"
     assert long_functions("x.cc", source) == [f"x.cc:5: {FUNCTION_LINES_MAX + 2} lines"]
     assert long_functions("x.cc", source.replace(filler, filler[:100])) == []
+    directives = "#if defined(X) \\\n  && !defined(Y)\n#endif\n"
+    assert long_functions("x.cc", f"{directives}namespace a {{\n{filler}}}\n") == []
 
 
 def test_a_long_python_function_is_found() -> None:

@@ -26,9 +26,9 @@ _REFLINKS = ("compact shares blocks instead of copying", "compact copies bytes")
 def doctor(ctx: click.Context, directory: str, no_speed: bool, as_json: bool, exact: bool) -> None:
     """Reports what this machine can do for checkpoints in DIR (default: the current directory).
 
-    Versions, io_uring, O_DIRECT, hard links and reflinks with the reason where they do not work, memory limits, the
-    file system, the I/O rung that saves into DIR use and why better ones were passed over, and the speed of one save
-    and one load.
+    Versions, CUDA, io_uring, O_DIRECT, hard links and reflinks with the reason where they do not work, memory limits,
+    the file system, the I/O rung that saves into DIR use and why better ones were passed over, and the speed of one
+    save and one load.
 
     \b
     Examples:
@@ -64,7 +64,7 @@ def _show(facts: dict[str, Any], exact: bool) -> None:
             ("memory available", size(facts["memory_available_bytes"])),
             ("memlock limit", "unlimited" if memlock is None else size(memlock)),
             ("huge pages", f"transparent: {pages['transparent'] or 'unknown'}; {_known(pages['reserved'])} reserved"),
-            ("CUDA", _cuda(facts["cuda"])),
+            *_cuda(facts["cuda"], size),
             ("directory", facts["directory"]),
             ("file system", file_system["name"] + _kind(file_system)),
             ("free space", f"{size(file_system['free_bytes'])} of {size(file_system['total_bytes'])}"),
@@ -97,9 +97,31 @@ def _kind(file_system: dict[str, Any]) -> str:
     return " (network)" if file_system["network"] else ""
 
 
-def _cuda(cuda: dict[str, Any]) -> str:
-    found = ", ".join(cuda["devices"]) if cuda["available"] else "not available"
-    return f"{found}; the engine of this version works in CPU memory"
+def _cuda(cuda: dict[str, Any], size: Any) -> list[tuple[str, str]]:
+    if not cuda["available"]:
+        return [("CUDA", f"no: {cuda['reason']}")]
+    version = cuda["driver_version"]
+    lacking = "" if cuda["torch"] else "; torch has no CUDA here"
+    return [
+        ("CUDA", f"driver for {version // 1000}.{version % 1000 // 10}; {_optional_calls(cuda)}{lacking}"),
+        *((f"  device {device['ordinal']}", _device(device, size)) for device in cuda["devices"]),
+    ]
+
+
+def _optional_calls(cuda: dict[str, Any]) -> str:
+    names = {
+        "batched_copies": "batched copies",
+        "stream_ordered_memory": "stream-ordered memory",
+        "kernel_launches": "kernels",
+    }
+    missing = [name for key, name in names.items() if not cuda[key]]
+    return "no " + ", no ".join(missing) if missing else "all calls"
+
+
+def _device(device: dict[str, Any], size: Any) -> str:
+    major, minor = device["compute_capability"]
+    node = "" if device["numa_node"] is None else f", NUMA node {device['numa_node']}"
+    return f"{device['name']}, sm_{major}{minor}, {size(device['total_bytes'])}{node}"
 
 
 def _speed(speed: dict[str, Any] | None, size: Any) -> list[tuple[str, str]]:

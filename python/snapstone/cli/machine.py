@@ -86,9 +86,9 @@ def _versions() -> dict[str, str]:
 def _cuda() -> dict[str, Any]:
     import torch
 
-    available = torch.cuda.is_available()
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if available else []
-    return {"available": available, "devices": devices, "used_by_engine": False}
+    from .. import _native
+
+    return {**_native.cuda_facts(), "torch": torch.cuda.is_available()}
 
 
 def _transparent_huge_pages() -> str | None:

@@ -166,7 +166,8 @@ TEST(AbsentKernelsTest, have_a_reason) {
   EXPECT_EQ(absence_with("FAKECUDA_HIDE=cuLaunchKernel"), "the driver has no functions for modules and kernels");
   EXPECT_EQ(absence_with("FAKECUDA_HIDE=cuModuleLoadData"), "the driver has no functions for modules and kernels");
   EXPECT_NE(absence_with("SNAPSTONE_FAULT=cuModuleLoadData:1:errno=218").find("cuModuleLoadData: "), std::string::npos);
-  EXPECT_NE(absence_with("SNAPSTONE_FAULT=cuModuleGetFunction:2:errno=500").find("cuModuleGetFunction: "), std::string::npos);
+  EXPECT_NE(absence_with("SNAPSTONE_FAULT=cuModuleGetFunction:2:errno=500").find("cuModuleGetFunction: "),
+            std::string::npos);
 }
 
 TEST(AbsentKernelsTest, drivers_from_12_0_on_take_the_ptx) {

@@ -1,0 +1,66 @@
+#include <pybind11/stl.h>
+
+#include "bind/bind.h"
+#include "cuda/device.h"
+
+namespace snapstone::bind {
+namespace {
+
+using cuda::Device;
+using cuda::Driver;
+
+struct DeviceFacts {
+  int ordinal = 0;
+  std::string name;
+  std::pair<int, int> compute_capability;
+  std::uint64_t total_bytes = 0;
+  int numa_node = -1;
+};
+
+std::vector<DeviceFacts> device_facts() {
+  std::vector<DeviceFacts> all;
+  const Driver* const driver = Driver::get();
+  for (int i = 0; driver != nullptr && i < driver->device_count; ++i) {
+    const Device& device = Device::of(i);
+    all.push_back({i, device.name(), device.compute_capability(), device.total_bytes(), device.numa_node()});
+  }
+  return all;
+}
+
+py::dict cuda_facts() {
+  std::vector<DeviceFacts> devices;
+  {
+    py::gil_scoped_release release;  // the first call starts the driver, which takes a while
+    devices = device_facts();
+  }
+  const Driver* const driver = Driver::get();
+  py::list rows;
+  for (const DeviceFacts& device : devices) {
+    py::dict row;
+    row["ordinal"] = device.ordinal;
+    row["name"] = device.name;
+    row["compute_capability"] = device.compute_capability;
+    row["total_bytes"] = device.total_bytes;
+    row["numa_node"] = device.numa_node < 0 ? py::object(py::none()) : py::object(py::int_(device.numa_node));
+    rows.append(row);
+  }
+  py::dict facts;
+  facts["available"] = driver != nullptr;
+  facts["reason"] = driver != nullptr ? py::object(py::none()) : py::object(py::str(Driver::absence()));
+  facts["driver_version"] = driver != nullptr ? py::object(py::int_(driver->version)) : py::object(py::none());
+  facts["devices"] = rows;
+  facts["batched_copies"] = driver != nullptr && (driver->cuMemcpyBatchAsync || driver->cuMemcpyBatchAsync_v2);
+  facts["stream_ordered_memory"] = driver != nullptr && driver->cuMemAllocAsync && driver->cuMemFreeAsync;
+  facts["kernel_launches"] = driver != nullptr && driver->cuModuleLoadData && driver->cuLaunchKernel;
+  return facts;
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& module) {
+  module.def("cuda_facts", &cuda_facts,
+             "What csrc/cuda found: available, reason (why not), driver_version (13000 for 13.0), devices, and whether "
+             "the driver has its optional calls. Initialises CUDA.");
+}
+
+}  // namespace snapstone::bind
