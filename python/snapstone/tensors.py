@@ -30,6 +30,7 @@ __all__ = [
     "dtype_name",
     "dtype_named",
     "is_floating",
+    "is_lazy",
     "memory_key",
     "memory_of",
     "needs_copy",
@@ -54,7 +55,7 @@ class LocalShard(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Where a CPU tensor's elements are. `stride_bytes` is None when they are contiguous in row-major order."""
+    """Where a tensor's elements are. `stride_bytes` is None when they are contiguous in row-major order."""
 
     data_ptr: int
     item_bytes: int
@@ -184,9 +185,14 @@ def _sharded_tensor_shards(name: str, tensor: Any) -> Iterator[LocalShard]:
         yield _shard(name, shard.tensor, shape, tuple(shard.metadata.shard_offsets))
 
 
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's elements are its memory's, conjugated or negated."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
 def needs_copy(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory is not what is stored: another device, or lazy conjugation or negation."""
-    return not tensor.is_cpu or tensor.is_conj() or tensor.is_neg()
+    return not tensor.is_cpu or is_lazy(tensor)
 
 
 def on_host(shard: LocalShard) -> LocalShard:
@@ -199,7 +205,7 @@ def on_host(shard: LocalShard) -> LocalShard:
 
 
 def memory_of(tensor: torch.Tensor) -> Memory:
-    """The memory of a CPU tensor, which the caller keeps alive."""
+    """The memory of a tensor, which the caller keeps alive."""
     item_bytes = tensor.dtype.itemsize
     if tensor.is_contiguous():
         return Memory(tensor.data_ptr(), item_bytes, tuple(tensor.shape), None)
