@@ -58,9 +58,9 @@ DeviceQueue::~DeviceQueue() { drain(options_.drain_patience); }
 void DeviceQueue::begin(const cuda::Event& producer, DeviceStats& stats) {
   const cuda::Scope scope(workspace_->device());
   stream().wait(producer, "save/producer");
-  kernels_ = cuda::Kernels::of(workspace_->device());
+  kernels_ = cuda::Kernels::loaded(workspace_->device());  // loading takes too long for the step path
   if (kernels_ == nullptr) {
-    stats.no_kernels = cuda::Kernels::absence(workspace_->device());
+    stats.no_kernels = "not loaded before the save";
     return;
   }
   plan_kernels();

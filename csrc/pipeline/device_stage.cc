@@ -66,6 +66,11 @@ void DeviceStage::enqueue(const ProducerMark& mark) {
 void DeviceStage::enter() {
   host_parts_.take();
   ring_->register_with(cuda::Device::of(plan_.devices.front()));
+  for (const std::int32_t ordinal : plan_.devices) {
+    const std::string absence = cuda::Kernels::absence(cuda::Device::of(ordinal));
+    const std::lock_guard lock(mutex_);
+    if (!absence.empty()) stats_.no_kernels = absence;
+  }
 }
 
 DeviceStage::Claim DeviceStage::claim(std::uint32_t position) {

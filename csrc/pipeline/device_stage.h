@@ -72,7 +72,8 @@ class DeviceStage {
   }
   DeviceStats stats() const;
 
-  // Of lanes. First, once for each: registers the ring, and takes the part that mixed chunks have on the host.
+  // Of lanes. First, once for each: takes the part that mixed chunks have on the host, registers the ring, and loads
+  // kernels, for the next save: this one does without those that were not loaded when it was enqueued.
   void enter();
   Claim claim(std::uint32_t position);
   // For a chunk that its lane has claimed with a slot at hand; `spare` keeps it if the chunk got one meanwhile.

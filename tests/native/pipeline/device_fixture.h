@@ -107,6 +107,7 @@ class DeviceTest : public PipelineTest {
       if (stream == nullptr) stream = SNAPSTONE_FAKE(fakecuda_stream)(device);
     }
     options_.device.drain_patience = kPatience;
+    for (const std::int32_t device : {0, 1}) cuda::Kernels::of(cuda::Device::of(device));
   }
   void TearDown() override {
     PipelineTest::TearDown();

@@ -384,6 +384,39 @@ TEST_F(DeviceSave, cancelling_at_any_moment_ends_the_job) {
   EXPECT_GT(cancelled, 0);
 }
 
+// A process that saves for the first time, and was not prepared.
+class DeviceUnprepared : public DeviceSave {
+ protected:
+  void SetUp() override {
+    ASSERT_NE(cuda::Driver::get(), nullptr) << cuda::Driver::absence();
+    streams()[0] = SNAPSTONE_FAKE(fakecuda_stream)(0);
+    options_.device.drain_patience = kPatience;
+  }
+};
+
+TEST_F(DeviceUnprepared, DISABLED_first_save) {
+  for (const char* name : {"first", "second"}) {
+    const bool first = name == std::string("first");
+    DeviceTensors state(random_, on_one(30 * kTestChunkBytes), {{0, streams()[0]}});
+    const auto job = device_job(state, name);
+    state.produce(1000);
+    job->enqueue(*state.mark());
+    EXPECT_EQ(job->snapshot_enqueued(), !first);
+    EXPECT_EQ(fake_counter("cuModuleLoadData") == 0, first) << "the caller loaded kernels";
+    EXPECT_EQ(ring_->registered(), !first);
+    run(job);
+    EXPECT_EQ(job->device_stats().digested_bytes == 0, first);
+    EXPECT_EQ(job->device_stats().no_kernels == "", !first);
+    EXPECT_EQ(fake_counter("unregistered_copies"), 0u);
+    expect_saved(*job, name, state);
+  }
+}
+
+TEST(DeviceSaveUnprepared, leaves_to_lanes_what_takes_long) {
+  const testing::ChildResult child = testing::run_child("DeviceUnprepared.*", "FAKECUDA_DEVICES=1");
+  EXPECT_EQ(child.status, 0) << child.output;
+}
+
 // What a driver may lack or refuse, each in a process of its own, since a process tries its driver once.
 TEST(DeviceSaveOnLesserDrivers, is_the_same) {
   const std::string all = "DeviceSave.*:-*slow_rate*:*adjacent*:*more_packed*:*every_rung*:*cancelling*:*jobs*";
