@@ -1,13 +1,7 @@
 // One walk serves both directions: gather() is the case where the box is the whole shard.
 //
-// 1. Layout: per dimension its size, its stride in memory and its stride in the stored string. Size-1 dimensions go,
-//    neighbours that are contiguous on both sides merge, and a contiguous innermost dimension becomes the unit of
-//    copying.
-// 2. String offsets grow with the indices and siblings never overlap, so at every dimension at most two children
-//    straddle `begin` or `end`. The walk descends into those (clipped) and copies all children between them without
-//    looking at the bounds again (whole).
-// 3. Where the last two dimensions are transposed in memory, whole planes are copied in tiles, so that a cache line of
-//    the tensor is used up before it is evicted.
+// Layout and Clip (strided_layout.h) say which bytes go where. Where the last two dimensions are transposed in memory,
+// whole planes are copied in tiles, so that a cache line of the tensor is used up before it is evicted.
 #include "base/strided.h"
 
 #include <algorithm>
@@ -19,56 +13,15 @@
 #include <string>
 #include <type_traits>
 
-#include "base/limits.h"
+#include "base/strided_layout.h"
 
 namespace snapstone {
 namespace {
 
-constexpr std::size_t kDimsMax = static_cast<std::size_t>(kTensorDimsMax);
-
-struct Dim {
-  std::int64_t size;
-  std::int64_t memory_stride;  // bytes, any sign
-  std::int64_t string_stride;  // bytes, positive
-};
-
-struct Layout {
-  std::size_t rank = 0;
-  std::array<Dim, kDimsMax> dims;
-  std::int64_t unit_bytes = 0;  // contiguous on both sides
-  std::array<std::int64_t, kDimsMax + 1>
-      span_bytes;  // string bytes from first to last unit under dimension i, inclusive
-  std::array<std::int64_t, kDimsMax + 1> payload_bytes;  // bytes of units under dimension i
-
-  void push(const Dim& dim) {
-    if (dim.size != 1) {
-      dims[rank++] = dim;
-    }
-  }
-
-  void finish(std::int64_t item_bytes) {
-    std::size_t merged = 0;
-    for (std::size_t i = 0; i < rank; ++i) {
-      const Dim& inner = dims[i];
-      if (merged != 0 && dims[merged - 1].memory_stride == inner.memory_stride * inner.size &&
-          dims[merged - 1].string_stride == inner.string_stride * inner.size) {
-        dims[merged - 1] = {dims[merged - 1].size * inner.size, inner.memory_stride, inner.string_stride};
-      } else {
-        dims[merged++] = inner;
-      }
-    }
-    rank = merged;
-    unit_bytes = item_bytes;
-    if (rank != 0 && dims[rank - 1].memory_stride == item_bytes && dims[rank - 1].string_stride == item_bytes) {
-      unit_bytes *= dims[--rank].size;
-    }
-    span_bytes[rank] = payload_bytes[rank] = unit_bytes;
-    for (std::size_t i = rank; i-- > 0;) {
-      span_bytes[i] = (dims[i].size - 1) * dims[i].string_stride + span_bytes[i + 1];
-      payload_bytes[i] = dims[i].size * payload_bytes[i + 1];
-    }
-  }
-};
+using strided::Clip;
+using strided::Dim;
+using strided::kDimsMax;
+using strided::Layout;
 
 enum class Direction { kGather, kScatter };
 
@@ -78,49 +31,11 @@ class Walk {
  public:
   using Linear = std::conditional_t<kDirection == Direction::kGather, std::uint8_t*, const std::uint8_t*>;
 
-  // `linear` holds bytes [begin, end) of the string.
-  Walk(const Layout& layout, std::uint8_t* memory, Linear linear, std::int64_t begin, std::int64_t end)
-      : layout_(layout), memory_(memory), linear_(linear), begin_(begin), end_(end) {}
+  Walk(const Layout& layout, std::uint8_t* memory, Linear linear)
+      : layout_(layout), memory_(memory), linear_(linear) {}
 
-  // The box below dimension `axis` whose first unit is at `string` and, in memory, at `memory` bytes from the start.
-  std::int64_t clipped(std::size_t axis, std::int64_t string, std::int64_t memory) {
-    if (string >= end_ || string + layout_.span_bytes[axis] <= begin_) {
-      return 0;
-    }
-    if (axis == layout_.rank) {
-      const std::int64_t first = std::max(string, begin_);
-      const std::int64_t last = std::min(string + layout_.unit_bytes, end_);
-      copy_bytes(first - begin_, memory + (first - string), last - first);
-      return last - first;
-    }
-    const Dim& dim = layout_.dims[axis];
-    const std::int64_t span = layout_.span_bytes[axis + 1];
-    const auto descend = [&](std::int64_t i) {
-      return clipped(axis + 1, string + i * dim.string_stride, memory + i * dim.memory_stride);
-    };
-    // Children [whole_first, whole_last) lie inside [begin, end); one on either side may straddle.
-    const std::int64_t before = begin_ - string;
-    const std::int64_t whole_first =
-        before <= 0 ? 0 : std::min((before + dim.string_stride - 1) / dim.string_stride, dim.size);
-    const std::int64_t room = end_ - string - span;
-    const std::int64_t whole_last =
-        room < 0 ? whole_first : std::clamp(room / dim.string_stride + 1, whole_first, dim.size);
-    std::int64_t copied = 0;
-    if (whole_first > 0) {
-      copied += descend(whole_first - 1);
-    }
-    if (whole_last > whole_first) {
-      const std::int64_t count = whole_last - whole_first;
-      whole(axis, count, string + whole_first * dim.string_stride - begin_, memory + whole_first * dim.memory_stride);
-      copied += count * layout_.payload_bytes[axis + 1];
-    }
-    if (whole_last < dim.size) {
-      copied += descend(whole_last);
-    }
-    return copied;
-  }
+  void run(std::int64_t linear, std::int64_t memory, std::int64_t nbytes) { copy_bytes(linear, memory, nbytes); }
 
- private:
   // `count` children of `axis`, all inside the bounds; `linear` is an offset from begin.
   void whole(std::size_t axis, std::int64_t count, std::int64_t linear, std::int64_t memory) {
     const Dim& dim = layout_.dims[axis];
@@ -137,6 +52,7 @@ class Walk {
     }
   }
 
+ private:
   bool is_transposed(const Dim& outer, const Dim& inner) const {
     return layout_.unit_bytes <= 16 && std::abs(outer.memory_stride) < std::abs(inner.memory_stride);
   }
@@ -214,8 +130,6 @@ class Walk {
   const Layout& layout_;
   std::uint8_t* memory_;
   Linear linear_;
-  std::int64_t begin_;
-  std::int64_t end_;
 };
 
 void check_ranks(std::size_t sizes, std::size_t others, const char* what) {
@@ -305,7 +219,8 @@ void gather(const StridedView& source, std::int64_t begin, std::int64_t end, std
     layout.push({source.sizes[i], source.stride_bytes[i], string_stride});
   }
   layout.finish(source.item_bytes);
-  Walk<Direction::kGather>(layout, source.data, target, begin, end).clipped(0, 0, 0);
+  Walk<Direction::kGather> walk(layout, source.data, target);
+  Clip(layout, walk, begin, end).clipped(0, 0, 0);
 }
 
 std::int64_t BoxTarget::first_byte() const {
@@ -368,12 +283,7 @@ BoxTarget BoxTarget::collapsed() const {
   return result;
 }
 
-std::int64_t scatter(const std::uint8_t* source, std::int64_t begin, std::int64_t end, const BoxTarget& box) {
-  check_box(box);
-  if (begin >= end || has_zero(box.target.sizes) || has_zero(box.shard_sizes)) {
-    return 0;
-  }
-  Layout layout;
+strided::BoxLayout::BoxLayout(const BoxTarget& box) : string_begin(string_offset(box, false)) {
   std::int64_t string_stride = box.target.item_bytes;
   for (const std::int64_t size : box.shard_sizes) {
     string_stride = checked_product(string_stride, size);
@@ -383,8 +293,20 @@ std::int64_t scatter(const std::uint8_t* source, std::int64_t begin, std::int64_
     layout.push({box.target.sizes[i], box.target.stride_bytes[i], string_stride});
   }
   layout.finish(box.target.item_bytes);
-  return Walk<Direction::kScatter>(layout, box.target.data, source, begin, end)
-      .clipped(0, string_offset(box, false), 0);
+}
+
+bool strided::BoxLayout::is_empty(const BoxTarget& box) {
+  check_box(box);
+  return has_zero(box.target.sizes) || has_zero(box.shard_sizes);
+}
+
+std::int64_t scatter(const std::uint8_t* source, std::int64_t begin, std::int64_t end, const BoxTarget& box) {
+  if (strided::BoxLayout::is_empty(box) || begin >= end) {
+    return 0;
+  }
+  const strided::BoxLayout placed(box);
+  Walk<Direction::kScatter> walk(placed.layout, box.target.data, source);
+  return Clip(placed.layout, walk, begin, end).clipped(0, placed.string_begin, 0);
 }
 
 }  // namespace snapstone

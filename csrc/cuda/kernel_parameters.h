@@ -25,7 +25,7 @@ struct DigestParameters {
 };
 
 inline constexpr char kDigestKernel[] = "snapstone_digest";
-// One block of threads per item. All warps but the last add up blocks of 1 KiB; the last follows with what has an order.
+// One block of threads per item. All warps but the last add up blocks of 1 KiB; the last does what has an order.
 inline constexpr unsigned kDigestAddingWarps = 7;
 inline constexpr unsigned kDigestThreads = 32 * (kDigestAddingWarps + 1);
 inline constexpr unsigned kDigestResidentBlocks = 3;  // per multiprocessor: what its registers are divided by

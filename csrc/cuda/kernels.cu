@@ -203,7 +203,7 @@ class Scrambler {
   }
 
  private:
-  // xxh3::scramble(word, key_) + sum. Halves: the shift by 47 reaches the low one only, the product takes the sum along.
+  // xxh3::scramble(word, key_) + sum. Halves: the shift by 47 reaches the low one only; the product takes the sum.
   __device__ __forceinline__ U64 scramble_and_add(U64 word, U64 sum) const {
     const U32 low = low_half(word) ^ high_half(word) >> 15 ^ low_half(key_);
     const U32 high = (high_half(word) ^ high_half(key_)) * xxh3::kPrime32_1 + high_half(sum);

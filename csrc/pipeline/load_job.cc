@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "base/clock.h"
@@ -18,6 +19,7 @@ namespace snapstone::pipeline {
 namespace {
 
 constexpr std::chrono::milliseconds kSlotPoll{20};
+constexpr std::chrono::microseconds kDevicePoll{50};
 
 }  // namespace
 
@@ -29,8 +31,9 @@ LoadJob::LoadJob(LoadPlan plan, std::vector<os::File> files, std::shared_ptr<mem
   }
   const bool fits =
       std::ranges::all_of(plan_.chunks(), [this](const ReadChunk& c) { return plan_.file(c) < files_.size(); });
-  if (!fits)
+  if (!fits) {
     throw std::invalid_argument("the plan names more data files than the " + std::to_string(files_.size()) + " given");
+  }
 }
 
 void LoadJob::close_files() noexcept {
@@ -50,7 +53,13 @@ class LoadJob::LaneRun {
         lane_(lane),
         books_(books),
         engine_(lane.io(job.options_.rung, job.ring_)),
-        in_flight_(engine_, books, Stage::kRead) {}
+        in_flight_(engine_, books, Stage::kRead) {
+    for (const std::int32_t device : job.plan_.devices()) {
+      landings_.push_back(std::make_unique<DeviceLanding>(
+          job.plan_, device, job.options_.landing, job.fence_,
+          [&job](const ReadChunk& chunk, const codec::Digest& actual) { job.refuse(chunk, actual); }));
+    }
+  }
 
   ~LaneRun() {
     in_flight_.drain();
@@ -62,17 +71,25 @@ class LoadJob::LaneRun {
   }
 
   void run() {
+    // Each segment once in the life of the ring; without, copies would be slow and hold the lane.
+    if (!landings_.empty()) job_.ring_->register_with(cuda::Device::of(landings_.front()->ordinal()));
     while (!job_.stopped()) {
       while (!in_flight_.full() && read_next()) {
       }
-      if (in_flight_.count() > 0) {
-        take_in_arrived();
+      const bool landing = busy();
+      const bool arrived = in_flight_.count() > 0 && take_in_arrived(landing ? 0 : 1);
+      if (landing && !arrived) flush();
+      if ((landing && advance()) || arrived) continue;
+      if (landing) {
+        std::this_thread::sleep_for(kDevicePoll);
       } else if (claimed_all_) {
         break;
       } else {
         wait_for_slot();
       }
     }
+    if (job_.stopped()) return;
+    for (const auto& landing : landings_) landing->end();
   }
 
  private:
@@ -99,30 +116,98 @@ class LoadJob::LaneRun {
     return true;
   }
 
-  void take_in_arrived() {
-    in_flight_.complete(1, [this](std::uint64_t index, mem::Slot slot, int error_number) {
+  // Waits for at least `minimum` of them; true if there were any.
+  bool take_in_arrived(std::size_t minimum) {
+    bool any = false;
+    in_flight_.complete(minimum, [&](std::uint64_t index, mem::Slot slot, int error_number) {
+      any = true;
       const ReadRequest& request = job_.plan_.requests()[index];
+      // Shared, where devices may read from it for a while.
+      SharedSlot shared = landings_.empty() ? nullptr : std::make_shared<mem::Slot>(std::move(slot));
+      const mem::Slot& held = shared ? *shared : slot;
       for (std::uint64_t i = request.first_chunk; i < request.first_chunk + request.chunk_count; ++i) {
-        take_in_chunk(job_.plan_.chunks()[i], request, slot, error_number);
+        take_in_chunk(job_.plan_.chunks()[i], request, held, shared, error_number);
       }
       if (job_.plan_.targets().empty()) job_.progress(request.nbytes);
       // The device gets its next request now, not after the whole batch.
-      spare_ = std::move(slot);
+      if (shared == nullptr) {
+        spare_ = std::move(slot);
+      } else if (shared.use_count() == 1) {
+        spare_ = std::move(*shared);
+      }
       read_next();
     });
+    return any;
   }
 
-  void take_in_chunk(const ReadChunk& chunk, const ReadRequest& request, const mem::Slot& slot, int error_number) {
+  void take_in_chunk(const ReadChunk& chunk, const ReadRequest& request, const mem::Slot& slot,
+                     const SharedSlot& shared, int error_number) {
     const format::ChunkRecord& record = job_.plan_.record(chunk);
     const os::File& file = job_.files_[request.file];
+    const std::uint8_t* const stored = slot.data() + (record.offset - request.offset);
+    std::span<const std::uint8_t> raw;
+    DeviceLanding* verifier = nullptr;
     try {
       if (error_number == io::Completion::kEndOfFile) throw job_.corrupt(chunk, "file ends before the chunk does");
       if (error_number != 0) throw OsError(error_number, "read", file.path, record.offset, record.stored_bytes);
-      job_.progress(job_.take_in(chunk, slot.data() + (record.offset - request.offset), lane_, books_));
+      verifier = verifier_of(chunk);
+      if (verifier == nullptr) raw = job_.verified(chunk, stored, lane_, books_);
     } catch (const CorruptError& error) {
       job_.note(chunk, error);
       if (!job_.options_.collect_problems) throw;
+      return;
     }
+    if (verifier != nullptr) {
+      land(*verifier, {&chunk, stored, shared, true});
+    } else {
+      job_.progress(job_.scatter_targets(chunk, raw.data(), books_));
+      land_verified(chunk, raw, raw.data() == stored ? shared : nullptr);
+    }
+  }
+
+  // The landing on the device that computes the chunk's digest; null: the host does.
+  DeviceLanding* verifier_of(const ReadChunk& chunk) {
+    if (landings_.empty() || !job_.options_.verify || job_.options_.collect_problems) return nullptr;
+    if (static_cast<codec::Codec>(job_.plan_.record(chunk).codec) != codec::Codec::kNone) return nullptr;
+    const std::span<const ReadTarget> targets = job_.plan_.targets(chunk);
+    const std::int32_t device = targets.empty() ? kHost : targets.front().device;
+    const bool alone = std::ranges::all_of(targets, [&](const ReadTarget& each) { return each.device == device; });
+    if (device == kHost || !alone) return nullptr;
+    const auto found = std::ranges::find_if(landings_, [&](const auto& each) { return each->ordinal() == device; });
+    return (*found)->can_verify() ? found->get() : nullptr;
+  }
+
+  void land_verified(const ReadChunk& chunk, std::span<const std::uint8_t> raw, const SharedSlot& shared) {
+    for (const auto& landing : landings_) {
+      const bool wanted = std::ranges::any_of(
+          job_.plan_.targets(chunk), [&](const ReadTarget& each) { return each.device == landing->ordinal(); });
+      if (wanted) land(*landing, {&chunk, raw.data(), shared, false});
+    }
+  }
+
+  void land(DeviceLanding& landing, const Arrived& arrived) {
+    while (!landing.add(arrived)) {
+      if (job_.stopped()) throw CancelledError("stopped");
+      if (!advance()) std::this_thread::sleep_for(kDevicePoll);
+    }
+  }
+
+  // Nothing has arrived just now that could join a batch.
+  void flush() {
+    for (const auto& landing : landings_) landing->flush(in_flight_.count() == 0);
+  }
+
+  bool advance() {
+    bool moved = false;
+    for (const auto& landing : landings_) {
+      moved = landing->advance() || moved;
+      job_.progress(landing->take_placed());
+    }
+    return moved;
+  }
+
+  bool busy() const {
+    return std::ranges::any_of(landings_, [](const auto& landing) { return landing->busy(); });
   }
 
   void wait_for_slot() {
@@ -137,6 +222,7 @@ class LoadJob::LaneRun {
   LaneBooks& books_;
   io::IoEngine& engine_;
   InFlight in_flight_;
+  std::vector<std::unique_ptr<DeviceLanding>> landings_;  // of the plan's devices
   mem::Slot spare_;
   bool claimed_all_ = false;
 };
@@ -145,14 +231,12 @@ void LoadJob::work(Lane& lane, LaneBooks& books) {
   if (next_request_.load() < plan_.requests().size()) LaneRun(*this, lane, books).run();
 }
 
-std::uint64_t LoadJob::take_in(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane, LaneBooks& books) {
+std::span<const std::uint8_t> LoadJob::verified(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane,
+                                                LaneBooks& books) {
   if (options_.check_padding) check_padding(chunk, stored);
   const std::span<const std::uint8_t> raw = decode(chunk, stored, lane, books);
   if (options_.verify) check_digest(chunk, raw, lane, books);
-  const std::int64_t begin = now_ns();
-  const std::uint64_t taken = scatter_targets(chunk, raw.data());
-  if (chunk.target_count > 0) books.add(Stage::kScatter, begin, now_ns(), taken);
-  return taken;
+  return raw;
 }
 
 ReferenceChain LoadJob::chain(const ReadChunk& chunk) const {
@@ -202,10 +286,11 @@ void LoadJob::check_padding(const ReadChunk& chunk, const std::uint8_t* stored) 
   }
 }
 
-std::uint64_t LoadJob::scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw) {
+std::uint64_t LoadJob::scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw, LaneBooks& books) {
+  const std::int64_t start = now_ns();
   std::uint64_t taken = 0;
-  for (std::uint64_t i = chunk.first_target; i < chunk.first_target + chunk.target_count; ++i) {
-    const ReadTarget& target = plan_.targets()[i];
+  for (const ReadTarget& target : plan_.targets(chunk)) {
+    if (target.device != kHost) continue;
     if (target.contiguous != nullptr) {
       std::memcpy(target.contiguous, raw + target.at, target.shard_end - target.shard_begin);
       taken += target.shard_end - target.shard_begin;
@@ -215,7 +300,15 @@ std::uint64_t LoadJob::scatter_targets(const ReadChunk& chunk, const std::uint8_
       taken += static_cast<std::uint64_t>(scatter(raw + target.at, begin, end, plan_.box(target.box)));
     }
   }
+  if (taken > 0) books.add(Stage::kScatter, start, now_ns(), taken);
   return taken;
+}
+
+void LoadJob::refuse(const ReadChunk& chunk, const codec::Digest& actual) {
+  const CorruptError error =
+      corrupt(chunk, "digest mismatch", codec::hex(plan_.record(chunk).digest), codec::hex(actual));
+  note(chunk, error);
+  throw error;
 }
 
 CorruptError LoadJob::corrupt(const ReadChunk& chunk, const std::string& reason, std::string expected,

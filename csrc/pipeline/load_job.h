@@ -1,8 +1,10 @@
 // LoadJob: data files -> slots -> digest check -> codec -> tensor memory. With no targets it is a scrub of every chunk.
 //
 // Guarantee: a byte reaches its target only from a chunk whose digest matched (unless verification is off). finished()
-//            without an error means every target is filled.
-// Ownership: target memory belongs to the caller and must stay mapped until finished().
+//            without an error means every target is filled; one on a device, for whoever comes after its fence().
+// Ownership: target memory belongs to the caller and must stay mapped until finished(), on devices until settled().
+// Devices:   mark() before start() keeps writes to targets behind what a stream of the caller's does with them. Digests
+//            are computed by the device where it has kernels and all of a raw chunk's targets; else by the host.
 // Limits:    at most kQueueDepth requests per lane in memory, whatever the checkpoint's size, and two chunks of
 // scratch.
 //            References of chunks are read by the lane that needs them, one after the other.
@@ -17,12 +19,15 @@
 #include <vector>
 
 #include "base/error.h"
+#include "codec/digest.h"
 #include "io/io_engine.h"
 #include "mem/slot_ring.h"
 #include "os/file.h"
+#include "pipeline/device_landing.h"
 #include "pipeline/job.h"
 #include "pipeline/load_plan.h"
 #include "pipeline/reference_chain.h"
+#include "pipeline/target_fence.h"
 
 namespace snapstone::pipeline {
 
@@ -32,6 +37,7 @@ struct LoadOptions {
   bool check_padding = false;  // bytes between chunks must be zero
   bool collect_problems = false;
   bool trace = false;
+  LandingOptions landing = {};
 };
 
 struct Problem {
@@ -54,6 +60,10 @@ class LoadJob : public Job {
   const LoadPlan& plan() const { return plan_; }
   std::vector<Problem> problems() const;
 
+  void mark(std::int32_t ordinal, cuda::StreamHandle stream) { fence_.mark(ordinal, stream); }
+  void fence(std::int32_t ordinal, cuda::StreamHandle stream) const { fence_.fence(ordinal, stream); }
+  bool settled() const { return fence_.settled(); }
+
  protected:
   void work(Lane& lane, LaneBooks& books) override;
   void finish() override { close_files(); }
@@ -64,7 +74,9 @@ class LoadJob : public Job {
 
   void close_files() noexcept;  // at once: Python may keep a failed job alive in a traceback
 
-  std::uint64_t take_in(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane, LaneBooks& books);
+  // The chunk's raw bytes, verified; in `stored` or in scratch of the lane.
+  std::span<const std::uint8_t> verified(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane,
+                                         LaneBooks& books);
   ReferenceChain chain(const ReadChunk& chunk) const;
   std::uint8_t* scratch(const ReadChunk& chunk, Lane& lane) const;
   std::span<const std::uint8_t> decode(const ReadChunk& chunk, const std::uint8_t* stored, Lane& lane,
@@ -73,7 +85,9 @@ class LoadJob : public Job {
   // Throws for the record in the chunk's chain that made it wrong, if that is another one.
   void blame_reference(const ReadChunk& chunk, Lane& lane, LaneBooks& books) const;
   void check_padding(const ReadChunk& chunk, const std::uint8_t* stored) const;
-  std::uint64_t scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw);  // bytes that reached targets
+  // To targets on the host. Returns the bytes that reached them.
+  std::uint64_t scatter_targets(const ReadChunk& chunk, const std::uint8_t* raw, LaneBooks& books);
+  [[noreturn]] void refuse(const ReadChunk& chunk, const codec::Digest& actual);
   CorruptError corrupt(const ReadChunk& chunk, const std::string& reason, std::string expected = {},
                        std::string actual = {}) const;
   void note(const ReadChunk& chunk, const CorruptError& error);
@@ -84,6 +98,7 @@ class LoadJob : public Job {
   const LoadOptions options_;
   std::atomic<std::uint64_t> next_request_{0};
   std::vector<Problem> problems_;  // guarded by mutex_
+  TargetFence fence_;
 };
 
 }  // namespace snapstone::pipeline

@@ -54,14 +54,14 @@ void LoadPlan::for_each_piece(const StoredShard& shard, ChunkWindow window, Visi
   }
 }
 
-void LoadPlan::add_contiguous(const StoredShard& shard, std::uint8_t* target, ChunkWindow window) {
+void LoadPlan::add_contiguous(const StoredShard& shard, std::uint8_t* target, ChunkWindow window, std::int32_t device) {
   for_each_piece(shard, window, [&](std::uint64_t chunk, std::uint32_t at, std::uint64_t begin, std::uint64_t end) {
     bytes_needed_ += end - begin;
-    wanted_.push_back({{shard.table, chunk}, {target + begin, -1, at, begin, end}, true});
+    wanted_.push_back({{shard.table, chunk}, {target + begin, -1, at, device, begin, end}, true});
   });
 }
 
-void LoadPlan::add_box(const StoredShard& shard, BoxTarget box, ChunkWindow window) {
+void LoadPlan::add_box(const StoredShard& shard, BoxTarget box, ChunkWindow window, std::int32_t device) {
   check_box_fits(box, shard, tables_.at(shard.table).path);
   const auto first = static_cast<std::uint64_t>(box.first_byte());
   const auto last = static_cast<std::uint64_t>(box.last_byte());
@@ -72,7 +72,7 @@ void LoadPlan::add_box(const StoredShard& shard, BoxTarget box, ChunkWindow wind
         box.bytes_before(static_cast<std::int64_t>(end)) - box.bytes_before(static_cast<std::int64_t>(begin));
     if (needed == 0) return;
     bytes_needed_ += static_cast<std::uint64_t>(needed);
-    wanted_.push_back({{shard.table, chunk}, {nullptr, number, at, begin, end}, true});
+    wanted_.push_back({{shard.table, chunk}, {nullptr, number, at, device, begin, end}, true});
   });
   boxes_.push_back(box.collapsed());
 }
@@ -103,6 +103,7 @@ void LoadPlan::finish(std::uint64_t request_bytes) {
     }
     if (wanted.has_target) {
       targets_.push_back(wanted.target);
+      add_device(wanted.target.device);
       ++chunks_.back().target_count;
     }
   }
@@ -128,6 +129,12 @@ std::vector<bool> LoadPlan::files_needed() const {
     }
   }
   return needed;
+}
+
+void LoadPlan::add_device(std::int32_t device) {
+  if (device == kHost) return;
+  const auto place = std::lower_bound(devices_.begin(), devices_.end(), device);
+  if (place == devices_.end() || *place != device) devices_.insert(place, device);
 }
 
 void LoadPlan::add_request(std::uint64_t chunk_index, std::uint64_t request_bytes) {

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -47,10 +48,13 @@ struct ChunkWindow {
   bool holds(std::uint64_t chunk) const { return chunk >= first && chunk - first < count; }
 };
 
+inline constexpr std::int32_t kHost = -1;  // in place of a device's ordinal
+
 struct ReadTarget {
   std::uint8_t* contiguous = nullptr;  // the piece goes here as it is, or
   std::int64_t box = -1;               // through boxes[box]
   std::uint32_t at = 0;                // where the piece starts in the chunk
+  std::int32_t device = kHost;         // whose memory the target is
   std::uint64_t shard_begin = 0;       // bytes [shard_begin, shard_end) of the shard's string
   std::uint64_t shard_end = 0;
 };
@@ -77,10 +81,13 @@ class LoadPlan {
 
   explicit LoadPlan(std::vector<ChunkTable> tables) : tables_(std::move(tables)) {}
 
-  // The whole shard; `target` is where byte 0 of its string goes, or with a window would go.
-  void add_contiguous(const StoredShard& shard, std::uint8_t* target, ChunkWindow window = {});
-  void add_box(const StoredShard& shard, BoxTarget box, ChunkWindow window = {});  // part of it, strided
-  void add_all_chunks();                                                           // no target: verification
+  // The whole shard; `target` is where byte 0 of its string goes, or with a window would go. Targets are addresses of
+  // the host, or of the device with the ordinal `device`.
+  void add_contiguous(const StoredShard& shard, std::uint8_t* target, ChunkWindow window = {},
+                      std::int32_t device = kHost);
+  // Part of it, strided.
+  void add_box(const StoredShard& shard, BoxTarget box, ChunkWindow window = {}, std::int32_t device = kHost);
+  void add_all_chunks();  // no target: verification
   // Sorts chunks by file and offset, groups their targets and lays out the requests: of at most `request_bytes`, or one
   // chunk. Call once, last.
   void finish(std::uint64_t request_bytes = kChunkBytesDefault);
@@ -91,10 +98,14 @@ class LoadPlan {
   }
   // By number: whether requests, or references of their chunks, are in the file. As long as the largest number is high.
   std::vector<bool> files_needed() const;
+  const std::vector<std::int32_t>& devices() const { return devices_; }  // that have targets, sorted
   std::uint32_t file(const ReadChunk& chunk) const { return tables_[chunk.table].first_file + record(chunk).file; }
   const std::vector<ReadChunk>& chunks() const { return chunks_; }
   const std::vector<ReadRequest>& requests() const { return requests_; }
   const std::vector<ReadTarget>& targets() const { return targets_; }
+  std::span<const ReadTarget> targets(const ReadChunk& chunk) const {
+    return std::span(targets_).subspan(chunk.first_target, chunk.target_count);
+  }
   const BoxTarget& box(std::int64_t box) const { return boxes_[static_cast<std::size_t>(box)]; }
   std::uint64_t request_bytes_max() const { return request_bytes_max_; }
   std::uint64_t raw_bytes_max() const { return raw_bytes_max_; }
@@ -110,6 +121,7 @@ class LoadPlan {
 
   template <typename Visit>
   void for_each_piece(const StoredShard& shard, ChunkWindow window, Visit visit);
+  void add_device(std::int32_t device);
   void add_request(std::uint64_t chunk_index, std::uint64_t request_bytes);
 
   std::vector<ChunkTable> tables_;
@@ -118,6 +130,7 @@ class LoadPlan {
   std::vector<ReadRequest> requests_;
   std::vector<ReadTarget> targets_;
   std::vector<BoxTarget> boxes_;
+  std::vector<std::int32_t> devices_;
   std::uint64_t request_bytes_max_ = 0;
   std::uint64_t raw_bytes_max_ = 0;
   std::uint64_t bytes_needed_ = 0;

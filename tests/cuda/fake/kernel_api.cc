@@ -61,13 +61,31 @@ class CheckedMemory : public KernelMemory {
     if (!world_.memory->is_device(address)) {
       if (world_.host->covered(address, nbytes) != HostMemory::Cover::kWhole) fail(address, nbytes);
       if (world_.host->guards(address)) throw std::runtime_error("host memory that a copy is in flight to or from");
-      work_.accesses.push_back({address, nbytes, write});
+      add({address, nbytes, write});
       return reinterpret_cast<std::uint8_t*>(address);
     }
     const Block* const block = world_.memory->block_of(address);
     if (block == nullptr || address + nbytes > block->end() || block->device != device_) fail(address, nbytes);
-    work_.accesses.push_back({address, nbytes, write});
+    add({address, nbytes, write});
     return world_.memory->shadow(address);
+  }
+
+  // Accesses that follow each other at one distance become the rows of one: a kernel makes very many.
+  void add(const Access& access) {
+    constexpr std::uint64_t kPitchMax = 1 << 20;
+    std::size_t& last = access.write ? last_write_ : last_read_;
+    if (last < work_.accesses.size()) {
+      Access& before = work_.accesses[last];
+      const std::uint64_t pitch = before.rows == 1 ? access.begin - before.begin : before.pitch;
+      const bool next = access.begin >= before.end() && access.begin - before.begin == before.rows * pitch;
+      if (next && access.width == before.width && pitch <= kPitchMax) {
+        before.pitch = pitch;
+        ++before.rows;
+        return;
+      }
+    }
+    last = work_.accesses.size();
+    work_.accesses.push_back(access);
   }
 
   [[noreturn]] static void fail(std::uint64_t address, std::uint64_t nbytes) {
@@ -77,6 +95,8 @@ class CheckedMemory : public KernelMemory {
   World& world_;
   Work& work_;
   int device_;
+  std::size_t last_read_ = SIZE_MAX;
+  std::size_t last_write_ = SIZE_MAX;
 };
 
 struct CopiedLaunch {
