@@ -6,9 +6,11 @@
 
 #include "base/limits.h"
 #include "bind/bind.h"
+#include "cuda/device.h"
 #include "format/chunk_table.h"
 #include "mem/board.h"
 #include "os/directory.h"
+#include "os/memory.h"
 #include "pipeline/engine.h"
 #include "pipeline/load_job.h"
 
@@ -41,17 +43,17 @@ using FileArguments = std::vector<std::tuple<std::string, std::string, std::uint
 // (first chunk, count) of the chunks to read
 using WindowArguments = std::pair<std::uint64_t, std::uint64_t>;
 // ((table, first_chunk, chunk_count, at, nbytes), item_bytes, shard_sizes, box_offsets, box_sizes, data_ptr,
-// stride_bytes, window)
+// stride_bytes, window, device)
 using ShardArguments = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
 using Sizes = std::vector<std::int64_t>;
-using BoxArguments =
-    std::vector<std::tuple<ShardArguments, std::int64_t, Sizes, Sizes, Sizes, std::uint64_t, Sizes, WindowArguments>>;
+using BoxArguments = std::vector<
+    std::tuple<ShardArguments, std::int64_t, Sizes, Sizes, Sizes, std::uint64_t, Sizes, WindowArguments, std::int32_t>>;
 // (address of the source, first and last byte of the tensor's string there, item_bytes, sizes, data_ptr, stride_bytes)
 using PieceArguments =
     std::vector<std::tuple<std::uint64_t, std::int64_t, std::int64_t, std::int64_t, Sizes, std::uint64_t, Sizes>>;
 
-// table, first_chunk, chunk_count, at, nbytes, data_ptr, window
-constexpr py::ssize_t kContiguousColumns = 8;
+// table, first_chunk, chunk_count, at, nbytes, data_ptr, window, device
+constexpr py::ssize_t kContiguousColumns = 9;
 
 pipeline::StoredShard make_shard(const ShardArguments& arguments) {
   const auto& [table, first_chunk, chunk_count, at, nbytes] = arguments;
@@ -68,18 +70,19 @@ LoadPlan make_plan(const TableArguments& table_arguments) {
 
 void add_targets(LoadPlan& plan, const U64Array& contiguous, const BoxArguments& boxes) {
   if (contiguous.ndim() != 2 || contiguous.shape(1) != kContiguousColumns) {
-    throw std::invalid_argument("contiguous targets are rows of 8 numbers");
+    throw std::invalid_argument("contiguous targets are rows of 9 numbers");
   }
   for (py::ssize_t i = 0; i < contiguous.shape(0); ++i) {
     const std::uint64_t* row = contiguous.data(i, 0);
     plan.add_contiguous({static_cast<std::uint32_t>(row[0]), row[1], row[2], row[3], row[4]},
-                        reinterpret_cast<std::uint8_t*>(row[5]), {row[6], row[7]});
+                        reinterpret_cast<std::uint8_t*>(row[5]), {row[6], row[7]}, static_cast<std::int32_t>(row[8]));
   }
-  for (const auto& [shard, item_bytes, shard_sizes, box_offsets, box_sizes, data, stride_bytes, window] : boxes) {
+  for (const auto& [shard, item_bytes, shard_sizes, box_offsets, box_sizes, data, stride_bytes, window, device] :
+       boxes) {
     plan.add_box(
         make_shard(shard),
         {shard_sizes, box_offsets, {reinterpret_cast<std::uint8_t*>(data), item_bytes, box_sizes, stride_bytes}},
-        {window.first, window.second});
+        {window.first, window.second}, device);
   }
 }
 
@@ -148,7 +151,8 @@ std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileA
   const std::uint64_t slots_in_limit = std::min(slots_max, kLoadStagingBytesMax / slot_bytes);
   const std::uint64_t slots =
       std::clamp<std::uint64_t>(plan.requests().size(), 1, std::max<std::uint64_t>(slots_in_limit, 1));
-  auto ring = pipeline::Engine::instance().ring(slot_bytes, slots);
+  const int numa_node = plan.devices().empty() ? os::kAnyNumaNode : cuda::Device::of(plan.devices()[0]).numa_node();
+  auto ring = pipeline::Engine::instance().ring(slot_bytes, slots, numa_node);
   return std::make_shared<LoadJob>(std::move(plan), std::move(files), std::move(ring), options);
 }
 
@@ -205,6 +209,24 @@ void bind_load(py::module_& module) {
       .def(
           "start", [](const std::shared_ptr<LoadJob>& self) { pipeline::Engine::instance().start(self); },
           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "mark",
+          [](LoadJob& self, std::int32_t device, std::uintptr_t stream) {
+            self.mark(device, reinterpret_cast<cuda::StreamHandle>(stream));
+          },
+          py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          "Before start(): targets on that device are written after what the stream has been given by now.")
+      .def(
+          "fence",
+          [](const LoadJob& self, std::int32_t device, std::uintptr_t stream) {
+            self.fence(device, reinterpret_cast<cuda::StreamHandle>(stream));
+          },
+          py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          "Once finished: what the stream is given from now on finds the targets on that device filled.")
+      .def_property_readonly("settled", &LoadJob::settled,
+                             "Whether no device writes to targets of the finished job any more.")
+      .def_property_readonly(
+          "devices", [](const LoadJob& self) { return self.plan().devices(); }, "Ordinals of those that have targets.")
       .def_property_readonly("bytes_needed", [](const LoadJob& self) { return self.plan().bytes_needed(); })
       .def_property_readonly("bytes_read", [](const LoadJob& self) { return self.plan().bytes_read(); })
       .def_property_readonly("chunk_count", [](const LoadJob& self) { return self.plan().chunks().size(); })

@@ -17,22 +17,18 @@ import numpy as np
 import torch
 
 from . import _native, tensors
-from .tensors import LocalShard
+from .tensors import HOST, LocalShard
 
 __all__ = [
-    "HOST",
     "Marked",
     "absence",
     "copy_of",
     "current_streams",
     "is_reached",
     "mark_streams",
-    "ordinal_of",
     "ordinals_of",
     "plain",
 ]
-
-HOST = -1  # in place of a device's ordinal
 
 
 def absence() -> str:
@@ -43,11 +39,6 @@ def absence() -> str:
 def is_reached(tensor: torch.Tensor) -> bool:
     """Whether jobs read and fill the tensor's memory on its device."""
     return tensor.is_cuda and not absence()
-
-
-def ordinal_of(tensor: torch.Tensor) -> int:
-    """Of the device whose memory jobs read or fill; HOST for all that torch takes to the host and back."""
-    return tensor.get_device() if is_reached(tensor) else HOST
 
 
 def ordinals_of(shards: Sequence[LocalShard]) -> Any:

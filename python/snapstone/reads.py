@@ -11,12 +11,14 @@ import torch
 from . import plan
 from .index import StoredTensor
 from .plan import Box
-from .tensors import Memory
+from .tensors import HOST, Memory
 
-__all__ = ["EVERY_CHUNK", "Part", "Reads", "SavedShard", "Window", "packed_strides", "view_of"]
+__all__ = ["ROW_COLUMNS", "EVERY_CHUNK", "Part", "Reads", "SavedShard", "Window", "packed_strides", "view_of"]
 
 Window = tuple[int, int]  # first chunk and count
-EVERY_CHUNK: Window = (0, (1 << 64) - 1)
+_WORD = (1 << 64) - 1
+EVERY_CHUNK: Window = (0, _WORD)
+ROW_COLUMNS = 9  # of a row of `Reads`
 
 
 class SavedShard(NamedTuple):
@@ -69,20 +71,31 @@ class Reads:
     converted: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (target, buffer read instead)
     masters: dict[tuple[str, Box], torch.Tensor] = field(default_factory=dict)  # what is read of them into one memory
 
-    def add_whole(self, shard: SavedShard, data_ptr: int, window: Window = EVERY_CHUNK) -> None:
-        self.rows.append((shard.table, *shard.stored.place, shard.stored.item.nbytes, data_ptr, *window))
+    def add_whole(self, shard: SavedShard, data_ptr: int, window: Window = EVERY_CHUNK, device: int = HOST) -> None:
+        place, nbytes = shard.stored.place, shard.stored.item.nbytes
+        self.rows.append((shard.table, *place, nbytes, data_ptr, *window, device & _WORD))
 
     def add(self, part: Part, memory: Memory, window: Window = EVERY_CHUNK) -> None:
         """With a window `memory` is where the whole part would go."""
         shard = part.shard
         if memory.stride_bytes is None and part.is_whole:
-            self.add_whole(shard, memory.data_ptr, window)
+            self.add_whole(shard, memory.data_ptr, window, memory.device)
             return
         stored = (shard.table, *shard.stored.place, shard.stored.item.nbytes)
         strides = memory.stride_bytes or packed_strides(memory.sizes, memory.item_bytes)
         sizes = shard.stored.item.sizes
         self.boxes.append(
-            (stored, memory.item_bytes, sizes, part.offsets, part.box.sizes, memory.data_ptr, strides, window)
+            (
+                stored,
+                memory.item_bytes,
+                sizes,
+                part.offsets,
+                part.box.sizes,
+                memory.data_ptr,
+                strides,
+                window,
+                memory.device,
+            )
         )
 
     def tables(self) -> list[int]:
@@ -91,7 +104,7 @@ class Reads:
     def arguments(self, tables: list[int]) -> tuple[Any, list[Any]]:
         """Rows and boxes in which tables are numbered by their place in `tables`."""
         number = {table: position for position, table in enumerate(tables)}
-        rows = np.array(self.rows, dtype=np.uint64).reshape(-1, 8)
+        rows = np.array(self.rows, dtype=np.uint64).reshape(-1, ROW_COLUMNS)
         if len(rows):
             rows[:, 0] = np.searchsorted(tables, rows[:, 0])
         return rows, [((number[box[0][0]], *box[0][1:]), *box[1:]) for box in self.boxes]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from . import _native, devices, state
+from . import _native, devices, state, tensors
 from .checkpoint import Checkpoint
 from .collective import Group
 from .config import SaveOptions
@@ -319,7 +319,7 @@ def prepare(device: str | torch.device = "cpu", nbytes: int | None = None) -> No
         raise ValueError(f"device={device!r}: staging memory is for tensors on cpu and cuda devices")
     if where.type == "cuda" and (why := devices.absence()):
         raise ValueError(f"device={device!r}: CUDA cannot be used: {why}; prepare for cpu instead")
-    ordinal = devices.HOST
+    ordinal = tensors.HOST
     if where.type == "cuda":
         ordinal = torch.cuda.current_device() if where.index is None else where.index
     options = SaveOptions.of()

@@ -44,7 +44,7 @@ class Sources:
         self._devices: list[int] = []
         self._nbytes = 0  # on devices
         if self.ordinals is not None:
-            on_device = self.ordinals != devices.HOST
+            on_device = self.ordinals != tensors.HOST
             self._devices = np.unique(self.ordinals[on_device]).tolist()
             self._nbytes = sum(self._shards[position].item.nbytes for position in np.flatnonzero(on_device))
             self._mark = devices.mark_streams(self._devices)

@@ -115,6 +115,7 @@ class FakeDriver:
             ("stream", handle, [number]),
             ("enqueue_write", number, [number, handle, size, handle, size]),
             ("enqueue_fill", number, [number, handle, size, number, size]),
+            ("enqueue_copy", number, [number, handle, *[size] * 6]),
             ("enqueue_delay", number, [number, handle, size]),
             ("host_access", number, [handle, size, number]),
             ("capture", number, [number, handle, number]),
@@ -162,6 +163,11 @@ class FakeDriver:
 
     def enqueue_fill(self, address: int, byte: int, nbytes: int, *, stream: int | None = None, device: int = 0) -> None:
         self._done(self.library.fakecuda_enqueue_fill(device, stream, address, byte, nbytes))
+
+    def enqueue_copy(
+        self, target: int, source: int, nbytes: int, *, stream: int | None = None, device: int = 0
+    ) -> None:
+        self._done(self.library.fakecuda_enqueue_copy(device, stream, target, source, nbytes, 1, nbytes, nbytes))
 
     def enqueue_delay(self, seconds: float, *, stream: int | None = None, device: int = 0) -> None:
         """Work of the training that takes this long and touches nothing."""

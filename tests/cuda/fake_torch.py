@@ -14,6 +14,7 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,14 +29,6 @@ _CUDA = "CUDA"
 _DLPACK_CUDA = 2
 _DLPACK_INTEGER = 0
 _DLPACK_COMPLEX = 5
-
-# Operations that torch has in one form for all backends, which asks for a device guard that this torch lacks.
-_GUARDED = (
-    "add.Tensor add_.Tensor add.Scalar add_.Scalar sub.Tensor sub_.Tensor mul.Tensor mul_.Tensor mul.Scalar mul_.Scalar"
-    " div.Tensor div_.Tensor div.Scalar div_.Scalar addcmul addcmul_ addcdiv addcdiv_ lerp.Scalar lerp_.Scalar"
-    " lerp.Tensor lerp_.Tensor sqrt sqrt_ neg neg_ pow.Tensor_Scalar pow_.Scalar maximum reciprocal reciprocal_ eq.Tensor"
-    " eq.Scalar ne.Tensor all any max min sum mean.dim cat index.Tensor"
-).split()
 
 
 class _DlpackDevice(ctypes.Structure):
@@ -410,7 +403,7 @@ def _computed(op: Any, *args: Any, **kwargs: Any) -> Any:
         return torch.device("cpu") if isinstance(value, torch.device) else value
 
     host_args, host_kwargs = tree_map(to_host, (args, kwargs))
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)):
+    with torch.no_grad():
         result = op(*host_args, **host_kwargs)
     schema = op._schema.arguments
     given = [*zip(schema, args, strict=False), *((one, kwargs[one.name]) for one in schema if one.name in kwargs)]
@@ -454,14 +447,18 @@ def install() -> None:
         ("equal", _equal),
     ):
         aten.impl(name, function, _CUDA)
-    for name in _GUARDED:
-        packet, _, overload = name.partition(".")
-        op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    _register_guard()
 
-        def compute(*args: Any, _op: Any = op, **kwargs: Any) -> Any:
-            return _computed(_op, *args, **kwargs)
 
-        aten.impl(name, compute, _CUDA)
+def _register_guard() -> None:
+    """Operations that torch has in one form for all backends switch to the device of their tensors. This torch has
+    nothing to do that with for CUDA; what it has for the host, which does nothing, does for the fake.
+    """
+    registry = (ctypes.c_void_p * 2).in_dll(
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so")), "_ZN3c104impl26device_guard_impl_registryE"
+    )
+    cpu, cuda = 0, 1  # c10::DeviceType
+    registry[cuda] = registry[cpu]
 
 
 def patch(monkeypatch: pytest.MonkeyPatch) -> None:
