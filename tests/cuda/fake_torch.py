@@ -301,11 +301,11 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, device: Any = N
 def _as_strided(self: torch.Tensor, size: Any, stride: Any, storage_offset: int | None = None) -> torch.Tensor:
     at = self.storage_offset() if storage_offset is None else storage_offset
     address = self.data_ptr() + (at - self.storage_offset()) * self.dtype.itemsize
-    ordinal = _ordinal(self.device)
-    if 0 in size:
-        return _tensor(None, 0, self.dtype, size, stride, ordinal)  # type: ignore[no-any-return]
     with _lock:
-        return _tensor(_block_at(address), address, self.dtype, size, stride, ordinal)  # type: ignore[no-any-return]
+        block = None if 0 in size else _block_at(address)
+        view = _tensor(block, address if block else 0, self.dtype, size, stride, _ordinal(self.device))
+    view = torch._conj(view) if self.is_conj() else view
+    return torch._neg_view(view) if self.is_neg() else view
 
 
 def _view(self: torch.Tensor, size: Any) -> torch.Tensor:
