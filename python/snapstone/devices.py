@@ -28,6 +28,7 @@ __all__ = [
     "mark_streams",
     "ordinals_of",
     "plain",
+    "refuse_capture",
 ]
 
 
@@ -76,6 +77,18 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
 def current_streams(ordinals: Iterable[int]) -> dict[int, int]:
     """By ordinal the handle of this thread's current stream."""
     return {ordinal: torch.cuda.current_stream(ordinal).cuda_stream for ordinal in ordinals}
+
+
+def refuse_capture() -> None:
+    """Before anything is enqueued for a save.
+
+    Raises:
+        RuntimeError: the current stream is being captured into a CUDA graph, so that nothing of the save would happen.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a stream that is being captured into a CUDA graph cannot be saved from; save before or after the capture"
+        )
 
 
 def mark_streams(ordinals: Iterable[int]) -> Any:

@@ -208,6 +208,7 @@ def _snapshot(writer: Writer, optimizers: OptimizerFence, state_dict: StateDict)
 
     def make() -> state.Flattened:
         nonlocal snapshot
+        devices.refuse_capture()
         snapshot = optimizers.snapshot(state_dict)
         return snapshot if isinstance(snapshot, state.Flattened) else state.Flattened()
 

@@ -285,6 +285,8 @@ class Writer:
         except CancelledError:
             raise self._cancelled() if self._state == "cancelled" else self._too_late() from None
         except CheckpointError:
+            if not self.deadline.expired:
+                raise
             raise self._too_late() from None
 
     # Vote and commit --------------------------------------------------------------------------------------------------

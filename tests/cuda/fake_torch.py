@@ -327,9 +327,12 @@ def _runs(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
         yield offset, run
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    """Of a tensor of the host, its elements in row-major order."""
-    flat = tensor.contiguous().reshape(-1)
+def _bytes(tensor: torch.Tensor, like: torch.Tensor | None = None) -> bytes:
+    """Of a tensor of the host, its elements in row-major order, as the memory of `like` holds them."""
+    if like is not None:
+        tensor = tensor.conj() if like.is_conj() else tensor
+        tensor = -tensor if like.is_neg() else tensor
+    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
     return bytes(ctypes.string_at(flat.data_ptr(), flat.numel() * flat.dtype.itemsize)) if flat.numel() else b""
 
 
@@ -351,7 +354,8 @@ def _read(source: torch.Tensor) -> torch.Tensor:
     result = torch.empty(source.shape, dtype=source.dtype)
     if data:
         ctypes.memmove(result.data_ptr(), data, len(data))
-    return result
+    result = torch._conj(result) if source.is_conj() else result
+    return torch._neg_view(result) if source.is_neg() else result
 
 
 def _copy_(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -362,7 +366,7 @@ def _copy_(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False)
     on_host = _read(source) if source.is_cuda else source
     if not self.is_cuda:
         return self.copy_(on_host)
-    _write(self, _bytes(on_host.resolve_conj().resolve_neg().to(self.dtype).expand(self.shape)))
+    _write(self, _bytes(on_host.to(self.dtype).expand(self.shape), self))
     return self
 
 
@@ -381,7 +385,7 @@ def _copy_on_device(target: torch.Tensor, source: torch.Tensor) -> None:
 
 def _fill_(self: torch.Tensor, value: Any) -> torch.Tensor:
     value = value.item() if isinstance(value, torch.Tensor) else value
-    _write(self, _bytes(torch.full(self.shape, value, dtype=self.dtype)))
+    _write(self, _bytes(torch.full(self.shape, value, dtype=self.dtype), self))
     return self
 
 
@@ -410,7 +414,10 @@ def _computed(op: Any, *args: Any, **kwargs: Any) -> Any:
     changed = [value for one, value in given if one.alias_info is not None and one.alias_info.is_write]
     for tensor in tree_leaves(changed):
         if id(tensor) in found:
-            _write(tensor, _bytes(found[id(tensor)][1]))
+            changed_copy = found[id(tensor)][1]
+            if changed_copy.shape != tensor.shape:
+                raise NotImplementedError(f"{op}: no tensor of the fake's grows; make it on the host, and move it")
+            _write(tensor, _bytes(changed_copy, tensor))
     originals = {id(on_host): tensor for tensor, on_host in found.values()}
     device = next((tensor.device for tensor, _ in found.values()), kwargs.get("device"))
 
@@ -465,6 +472,13 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.cuda is the fake's, until the test ends."""
     runtime = _Runtime.of()
 
+    def is_current_stream_capturing() -> bool:
+        status = ctypes.c_int()
+        with runtime.context(runtime.device):
+            handle = runtime.current_stream().handle
+            runtime.call("cuStreamIsCapturing", ctypes.c_void_p(handle), ctypes.byref(status))
+        return status.value != 0
+
     def synchronize(device: Any = None) -> None:
         runtime.driver.drain()
 
@@ -476,6 +490,7 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
         ("device_count", lambda: 2),
         ("current_device", lambda: runtime.device),
         ("current_stream", runtime.current_stream),
+        ("is_current_stream_capturing", is_current_stream_capturing),
         ("stream", runtime.use_stream),
         ("device", runtime.use_device),
         ("synchronize", synchronize),

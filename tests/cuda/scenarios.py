@@ -81,7 +81,7 @@ def save_behind_a_step(device: Devices, path: Path) -> None:
     matrix = numbers(128).float().reshape(16, 8).t()
     optimizer = adamw(device.cuda)
     optimizer.add_param_group({"params": [transposed]})
-    state = {**state_of(optimizer, torch.arange(100.0, device=device.cuda)), "transposed": transposed}
+    state = {**state_of(optimizer, torch.arange(100.0).to(device.cuda)), "transposed": transposed}
     expected = host_copy(device, state)
     device.delay(0.005)
     transposed.detach().copy_(matrix)
