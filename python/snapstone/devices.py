@@ -9,6 +9,8 @@ Where the driver cannot be used (`absence`), torch copies tensors to the host an
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -32,9 +34,13 @@ __all__ = [
 ]
 
 
+@functools.cache
 def absence() -> str:
     """Why jobs cannot reach CUDA memory; empty when they can. Asked only by those who have a CUDA tensor."""
     return str(_native.cuda_absence())
+
+
+os.register_at_fork(after_in_child=absence.cache_clear)
 
 
 def is_reached(tensor: torch.Tensor) -> bool:

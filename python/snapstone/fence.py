@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from . import _native, devices, state, tensors
+from .errors import CudaError
 
 __all__ = ["Fence", "Held", "OptimizerFence"]
 
@@ -57,7 +58,10 @@ def _hold(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for held in _held.get(optimizer, ()):
         if not held.staged.done():
             wait_for_futures([held.enqueued])
-            held.fence()
+            try:
+                held.fence()
+            except CudaError:  # the streams do not wait, so the host does
+                wait_for_futures([held.staged])
 
 
 class OptimizerFence:

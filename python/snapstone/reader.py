@@ -144,6 +144,7 @@ class Reader:
         if trace is not None:
             trace.add_job(job)
         return {
+            **({"devices": job.devices} if job.devices else {}),
             "rung": self.rung,
             "bytes_read": job.bytes_read,
             "bytes_needed": job.bytes_needed,

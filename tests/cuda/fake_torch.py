@@ -199,15 +199,15 @@ class _Runtime:
 
     _only: _Runtime | None = None
 
-    def __init__(self) -> None:
-        self.driver = FakeDriver()
+    def __init__(self, driver: FakeDriver | None) -> None:
+        self.driver = driver or FakeDriver()
         self._contexts: dict[int, Any] = {}
         self._local = threading.local()
 
     @classmethod
-    def of(cls) -> _Runtime:
+    def of(cls, driver: FakeDriver | None = None) -> _Runtime:
         if cls._only is None:
-            cls._only = cls()
+            cls._only = cls(driver)
         return cls._only
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -468,9 +468,9 @@ def _register_guard() -> None:
     registry[cuda] = registry[cpu]
 
 
-def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+def patch(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver | None = None) -> None:
     """torch.cuda is the fake's, until the test ends."""
-    runtime = _Runtime.of()
+    runtime = _Runtime.of(driver)
 
     def is_current_stream_capturing() -> bool:
         status = ctypes.c_int()

@@ -108,7 +108,7 @@ def test_a_disk_that_is_full_while_copies_are_under_way(device: Devices, tmp_pat
 
 def test_a_cancelled_save_lets_go_of_devices(device: Devices, tmp_path: Path) -> None:
     state, host = model(device.cuda)
-    ss.prepare(device.cuda)
+    ss.prepare(device.cuda, 16 << 20)
     device.delay(0.2)
     handle = ss.async_save(state, checkpoint_id=tmp_path / "c")
     assert handle.cancel()
