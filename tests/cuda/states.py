@@ -18,6 +18,7 @@ __all__ = [
     "adamw",
     "assert_same",
     "assert_saved",
+    "bits",
     "crowd",
     "host_copy",
     "model",
@@ -70,7 +71,7 @@ def scribble(state: Tensors) -> None:
             tensor.fill_(1)
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -78,7 +79,7 @@ def assert_saved(path: Path, host: Tensors) -> None:
     saved = ss.Checkpoint.open(path).load_tensors()
     assert saved.keys() == host.keys()
     for name, tensor in host.items():
-        assert torch.equal(_bits(saved[name]), _bits(tensor)), name
+        assert torch.equal(bits(saved[name]), bits(tensor)), name
 
 
 def adamw(device: torch.device, count: int = 4, nbytes: int = 64 * KIB) -> torch.optim.Optimizer:

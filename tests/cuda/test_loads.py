@@ -9,7 +9,7 @@ import torch
 
 import snapstone as ss
 from cuda.device import Devices
-from cuda.states import KIB, MIB, Tensors, adamw, assert_same, host_copy, model, numbers, state_of
+from cuda.states import KIB, MIB, Tensors, adamw, assert_same, bits, host_copy, model, numbers, state_of
 from snapstone import CorruptCheckpointError
 
 
@@ -20,8 +20,7 @@ def blank(state: Tensors) -> Tensors:
 
 def assert_loaded(device: Devices, state: Tensors, host: Tensors) -> None:
     for name, tensor in host.items():
-        loaded = device.on_host(state[name])
-        assert torch.equal(loaded.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+        assert torch.equal(bits(device.on_host(state[name])), bits(tensor)), name
 
 
 @pytest.mark.parametrize("codec", [None, "zstd"])

@@ -27,7 +27,7 @@ import snapstone as ss
 from cuda import fake_torch
 from cuda.device import FakeDevices
 from cuda.fake_driver import FakeDriver
-from cuda.states import MIB, assert_saved, model, scribble
+from cuda.states import MIB, assert_saved, bits, model, scribble
 from snapstone import _native
 
 path = Path(sys.argv[1])
@@ -49,7 +49,7 @@ stats = handle.stats
 targets = {{name: torch.empty_like(tensor) for name, tensor in state.items()}}
 loaded = ss.load(targets, checkpoint_id=path)
 for name, tensor in host.items():
-    assert torch.equal(device.on_host(targets[name]), tensor), name
+    assert torch.equal(bits(device.on_host(targets[name])), bits(tensor)), name
 """
 )
 
