@@ -17,9 +17,9 @@ setup:  ## .venv/ with pinned packages and the extension built; does only what i
 
 build: setup  ## the same: the extension, rebuilt where csrc changed
 
-test: setup  ## native tests, then the whole Python suite (about ten minutes on 2 cores; stopped when it hangs)
+test: setup  ## native tests, then the whole Python suite (about twenty minutes on 2 cores; stopped when it hangs)
 	@tools/native_tests.sh
-	@timeout --signal=INT --kill-after=30 2400 $(PYTHON_BIN)/python -m pytest $(PYTEST_ARGS)
+	@timeout --signal=INT --kill-after=30 4500 $(PYTHON_BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-native: setup  ## native tests alone
 	@tools/native_tests.sh

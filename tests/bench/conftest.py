@@ -18,7 +18,7 @@ import pytest
 import snapstone
 
 Bench = Callable[..., "subprocess.CompletedProcess[str]"]
-LIMIT_SECONDS = 110
+LIMIT_SECONDS = 240  # for machines that are busy with other things; alone the longest takes 40 s
 
 
 def measure(

@@ -20,6 +20,8 @@ from snapstone.bench.engines import Engine, engine_class
 from snapstone.bench.engines.moonclip import Moonclip
 from snapstone.bench.results import EngineResult
 
+pytestmark = pytest.mark.timeout(300)  # LIMIT_SECONDS of conftest.py, and what starts and ends
+
 NAMES = ("moonclip", "moonclip-raw", "orbax", "bytecheckpoint")
 SHIMMED = "nvidia-resiliency-on-cpu"
 

@@ -17,6 +17,8 @@ from snapstone.bench import results
 from snapstone.bench.engines import NAMES, engine_class
 from snapstone.bench.results import LEDGER_ROWS, Cadence, Document, EngineResult
 
+pytestmark = pytest.mark.timeout(300)  # LIMIT_SECONDS of conftest.py, and what starts and ends
+
 PLANTED = {
     "calls": "SleepsInCall",
     "fences": "SleepsInFence",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from distributed.ranks import run_ranks, values
+from snapstone.bench.optimizer import ByteStep
 
 SEED = 5
 
@@ -68,3 +70,15 @@ def test_a_layout_that_does_not_fit_is_refused_with_the_numbers(world: int, fsdp
 
     with pytest.raises(ValueError, match=message):
         Layout.of(world, fsdp, tp, key_heads=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_state_comes_back_for_as_long_as_saves_are_compared(dtype: torch.dtype) -> None:
+    parameter = torch.nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(SEED)).to(dtype))
+    optimizer = ByteStep([parameter], "bf16" if dtype == torch.bfloat16 else "fp32")
+    seen = []
+    for _ in range(128):
+        seen.append(parameter.detach().view(torch.int16).numpy().tobytes())
+        assert parameter.detach().isfinite().all()
+        optimizer.step()
+    assert len(set(seen)) == 128

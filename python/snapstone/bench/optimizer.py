@@ -10,6 +10,8 @@ from torch import Tensor
 
 __all__ = ["ByteStep", "MasterAdamW", "local"]
 
+_STATES = 128  # as many as bfloat16 has mantissas
+
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of `tensor`."""
@@ -50,7 +52,8 @@ class MasterAdamW(torch.optim.Optimizer):
 class ByteStep(torch.optim.Optimizer):
     """Owns the tensors of a state that nobody trains; a step flips low bits of every element, in place.
 
-    Only bits of the mantissa change, so numbers stay finite, and two steps that follow each other flip different ones.
+    Only bits of the mantissa change, so numbers stay finite. What was flipped since the beginning counts the steps, so
+    no state comes back within 128 of them: an engine that compares saves never finds one unchanged.
     """
 
     def __init__(self, parameters: Iterable[Tensor], precision: str) -> None:
@@ -67,7 +70,7 @@ class ByteStep(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         self._count += 1
-        mask = 1 + self._count % 7
+        mask = (self._count ^ (self._count - 1)) % _STATES
         for parameter in self.param_groups[0]["params"]:
             _flip(parameter, mask)
             for name, tensor in self.state[parameter].items():

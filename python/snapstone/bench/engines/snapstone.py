@@ -61,9 +61,9 @@ class SnapstoneDelta(Snapstone):
         _FENCE,
         _BUDGET,
         {"name": "base", "value": "auto", "why": "chunks that did not change are linked and not written again"},
-        {"name": "codec", "value": "xor-zstd", "why": "those that did are stored as differences where that is smaller"},
+        {"name": "codec", "value": "none", "why": "compression takes cores that training wants"},
     )
-    more: ClassVar[Mapping[str, Any]] = {"base": "auto", "codec": "xor-zstd"}
+    more: ClassVar[Mapping[str, Any]] = {"base": "auto"}
 
 
 class SnapstoneDcp(Engine):
