@@ -8,9 +8,11 @@
 namespace snapstone::pipeline {
 
 struct DeviceOptions {
-  std::uint64_t dma_bytes = 32 << 20;  // the most that one copy moves: the trainer's own copies queue up behind it
-  double dma_gbps = 0;                 // copy at most 1e9 times as many bytes per second and job; 0: no limit
-  bool digests = true;                 // on the device where there are kernels, else on the host
+  std::uint64_t dma_bytes = 32 << 20;      // the most that one copy moves: the trainer's own copies queue up behind it
+  std::uint64_t batch_bytes = 64 << 20;    // behind which an event tells lanes: 1.2 ms of PCIe 5.0
+  std::uint64_t scratch_bytes = 64 << 20;  // of device memory, to gather small tensors in; at least one chunk
+  double dma_gbps = 0;                     // copy at most 1e9 times as many bytes per second and job; 0: no limit
+  bool digests = true;                     // on the device where there are kernels, else on the host
   // What finds no slots is copied within the device, into this share of the memory that is free there.
   double overflow_fraction = 0;
   // With a base: learn first which chunks changed, and copy only those. The snapshot takes a little longer to begin.

@@ -13,7 +13,6 @@
 namespace snapstone::pipeline {
 namespace {
 
-constexpr std::uint64_t kScratchBytes = 64 << 20;
 constexpr std::uint64_t kScratchAlignBytes = 256;
 constexpr std::uint64_t kDigestBytes = sizeof(codec::Digest);
 constexpr std::chrono::microseconds kDrainPoll{50};
@@ -109,7 +108,7 @@ std::vector<std::uint32_t> DeviceQueue::plan_groups() {
     nbytes += aligned(raw_bytes(position));
   }
   if (packed.empty()) return packed;
-  std::uint64_t scratch_bytes = std::min(nbytes, kScratchBytes);
+  std::uint64_t scratch_bytes = std::min(nbytes, std::max(options_.scratch_bytes, aligned(layout_.chunk_bytes)));
   if (nbytes > scratch_bytes && options_.overflow_fraction > 0 &&
       static_cast<double>(nbytes) <= options_.overflow_fraction * static_cast<double>(free_bytes())) {
     scratch_bytes = nbytes;  // one group: the snapshot of all packed chunks is taken at once

@@ -81,11 +81,13 @@ DeviceStage::Claim DeviceStage::claim(std::uint32_t position) {
   return digests_known_ && within_rate() ? Claim::kNeedsSlot : Claim::kNotYet;
 }
 
-void DeviceStage::provide(std::uint32_t position, mem::Slot& spare) {
+bool DeviceStage::provide(std::uint32_t position, mem::Slot& spare, const std::function<bool()>& claimed) {
   const std::lock_guard lock(mutex_);
-  if (position < cursor_ || closed_ || torn_) return;
+  if (closed_ || torn_ || !claimed()) return false;
+  if (position < cursor_) return true;
   enqueue_batch(&spare, 0);
   note_reads();
+  return true;
 }
 
 std::optional<DeviceStage::Taken> DeviceStage::take(std::uint32_t position, LaneBooks& books) {

@@ -76,8 +76,9 @@ class DeviceStage {
   // kernels, for the next save: this one does without those that were not loaded when it was enqueued.
   void enter();
   Claim claim(std::uint32_t position);
-  // For a chunk that its lane has claimed with a slot at hand; `spare` keeps it if the chunk got one meanwhile.
-  void provide(std::uint32_t position, mem::Slot& spare);
+  // Claims the next chunk with `claimed`, which says whether this lane was the one, and gives it the slot in `spare`,
+  // unless it got one meanwhile. In one step: another lane that claims the chunk after it finds the cursor there.
+  bool provide(std::uint32_t position, mem::Slot& spare, const std::function<bool()>& claimed);
   // Of a claimed chunk, once its bytes are in the slot.
   std::optional<Taken> take(std::uint32_t position, LaneBooks& books);
   // Enqueues what can be; never waits.

@@ -10,7 +10,6 @@
 namespace snapstone::pipeline {
 namespace {
 
-constexpr std::uint64_t kBatchBytes = 64 << 20;  // 1.2 ms of PCIe 5.0: so late does a writer hear of its first slot
 constexpr std::uint64_t kOverflowUnitBytes = 256 << 20;  // device memory is given back in pieces of this size
 constexpr std::uint64_t kFreeSlots = 16;  // for claimed chunks, in a ring that has plenty: to keep a disk busy
 
@@ -92,7 +91,7 @@ void DeviceStage::fill(Batch& batch, mem::Slot* spare, std::uint64_t leave) {
   copies_.clear();
   std::uint64_t nbytes = 0;
   const auto more = [&] {
-    return !all_enqueued() && nbytes < kBatchBytes && plan_.chunks[cursor_].device == device &&
+    return !all_enqueued() && nbytes < options_.batch_bytes && plan_.chunks[cursor_].device == device &&
            !plan_.chunks[cursor_].shared;
   };
   while (more()) {

@@ -153,14 +153,17 @@ class SaveJob::LaneRun {
       not_yet_ = state == DeviceStage::Claim::kNotYet;
       if (not_yet_) return false;
     }
-    if (state == DeviceStage::Claim::kNeedsSlot && !spare_) spare_ = job_.ring_->try_acquire();
-    if (state == DeviceStage::Claim::kNeedsSlot && !spare_) return false;
-    if (!job_.next_chunk_.compare_exchange_strong(claim, claim + 1)) return true;
+    const bool needs_slot = state == DeviceStage::Claim::kNeedsSlot;
+    if (needs_slot && !spare_) spare_ = job_.ring_->try_acquire();
+    if (needs_slot && !spare_) return false;
+    const auto claimed = [&] { return job_.next_chunk_.compare_exchange_strong(claim, claim + 1); };
     if (on_device) {
-      coming_.push_back(chunk);
-      if (state == DeviceStage::Claim::kNeedsSlot) job_.device_->provide(job_.device_->position(chunk), spare_);
+      const bool got_it =
+          needs_slot ? job_.device_->provide(job_.device_->position(chunk), spare_, claimed) : claimed();
+      if (got_it) coming_.push_back(chunk);
       return true;
     }
+    if (!claimed()) return true;
     last_was_same_ = !job_.stage(chunk, spare_.data(), last_was_same_, books_);
     if (!last_was_same_) hold(chunk, std::move(spare_));
     return true;

@@ -63,6 +63,7 @@ class SaveJob : public Job {
   // True also when the job ended before all was staged: then finished() is true.
   bool wait_staged(std::chrono::milliseconds timeout);
   bool staged() const noexcept { return host_staged() && (!device_ || device_->sources_free()); }
+  std::uint64_t bytes_staged() const noexcept { return bytes_staged_.load(std::memory_order_relaxed); }  // of tensors
 
   // With sources on devices, before the start: enqueues as much as there are slots for, and does not wait. What goes
   // wrong fails the job.
@@ -76,7 +77,6 @@ class SaveJob : public Job {
   bool device_drained() const noexcept { return !device_ || device_->drained(); }  // after finished()
   DeviceStats device_stats() const { return device_ ? device_->stats() : DeviceStats{}; }
 
-  std::uint64_t bytes_staged() const noexcept { return bytes_staged_.load(std::memory_order_relaxed); }  // of tensors
   // After finished(): the records of the layout's chunks, then those that they refer to.
   const std::vector<format::ChunkRecord>& chunk_table() const { return table_; }
   // By chunk of the layout, 0 for those that were not encoded; empty when not compressing.
@@ -100,12 +100,12 @@ class SaveJob : public Job {
   void order_claims();
   // False when the base has the chunk. `expect_same`: try the digest alone before making the copy.
   bool stage(std::uint64_t chunk, std::uint8_t* slot, bool expect_same, LaneBooks& books);
+  // The same for a chunk whose bytes came from a device.
+  bool stage_from_device(std::uint64_t chunk, const DeviceStage::Taken& taken, LaneBooks& books);
   void copy_chunk(std::uint64_t chunk, std::uint8_t* slot, format::ChunkRecord& record, LaneBooks& books);
   const std::uint8_t* contiguous_source(std::uint64_t chunk) const;  // nullptr: it has to be gathered
   std::uint64_t payload_bytes(std::uint64_t chunk) const;            // of tensors, without alignment gaps
   void gather_pieces(std::uint64_t chunk, std::uint8_t* slot) const;
-  // The same for a chunk whose bytes came from a device.
-  bool stage_from_device(std::uint64_t chunk, const DeviceStage::Taken& taken, LaneBooks& books);
   void settle(std::uint64_t chunk, const format::ChunkRecord& record, bool same);
   void announce_staging();
   // Encodes in place; returns the bytes to store.
@@ -131,8 +131,8 @@ class SaveJob : public Job {
   std::atomic<std::uint64_t> next_chunk_{0};
   std::atomic<std::uint64_t> chunks_staged_{0};  // of those without bytes on a device
   std::atomic<std::uint64_t> bytes_staged_{0};
-  std::atomic<int> announced_staging_{0};        // 1: snapshot_enqueued(), 2: staged()
-  std::atomic<unsigned> writing_{0};             // requests of all lanes in the kernel
+  std::atomic<int> announced_staging_{0};  // 1: snapshot_enqueued(), 2: staged()
+  std::atomic<unsigned> writing_{0};       // requests of all lanes in the kernel
   // Guarded by mutex_:
   std::vector<std::int64_t> announced_;  // by chunk: bytes in the file, or kUnknown
   std::uint64_t next_place_ = 0;         // the first chunk without a place

@@ -13,6 +13,7 @@ __all__: list[str] = [
     "CHUNK_BYTES_DEFAULT",
     "CHUNK_BYTES_MAX",
     "ChunkRecords",
+    "CudaMark",
     "INDEX_HEADER_BYTES_MAX",
     "Layout",
     "LoadJob",
@@ -88,6 +89,20 @@ class Staging:
     @property
     def save_id(self) -> str: ...
 
+class CudaMark:
+    """
+    A place in the streams that produce what is saved; see csrc/pipeline/producer_mark.h.
+    """
+    def __init__(
+        self,
+        streams: collections.abc.Mapping[
+            typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex
+        ],
+    ) -> None:
+        """
+        {ordinal: handle of the stream}
+        """
+
 class Layout:
     """
     Where each tensor's bytes go; see csrc/format/layout.h.
@@ -149,15 +164,34 @@ class SaveJob:
             collections.abc.Sequence[tuple[str, str]],
         ]
         | None = None,
+        devices: typing.Annotated[numpy.typing.ArrayLike, numpy.int32] | None = None,
+        device_options: tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsFloat | typing.SupportsIndex,
+            bool,
+            typing.SupportsFloat | typing.SupportsIndex,
+            bool,
+        ] = (33554432, 0.0, True, 0.0, False),
     ) -> None: ...
     def cancel(self) -> None: ...
     def chunk_table(self) -> bytes:
         """
         The records of the layout's chunks, then the reference records that these need.
         """
+    def device_stats(self) -> dict: ...
     def encode_us(self) -> numpy.typing.NDArray[numpy.uint32]:
         """
         uint32 array: by chunk of the layout the microseconds of encoding it, 0 if it was not; empty without a codec
+        """
+    def enqueue(self, mark: CudaMark) -> None:
+        """
+        With sources on devices, before start(): enqueues their copies behind the mark, and does not wait.
+        """
+    def fence(
+        self, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        Once snapshot_enqueued: what the stream is given from now on may change sources on that device.
         """
     def rethrow(self) -> None:
         """
@@ -170,17 +204,28 @@ class SaveJob:
         """
         True when the job has ended within `seconds`.
         """
+    def wait_snapshot(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool:
+        """
+        True when everything that reads sources has been enqueued within `seconds`, or the job has ended.
+        """
     def wait_staged(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool: ...
     @property
     def bytes_done(self) -> int: ...
     @property
     def bytes_staged(self) -> int: ...
     @property
+    def device_drained(self) -> bool:
+        """
+        Whether an ended job is known to read no memory of devices any more.
+        """
+    @property
     def direct(self) -> bool: ...
     @property
     def file_bytes(self) -> int: ...
     @property
     def finished(self) -> bool: ...
+    @property
+    def snapshot_enqueued(self) -> bool: ...
     @property
     def staged(self) -> bool: ...
     @property
@@ -339,8 +384,14 @@ def reap(parent: str) -> list[str]:
     """
 
 def reserve(
-    slot_bytes: typing.SupportsInt | typing.SupportsIndex, slots: typing.SupportsInt | typing.SupportsIndex
-) -> None: ...
+    slot_bytes: typing.SupportsInt | typing.SupportsIndex,
+    slots: typing.SupportsInt | typing.SupportsIndex,
+    device: typing.SupportsInt | typing.SupportsIndex = -1,
+) -> None:
+    """
+    Makes staging memory; with the ordinal of a device, near it and ready for its copies.
+    """
+
 def ring_facts() -> dict: ...
 def scatter_pieces(
     pieces: collections.abc.Sequence[

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstring>
 #include <limits>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -40,6 +41,23 @@ TEST(MappedMemory, every_page_is_resident_before_first_use) {
     for (std::size_t i = 0; i < resident.size(); ++i) {
       ASSERT_EQ(resident[i] & 1, 1) << "page " << i;
     }
+  }
+}
+
+TEST(MappedMemory, large_memory_is_resident_too_and_refused_as_a_whole) {
+  {
+    const ArmedFaults faults("");
+    const MappedMemory memory(70ull << 20);
+    EXPECT_GE(fault::seen("madvise"), std::min(2u, std::thread::hardware_concurrency())) << "one thread did it all";
+    std::vector<unsigned char> resident(memory.nbytes() / kPageBytes);
+    ASSERT_EQ(::mincore(memory.data(), memory.nbytes(), resident.data()), 0);
+    for (std::size_t i = 0; i < resident.size(); ++i) {
+      ASSERT_EQ(resident[i] & 1, 1) << "page " << i;
+    }
+  }
+  const ArmedFaults faults("madvise:2:errno=ENOMEM");
+  if (std::thread::hardware_concurrency() > 1) {
+    EXPECT_EQ(errno_of([] { MappedMemory(70ull << 20); }), ENOMEM);
   }
 }
 

@@ -21,6 +21,9 @@ class DeviceOrder : public DeviceTest {
   void save_once(std::uint64_t seed) {
     random_.seed(seed);
     options_.device.overflow_fraction = seed % 3 == 0 ? 0.5 : 0;
+    options_.device.batch_bytes = (1 + seed % 6) * kTestChunkBytes;
+    options_.device.dma_bytes = (1 + seed % 4) * kTestChunkBytes;
+    options_.device.scratch_bytes = (1 + seed % 5) * kTestChunkBytes;
     DeviceTensors state = tensors(mixed((4 + seed % 30) * kTestChunkBytes + seed % 5000));
     const auto job = device_job(state, "a" + std::to_string(seed));
     save_behind_fence(state, job);
