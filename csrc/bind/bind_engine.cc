@@ -142,7 +142,6 @@ void bind_engine(py::module_& module) {
       [](const std::string& kind, const std::string& name) { return fault::skipped(kind.c_str(), name.c_str()); },
       py::arg("kind"), py::arg("name"), "Whether the step `kind`/`name` is to be left out.");
   module.def("fault_seen", &fault::seen, py::arg("call"));
-  module.def("fault_seen_names", &fault::seen_names, "Of all calls and steps since fault_arm, sorted.");
   module.def("fault_seen_names", &fault::seen_names, "Calls and steps seen since fault_arm, sorted.");
 }
 

@@ -2,15 +2,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 
 #include "base/limits.h"
 #include "bind/bind.h"
-#include "cuda/device.h"
 #include "format/chunk_table.h"
 #include "mem/board.h"
 #include "os/directory.h"
-#include "os/memory.h"
 #include "pipeline/engine.h"
 #include "pipeline/load_job.h"
 
@@ -43,17 +42,21 @@ using FileArguments = std::vector<std::tuple<std::string, std::string, std::uint
 // (first chunk, count) of the chunks to read
 using WindowArguments = std::pair<std::uint64_t, std::uint64_t>;
 // ((table, first_chunk, chunk_count, at, nbytes), item_bytes, shard_sizes, box_offsets, box_sizes, data_ptr,
-// stride_bytes, window, device)
+// stride_bytes, window)
 using ShardArguments = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
 using Sizes = std::vector<std::int64_t>;
-using BoxArguments = std::vector<
-    std::tuple<ShardArguments, std::int64_t, Sizes, Sizes, Sizes, std::uint64_t, Sizes, WindowArguments, std::int32_t>>;
+using BoxArguments =
+    std::vector<std::tuple<ShardArguments, std::int64_t, Sizes, Sizes, Sizes, std::uint64_t, Sizes, WindowArguments>>;
 // (address of the source, first and last byte of the tensor's string there, item_bytes, sizes, data_ptr, stride_bytes)
 using PieceArguments =
     std::vector<std::tuple<std::uint64_t, std::int64_t, std::int64_t, std::int64_t, Sizes, std::uint64_t, Sizes>>;
 
-// table, first_chunk, chunk_count, at, nbytes, data_ptr, window, device
-constexpr py::ssize_t kContiguousColumns = 9;
+// table, first_chunk, chunk_count, at, nbytes, data_ptr, window
+constexpr py::ssize_t kContiguousColumns = 8;
+
+using I32Array = py::array_t<std::int32_t, py::array::c_style>;
+// Ordinal by row of the contiguous targets, and by box; -1: on the host. None: all are.
+using DeviceTargets = std::optional<std::pair<I32Array, I32Array>>;
 
 pipeline::StoredShard make_shard(const ShardArguments& arguments) {
   const auto& [table, first_chunk, chunk_count, at, nbytes] = arguments;
@@ -68,23 +71,40 @@ LoadPlan make_plan(const TableArguments& table_arguments) {
   return LoadPlan(std::move(tables));
 }
 
-void add_targets(LoadPlan& plan, const U64Array& contiguous, const BoxArguments& boxes) {
-  if (contiguous.ndim() != 2 || contiguous.shape(1) != kContiguousColumns) {
-    throw std::invalid_argument("contiguous targets are rows of 9 numbers");
+// By number of the target; all on the host where there is no array.
+class Ordinals {
+ public:
+  Ordinals(const I32Array* ordinals, py::ssize_t count) : ordinals_(ordinals) {
+    if (ordinals != nullptr && ordinals->size() != count)
+      throw std::invalid_argument("one device per target is needed");
   }
+  std::int32_t operator[](py::ssize_t i) const { return ordinals_ != nullptr ? ordinals_->data()[i] : pipeline::kHost; }
+
+ private:
+  const I32Array* ordinals_;
+};
+
+void add_targets(LoadPlan& plan, const U64Array& contiguous, const BoxArguments& boxes, const DeviceTargets& devices) {
+  if (contiguous.ndim() != 2 || contiguous.shape(1) != kContiguousColumns) {
+    throw std::invalid_argument("contiguous targets are rows of 8 numbers");
+  }
+  const Ordinals of_row(devices ? &devices->first : nullptr, contiguous.shape(0));
   for (py::ssize_t i = 0; i < contiguous.shape(0); ++i) {
     const std::uint64_t* row = contiguous.data(i, 0);
     plan.add_contiguous({static_cast<std::uint32_t>(row[0]), row[1], row[2], row[3], row[4]},
-                        reinterpret_cast<std::uint8_t*>(row[5]), {row[6], row[7]}, static_cast<std::int32_t>(row[8]));
+                        reinterpret_cast<std::uint8_t*>(row[5]), {row[6], row[7]}, of_row[i]);
   }
-  for (const auto& [shard, item_bytes, shard_sizes, box_offsets, box_sizes, data, stride_bytes, window, device] :
-       boxes) {
+  const Ordinals of_box(devices ? &devices->second : nullptr, static_cast<py::ssize_t>(boxes.size()));
+  py::ssize_t box = 0;
+  for (const auto& [shard, item_bytes, shard_sizes, box_offsets, box_sizes, data, stride_bytes, window] : boxes) {
     plan.add_box(
         make_shard(shard),
         {shard_sizes, box_offsets, {reinterpret_cast<std::uint8_t*>(data), item_bytes, box_sizes, stride_bytes}},
-        {window.first, window.second}, device);
+        {window.first, window.second}, of_box[box++]);
   }
 }
+
+cuda::StreamHandle handle(std::uintptr_t stream) { return reinterpret_cast<cuda::StreamHandle>(stream); }
 
 // Opens files by names of one component, or of two: a directory inside the checkpoint, which is never a link, and the
 // file. Neighbours share the directories.
@@ -136,14 +156,20 @@ std::vector<os::File> open_files(const FileArguments& arguments, const LoadPlan&
 
 std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileArguments& file_arguments,
                                        const U64Array& contiguous, const BoxArguments& boxes, const std::string& rung,
-                                       bool verify, bool scrub, std::uint64_t slots_max, bool trace) {
+                                       bool verify, bool scrub, std::uint64_t slots_max, bool trace,
+                                       const DeviceTargets& devices, bool device_digests) {
   LoadPlan plan = make_plan(tables);
-  const pipeline::LoadOptions options{io::rung_from_name(rung), verify, scrub, scrub, trace};
+  const pipeline::LoadOptions options{.rung = io::rung_from_name(rung),
+                                      .verify = verify,
+                                      .check_padding = scrub,
+                                      .collect_problems = scrub,
+                                      .trace = trace,
+                                      .landing = {.kernels = device_digests}};
   py::gil_scoped_release release;
   if (scrub) {
     plan.add_all_chunks();
   } else {
-    add_targets(plan, contiguous, boxes);
+    add_targets(plan, contiguous, boxes, devices);
   }
   plan.finish();
   std::vector<os::File> files = open_files(file_arguments, plan, io::rung_is_direct(options.rung));
@@ -151,7 +177,8 @@ std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileA
   const std::uint64_t slots_in_limit = std::min(slots_max, kLoadStagingBytesMax / slot_bytes);
   const std::uint64_t slots =
       std::clamp<std::uint64_t>(plan.requests().size(), 1, std::max<std::uint64_t>(slots_in_limit, 1));
-  const int numa_node = plan.devices().empty() ? os::kAnyNumaNode : cuda::Device::of(plan.devices()[0]).numa_node();
+  const int numa_node =
+      plan.devices().empty() ? os::kAnyNumaNode : cuda::Device::of(plan.devices().front()).numa_node();
   auto ring = pipeline::Engine::instance().ring(slot_bytes, slots, numa_node);
   return std::make_shared<LoadJob>(std::move(plan), std::move(files), std::move(ring), options);
 }
@@ -205,28 +232,26 @@ void bind_load(py::module_& module) {
   auto job = py::class_<LoadJob, std::shared_ptr<LoadJob>>(
       module, "LoadJob", "Chunks being read into memory; see csrc/pipeline/load_job.h.");
   job.def(py::init(&make_load_job), py::arg("tables"), py::arg("files"), py::arg("contiguous"), py::arg("boxes"),
-          py::arg("rung"), py::arg("verify"), py::arg("scrub"), py::arg("slots_max"), py::arg("trace"))
+          py::arg("rung"), py::arg("verify"), py::arg("scrub"), py::arg("slots_max"), py::arg("trace"),
+          py::arg("devices") = std::nullopt, py::arg("device_digests") = true)
       .def(
           "start", [](const std::shared_ptr<LoadJob>& self) { pipeline::Engine::instance().start(self); },
           py::call_guard<py::gil_scoped_release>())
       .def(
-          "mark",
-          [](LoadJob& self, std::int32_t device, std::uintptr_t stream) {
-            self.mark(device, reinterpret_cast<cuda::StreamHandle>(stream));
-          },
+          "mark", [](LoadJob& self, std::int32_t device, std::uintptr_t stream) { self.mark(device, handle(stream)); },
           py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
-          "Before start(): targets on that device are written after what the stream has been given by now.")
+          "Before start(): targets on that device are written after what the stream has been given so far.")
       .def(
           "fence",
-          [](const LoadJob& self, std::int32_t device, std::uintptr_t stream) {
-            self.fence(device, reinterpret_cast<cuda::StreamHandle>(stream));
-          },
+          [](const LoadJob& self, std::int32_t device, std::uintptr_t stream) { self.fence(device, handle(stream)); },
           py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
-          "Once finished: what the stream is given from now on finds the targets on that device filled.")
+          "Once finished, well or not: what the stream is given from now on comes after all writes to targets on that "
+          "device.")
       .def_property_readonly("settled", &LoadJob::settled,
-                             "Whether no device writes to targets of the finished job any more.")
+                             "Once finished: whether no device writes to a target any more. Targets live until then.")
       .def_property_readonly(
-          "devices", [](const LoadJob& self) { return self.plan().devices(); }, "Ordinals of those that have targets.")
+          "devices", [](const LoadJob& self) { return self.plan().devices(); },
+          "Ordinals of the devices that have targets, sorted.")
       .def_property_readonly("bytes_needed", [](const LoadJob& self) { return self.plan().bytes_needed(); })
       .def_property_readonly("bytes_read", [](const LoadJob& self) { return self.plan().bytes_read(); })
       .def_property_readonly("chunk_count", [](const LoadJob& self) { return self.plan().chunks().size(); })

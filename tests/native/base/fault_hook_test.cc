@@ -86,6 +86,24 @@ TEST(FaultHook, refuses_rules_that_do_not_parse_and_keeps_the_old_ones) {
   EXPECT_EQ(error_of("x"), EIO);
 }
 
+TEST(FaultHook, steps_are_left_out_as_told_and_are_no_calls) {
+  EXPECT_FALSE(fault::skipped("wait", "save/producer")) << "disarmed";
+  const ArmedFaults faults(
+      "wait/save/producer:2:skip;*:1+:errno=EIO;*:1+:skip;wait/save/fence:1+:errno=EIO;fsync:1:skip");
+  EXPECT_FALSE(fault::skipped("wait", "save/producer"));
+  EXPECT_TRUE(fault::skipped("wait", "save/producer"));
+  EXPECT_FALSE(fault::skipped("wait", "save/producer"));
+  EXPECT_FALSE(fault::skipped("wait", "save/fence")) << "a step cannot fail";
+  EXPECT_EQ(fault::seen("*"), 0u);
+  EXPECT_EQ(fault::seen("wait/save/producer"), 3u);
+  EXPECT_EQ(error_of("fsync"), EIO) << "a call cannot be left out";
+  EXPECT_EQ(fault::seen_names(), (std::vector<std::string>{"fsync", "wait/save/fence", "wait/save/producer"}));
+  fault::arm("wait/a:1+:skip");
+  EXPECT_TRUE(fault::skipped("wait", "a"));
+  EXPECT_TRUE(fault::skipped("wait", "a"));
+  EXPECT_EQ(fault::seen_names(), std::vector<std::string>{"wait/a"}) << "arming forgets";
+}
+
 TEST(FaultHook, delay_waits_and_then_lets_the_call_through) {
   const ArmedFaults faults("fsync:1:delay=30");
   const auto begin = std::chrono::steady_clock::now();
