@@ -31,8 +31,7 @@ class Walk {
  public:
   using Linear = std::conditional_t<kDirection == Direction::kGather, std::uint8_t*, const std::uint8_t*>;
 
-  Walk(const Layout& layout, std::uint8_t* memory, Linear linear)
-      : layout_(layout), memory_(memory), linear_(linear) {}
+  Walk(const Layout& layout, std::uint8_t* memory, Linear linear) : layout_(layout), memory_(memory), linear_(linear) {}
 
   void run(std::int64_t linear, std::int64_t memory, std::int64_t nbytes) { copy_bytes(linear, memory, nbytes); }
 

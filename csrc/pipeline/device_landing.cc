@@ -8,11 +8,12 @@
 namespace snapstone::pipeline {
 
 DeviceLanding::DeviceLanding(const LoadPlan& plan, std::int32_t ordinal, const LandingOptions& options,
-                             TargetFence& fence, LandingBatch::Mismatch mismatch)
+                             TargetFence& fence, LaneBooks& books, LandingBatch::Mismatch mismatch)
     : plan_(plan),
       ordinal_(ordinal),
       options_(options),
       fence_(fence),
+      books_(books),
       mismatch_(std::move(mismatch)),
       batches_max_(std::max<std::size_t>(options.batches, 1)) {}
 
@@ -29,7 +30,7 @@ void DeviceLanding::open() {
 
 bool DeviceLanding::make_batch() {
   if (batches_.size() == batches_max_) return false;
-  auto batch = std::make_unique<LandingBatch>(plan_, ordinal_, kernels_, options_.batch_bytes);
+  auto batch = std::make_unique<LandingBatch>(plan_, ordinal_, kernels_, options_.batch_bytes, books_);
   if (!batch->can_verify() && kernels_ != nullptr) {  // no memory
     if (!batches_.empty()) {
       batches_max_ = batches_.size();
@@ -68,7 +69,8 @@ bool DeviceLanding::add(const Arrived& arrived) {
 }
 
 void DeviceLanding::flush(bool at_once) {
-  const bool works = std::any_of(batches_.begin(), batches_.end(), [](const auto& batch) { return batch->owes_host(); });
+  const bool works =
+      std::any_of(batches_.begin(), batches_.end(), [](const auto& batch) { return batch->owes_host(); });
   if (works && !at_once) return;
   for (const auto& batch : batches_) {
     if (batch->filling()) placed_bytes_ += batch->submit(*targets_);
@@ -123,8 +125,8 @@ std::optional<cuda::Event> DeviceLanding::last_write() noexcept {
 void DeviceLanding::give_up() noexcept {
   if (!targets_) return;
   const std::int64_t deadline_ns = now_ns() + std::chrono::nanoseconds(options_.patience).count();
-  const bool host_waits = std::any_of(batches_.begin(), batches_.end(),
-                                      [](const auto& batch) { return batch->needs_targets_drained(); });
+  const bool host_waits =
+      std::any_of(batches_.begin(), batches_.end(), [](const auto& batch) { return batch->needs_targets_drained(); });
   bool targets_drained = !writes() || (host_waits && drained(*targets_, deadline_ns));
   std::optional<cuda::Event> landed = targets_drained ? std::nullopt : last_write();
   if (!targets_drained && !landed) targets_drained = drained(*targets_, deadline_ns);

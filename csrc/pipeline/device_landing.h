@@ -36,7 +36,7 @@ class DeviceLanding {
  public:
   // All arguments outlive the landing.
   DeviceLanding(const LoadPlan& plan, std::int32_t ordinal, const LandingOptions& options, TargetFence& fence,
-                LandingBatch::Mismatch mismatch);
+                LaneBooks& books, LandingBatch::Mismatch mismatch);
   ~DeviceLanding();
   DeviceLanding(const DeviceLanding&) = delete;
   DeviceLanding& operator=(const DeviceLanding&) = delete;
@@ -69,6 +69,7 @@ class DeviceLanding {
   const std::int32_t ordinal_;
   const LandingOptions& options_;
   TargetFence& fence_;
+  LaneBooks& books_;
   const LandingBatch::Mismatch mismatch_;
   const cuda::Kernels* kernels_ = nullptr;
   std::optional<cuda::Stream> targets_;

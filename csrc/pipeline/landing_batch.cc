@@ -53,9 +53,7 @@ std::uint64_t LandingBatch::Work::results_at() const {
   return round_up(boxes_at() + boxes.size() * sizeof(cuda::BoxItem), sizeof(codec::Digest));
 }
 
-std::uint64_t LandingBatch::Work::table_bytes() const {
-  return results_at() + digests.size() * sizeof(codec::Digest);
-}
+std::uint64_t LandingBatch::Work::table_bytes() const { return results_at() + digests.size() * sizeof(codec::Digest); }
 
 void LandingBatch::Work::clear() {
   to_scratch.clear();
@@ -67,9 +65,10 @@ void LandingBatch::Work::clear() {
 }
 
 LandingBatch::LandingBatch(const LoadPlan& plan, std::int32_t ordinal, const cuda::Kernels* kernels,
-                           std::uint64_t capacity)
+                           std::uint64_t capacity, LaneBooks& books)
     : plan_(plan),
       capacity_(std::max(round_up(capacity, kAlignment), 2 * round_up(plan.raw_bytes_max(), kAlignment))),
+      books_(books),
       workspace_(DeviceWorkspace::lease(ordinal)),
       kernels_(kernels),
       copied_(workspace_->device()),
@@ -78,9 +77,7 @@ LandingBatch::LandingBatch(const LoadPlan& plan, std::int32_t ordinal, const cud
   if (kernels_ != nullptr && !workspace_->reserve_table(capacity_ + kTableBytes)) kernels_ = nullptr;
 }
 
-LandingBatch::~LandingBatch() {
-  give_up(nullptr, false, 0);
-}
+LandingBatch::~LandingBatch() { give_up(nullptr, false, 0); }
 
 bool LandingBatch::add(const Arrived& arrived) {
   if (landings_.size() == kLandingsMax) return false;
@@ -112,7 +109,6 @@ bool LandingBatch::add_to_scratch(const Arrived& arrived) {
 
 void LandingBatch::keep(const Arrived& arrived, std::uint64_t placed_bytes) {
   landings_.push_back({arrived.chunk, arrived.slot, arrived.unverified, placed_bytes});
-  holds_slots_ = holds_slots_ || arrived.slot != nullptr;
 }
 
 void LandingBatch::add_kernel_work(const Placement& placement, std::uint64_t scratch) {
@@ -188,6 +184,7 @@ std::uint64_t LandingBatch::submit(cuda::Stream& targets) {
 
 void LandingBatch::submit_to_scratch() {
   state_ = State::kVerifying;
+  begin_ns_ = now_ns();
   cuda::Stream& stream = workspace_->stream();
   if (const std::uint64_t nbytes = work_.results_at(); nbytes > 0) {
     put(host_table(), work_.digests);
@@ -209,6 +206,7 @@ void LandingBatch::submit_to_scratch() {
 
 void LandingBatch::submit_to_targets(cuda::Stream& targets) {
   state_ = State::kPlacing;
+  begin_ns_ = now_ns();
   cuda::copy_to_device(targets, work_.runs);
   for (const cuda::Copy2d& rows : work_.rows) cuda::copy_2d(targets, cuda::Direction::kToDevice, rows);
   targets.record(placed_, "load/placed");
@@ -217,14 +215,15 @@ void LandingBatch::submit_to_targets(cuda::Stream& targets) {
 LandingBatch::Progress LandingBatch::advance(cuda::Stream& targets, const Mismatch& mismatch) {
   if (state_ == State::kVerifying) {
     const bool verified = verified_.done();  // and copied, then
-    const bool lets_go = holds_slots_ && (verified || copied_.done());
-    if (lets_go) let_go_of_slots();
-    if (!verified) return {lets_go, 0};
+    const bool copied = !copied_noted_ && (verified || copied_.done());
+    if (copied) note_copied();
+    if (!verified) return {copied, 0};
     compare(mismatch);
     place_from_scratch(targets);
     return {true, placed_bytes()};
   }
   if (state_ == State::kPlacing && placed_.done()) {
+    if (!copied_noted_) note_copied();
     reset();
     return {true, 0};
   }
@@ -232,6 +231,9 @@ LandingBatch::Progress LandingBatch::advance(cuda::Stream& targets, const Mismat
 }
 
 void LandingBatch::compare(const Mismatch& mismatch) const {
+  std::uint64_t nbytes = 0;
+  for (const cuda::DigestItem& item : work_.digests) nbytes += item.nbytes;
+  if (nbytes > 0) books_.add(Stage::kDeviceDigest, begin_ns_, now_ns(), nbytes);
   const std::uint8_t* result = host_table() + work_.results_at();
   for (const Landing& landing : landings_) {
     if (!landing.unverified) continue;
@@ -261,9 +263,16 @@ std::uint64_t LandingBatch::placed_bytes() const {
   return nbytes;
 }
 
+void LandingBatch::note_copied() {
+  std::uint64_t nbytes = 0;
+  for (const Landing& landing : landings_) nbytes += plan_.record(*landing.chunk).raw_bytes;
+  books_.add(Stage::kDeviceCopy, begin_ns_, now_ns(), nbytes);
+  copied_noted_ = true;
+  let_go_of_slots();
+}
+
 void LandingBatch::let_go_of_slots() noexcept {
   for (Landing& landing : landings_) landing.slot.reset();
-  holds_slots_ = false;
 }
 
 void LandingBatch::reset() noexcept {
@@ -271,6 +280,7 @@ void LandingBatch::reset() noexcept {
   landings_.clear();
   work_.clear();
   used_ = 0;
+  copied_noted_ = false;
   state_ = State::kFree;
 }
 

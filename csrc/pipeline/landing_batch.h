@@ -24,6 +24,7 @@
 #include "cuda/kernels.h"
 #include "mem/slot_ring.h"
 #include "pipeline/device_workspace.h"
+#include "pipeline/job.h"
 #include "pipeline/load_plan.h"
 #include "pipeline/placement.h"
 
@@ -44,7 +45,8 @@ class LandingBatch {
   using Mismatch = std::function<void(const ReadChunk&, const codec::Digest& actual)>;
 
   // `capacity`: bytes of chunks in one batch. `kernels` may be null; can_verify() says whether they are used.
-  LandingBatch(const LoadPlan& plan, std::int32_t ordinal, const cuda::Kernels* kernels, std::uint64_t capacity);
+  LandingBatch(const LoadPlan& plan, std::int32_t ordinal, const cuda::Kernels* kernels, std::uint64_t capacity,
+               LaneBooks& books);
   ~LandingBatch();
   LandingBatch(const LandingBatch&) = delete;
   LandingBatch& operator=(const LandingBatch&) = delete;
@@ -53,9 +55,7 @@ class LandingBatch {
   bool free() const noexcept { return state_ == State::kFree; }
   bool filling() const noexcept { return state_ == State::kFilling; }
   // The device is to do something before memory of the host, or a verdict, is there.
-  bool owes_host() const noexcept {
-    return state_ == State::kVerifying || needs_targets_drained();
-  }
+  bool owes_host() const noexcept { return state_ == State::kVerifying || needs_targets_drained(); }
 
   // Free or filling: takes a chunk in. False when it does not fit beside those that are there.
   bool add(const Arrived& arrived);
@@ -113,6 +113,7 @@ class LandingBatch {
   void compare(const Mismatch& mismatch) const;
   void place_from_scratch(cuda::Stream& targets);
   std::uint64_t placed_bytes() const;
+  void note_copied();
   void let_go_of_slots() noexcept;
   void reset() noexcept;
   bool follows(const cuda::Event* landed) noexcept;
@@ -122,6 +123,7 @@ class LandingBatch {
 
   const LoadPlan& plan_;
   const std::uint64_t capacity_;
+  LaneBooks& books_;
   std::unique_ptr<DeviceWorkspace> workspace_;
   const cuda::Kernels* kernels_;
   cuda::Event copied_;
@@ -130,8 +132,9 @@ class LandingBatch {
   State state_ = State::kFree;
   std::vector<Landing> landings_;
   Work work_;
-  std::uint64_t used_ = 0;  // of the capacity
-  bool holds_slots_ = false;
+  std::uint64_t used_ = 0;     // of the capacity
+  std::int64_t begin_ns_ = 0;  // of the first copy
+  bool copied_noted_ = false;
 };
 
 // Whether everything enqueued in the stream so far has ended by the deadline.

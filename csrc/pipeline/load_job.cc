@@ -56,7 +56,7 @@ class LoadJob::LaneRun {
         in_flight_(engine_, books, Stage::kRead) {
     for (const std::int32_t device : job.plan_.devices()) {
       landings_.push_back(std::make_unique<DeviceLanding>(
-          job.plan_, device, job.options_.landing, job.fence_,
+          job.plan_, device, job.options_.landing, job.fence_, books,
           [&job](const ReadChunk& chunk, const codec::Digest& actual) { job.refuse(chunk, actual); }));
     }
   }

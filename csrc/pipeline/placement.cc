@@ -12,8 +12,10 @@ std::vector<StridedBlock> blocks_of(const LoadPlan& plan, const ReadChunk& chunk
   for (const ReadTarget& target : plan.targets(chunk)) {
     if (target.device != device) continue;
     if (target.contiguous != nullptr) {
-      blocks.push_back({target.at, reinterpret_cast<std::intptr_t>(target.contiguous),
-                        static_cast<std::int64_t>(target.shard_end - target.shard_begin), {}});
+      blocks.push_back({target.at,
+                        reinterpret_cast<std::intptr_t>(target.contiguous),
+                        static_cast<std::int64_t>(target.shard_end - target.shard_begin),
+                        {}});
       continue;
     }
     const BoxTarget& box = plan.box(target.box);
@@ -67,7 +69,9 @@ void add_box(StridedBlock block, Placement& placement) {
   }
   const std::size_t outer = block.dims.size() - cuda::kBoxDimsMax;
   for_each_index(block, outer, [&](std::uint64_t source, std::uint64_t target) {
-    placement.boxes.push_back({static_cast<std::int64_t>(source), static_cast<std::int64_t>(target), block.unit_bytes,
+    placement.boxes.push_back({static_cast<std::int64_t>(source),
+                               static_cast<std::int64_t>(target),
+                               block.unit_bytes,
                                {block.dims.begin() + static_cast<std::ptrdiff_t>(outer), block.dims.end()}});
   });
 }

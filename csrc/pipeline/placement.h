@@ -18,7 +18,7 @@ namespace snapstone::pipeline {
 
 struct Placement {
   static constexpr std::uint64_t kPitchMax = (1u << 31) - 1;  // of copies in rows
-  static constexpr std::int64_t kRowBytesMin = 512;        // shorter rows are for the kernel, where there is one
+  static constexpr std::int64_t kRowBytesMin = 512;           // shorter rows are for the kernel, where there is one
 
   struct Pack {
     StridedBlock block;  // gather_block(block, raw, packed + at)

@@ -2,7 +2,8 @@
 // before the load, before what is enqueued after it.
 //
 // Threads: mark() before the job starts; note() and lose() by lanes; the rest by anyone.
-// Failure: CudaError; std::logic_error for a stream that is being captured into a CUDA graph, since nothing outside of a
+// Failure: CudaError; std::logic_error for a stream that is being captured into a CUDA graph, since nothing outside of
+// a
 //          graph can wait for a place in it.
 #pragma once
 
@@ -17,7 +18,8 @@ namespace snapstone::pipeline {
 
 class TargetFence {
  public:
-  // Targets on the device are written after all that is enqueued in `stream` so far. Once for each stream that uses them.
+  // Targets on the device are written after all that is enqueued in `stream` so far. Once for each stream that uses
+  // them.
   void mark(std::int32_t ordinal, cuda::StreamHandle stream);
   // What is enqueued in `stream` from now on runs after all writes to targets on the device. Once the job has finished.
   void fence(std::int32_t ordinal, cuda::StreamHandle stream) const;

@@ -272,8 +272,25 @@ class LoadJob:
         scrub: bool,
         slots_max: typing.SupportsInt | typing.SupportsIndex,
         trace: bool,
+        devices: tuple[
+            typing.Annotated[numpy.typing.ArrayLike, numpy.int32], typing.Annotated[numpy.typing.ArrayLike, numpy.int32]
+        ]
+        | None = None,
+        device_digests: bool = True,
     ) -> None: ...
     def cancel(self) -> None: ...
+    def fence(
+        self, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        Once finished, well or not: what the stream is given from now on comes after all writes to targets on that device.
+        """
+    def mark(
+        self, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        Before start(): targets on that device are written after what the stream has been given so far.
+        """
     def problems(self) -> list:
         """
         [(path of the index, path of the file, chunk, reason, expected, actual), ...] of wrong chunks
@@ -298,7 +315,17 @@ class LoadJob:
     @property
     def chunk_count(self) -> int: ...
     @property
+    def devices(self) -> list[int]:
+        """
+        Ordinals of the devices that have targets, sorted.
+        """
+    @property
     def finished(self) -> bool: ...
+    @property
+    def settled(self) -> bool:
+        """
+        Once finished: whether no device writes to a target any more. Targets live until then.
+        """
 
 class Board:
     """

@@ -18,7 +18,7 @@ import torch
 
 from . import _native, devices, garbage, index, manifest, plan, tensors
 from .catalog import Catalog, Listing
-from .config import PIPELINE_SLOTS
+from .config import PIPELINE_SLOTS, DeviceOptions
 from .errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -30,7 +30,7 @@ from .index_file import files_of, not_regular, open_index
 from .manifest import Manifest
 from .plan import Box
 from .progress import Progress
-from .reads import ROW_COLUMNS, Part, Reads, SavedShard, view_of
+from .reads import Part, Reads, SavedShard, view_of
 from .tensors import LocalShard
 from .trace import Trace
 
@@ -137,9 +137,12 @@ class Reader:
             for target in self.masters_first(targets):
                 self._add_target(reads, target, cast)
         job = self.start(reads, verify=verify, trace=trace)
-        self.wait(job, (targets, reads), timeout_seconds=timeout_seconds, progress=progress)
-        for ordinal, stream in devices.current_streams(job.devices).items():
-            job.fence(ordinal, stream)
+        try:
+            self.wait(job, (targets, reads), timeout_seconds=timeout_seconds, progress=progress)
+        finally:
+            if job.finished:  # well or not: what was written of targets comes before what these streams do next
+                for ordinal, stream in devices.current_streams(job.devices).items():
+                    job.fence(ordinal, stream)
         reads.finish()
         if trace is not None:
             trace.add_job(job)
@@ -229,7 +232,7 @@ class Reader:
     def start_scrub(self) -> Any:
         """A job that reads every chunk that this checkpoint uses, for `scrub`; `bytes_read` says how much that is."""
         every = list(range(len(self._tables)))
-        job = self._make_job(every, np.empty((0, ROW_COLUMNS), np.uint64), [], verify=True, scrub=True, trace=None)
+        job = self._make_job(every, np.empty((0, 8), np.uint64), [], None, verify=True, scrub=True, trace=None)
         job.start()
         return job
 
@@ -275,9 +278,17 @@ class Reader:
         return read_rung(self.path)
 
     def _make_job(
-        self, tables: list[int], rows: Any, boxes: list[Any], *, verify: bool, scrub: bool, trace: Trace | None
+        self,
+        tables: list[int],
+        rows: Any,
+        boxes: list[Any],
+        targets_on: Any,
+        *,
+        verify: bool,
+        scrub: bool,
+        trace: Trace | None,
     ) -> Any:
-        """`tables`: those that rows and boxes number. Of their files the job opens those that its chunks are in."""
+        """`tables`: those that rows and boxes number; `targets_on`: the devices of these. Of their files the job opens those that its chunks are in."""
         files: list[tuple[str, str, int]] = []
         used = []
         for table in tables:
@@ -288,7 +299,19 @@ class Reader:
             files += self._files[first_file : first_file + len(self.indexes[table].files)]
         try:
             detailed = trace is not None and trace.detailed
-            return _native.LoadJob(used, files, rows, boxes, self.rung, verify, scrub, PIPELINE_SLOTS, detailed)
+            return _native.LoadJob(
+                used,
+                files,
+                rows,
+                boxes,
+                self.rung,
+                verify,
+                scrub,
+                PIPELINE_SLOTS,
+                detailed,
+                targets_on,
+                targets_on is None or DeviceOptions.of().digest != "host",
+            )
         except FileNotFoundError as error:
             raise IncompleteCheckpointError(
                 "data file is missing", path=error.filename, rank=self._rank_of(error.filename, tables)

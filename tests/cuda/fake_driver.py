@@ -28,11 +28,8 @@ def build() -> Path:
     compiler = os.environ.get("CXX", "c++")
     sources = sorted(SOURCES.glob("*.cc"))
     digest = hashlib.sha256(repr((compiler, FLAGS)).encode())
-    headers = (
-        ROOT / "csrc" / "cuda" / "driver_types.h",
-        *sorted(SOURCES.glob("*.h")),
-        *(ROOT / "csrc/base").glob("*.h"),
-    )
+    ours = (path for layer in ("base", "cuda") for path in sorted((ROOT / "csrc" / layer).glob("*.h")))
+    headers = (*sorted(SOURCES.glob("*.h")), *ours)
     for path in (*sources, *headers):
         digest.update(path.read_bytes())
     directory = _output_directory() / f"fakecuda-{digest.hexdigest()[:16]}"

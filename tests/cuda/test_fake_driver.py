@@ -14,8 +14,6 @@ import pytest
 from cuda import fake_driver
 from cuda.fake_driver import FakeDriver
 
-pytestmark = pytest.mark.skipif(os.environ.get("SNAPSTONE_TEST_CUDA") == "real", reason="of the fake alone")
-
 
 def test_bytes_go_to_the_device_and_come_back(fake: FakeDriver) -> None:
     address = fake.alloc(1000)

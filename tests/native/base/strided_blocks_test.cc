@@ -48,7 +48,8 @@ Case random_case(std::mt19937_64& random) {
     box.shard_sizes.push_back(size);
     box.box_offsets.push_back(offset);
     const std::int64_t left = size - box.box_offsets.back();
-    box.target.sizes.push_back(whole ? left : 1 + static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(left)));
+    box.target.sizes.push_back(whole ? left
+                                     : 1 + static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(left)));
     result.string_nbytes *= size;
   }
   std::vector<std::size_t> order(rank);

@@ -26,8 +26,12 @@ TEST_P(DeviceLoad, whoever_follows_the_fence_finds_the_saved_bytes_in_any_order_
   for (std::uint64_t seed = 0; seed < 60; ++seed) {
     chaos(testing::seed() + seed);
     const std::vector<DeviceBytes> targets = targets_like(tensors);
-    load(load_job(plan_to(saved, targets), "a", options()));
+    const auto job = load_job(plan_to(saved, targets), "a", options());
+    load(job);
     expect_loaded(targets, tensors.bytes);
+    const std::uint64_t digested = job->totals().nbytes[static_cast<std::size_t>(Stage::kDeviceDigest)];
+    EXPECT_EQ(digested > 0, GetParam().kernels) << digested;
+    EXPECT_GE(job->totals().nbytes[static_cast<std::size_t>(Stage::kDeviceCopy)], job->plan().bytes_needed());
     ASSERT_EQ(testing::fake_violations(), "") << "seed " << testing::seed() + seed;
   }
 }
@@ -185,7 +189,8 @@ TEST_P(DeviceLoad, several_devices_are_loaded_at_once) {
 TEST_P(DeviceLoad, compressed_chunks_are_loaded) {
   const Tensors tensors = some_tensors();
   const Saved saved = save(tensors, "a", {.compress = true});
-  ASSERT_TRUE(std::any_of(saved.table.begin(), saved.table.end(), [](const auto& record) { return record.codec != 0; }));
+  ASSERT_TRUE(
+      std::any_of(saved.table.begin(), saved.table.end(), [](const auto& record) { return record.codec != 0; }));
   for (std::uint64_t seed = 0; seed < 10; ++seed) {
     chaos(testing::seed() + seed);
     const std::vector<DeviceBytes> targets = targets_like(tensors);
@@ -323,6 +328,79 @@ TEST_P(DeviceLoad, a_stream_that_is_captured_into_a_graph_is_refused) {
   ASSERT_EQ(SNAPSTONE_FAKE(fakecuda_capture)(0, caller(0), 0), 0);
   job->fence(0, caller(0));
   expect_loaded(targets, tensors.bytes);
+}
+
+class DeviceLoadAhead : public DeviceLoadTest {};
+
+// Of training steps, say: targets are written when those are over, but the chunks are there and verified by then.
+TEST_F(DeviceLoadAhead, the_host_does_not_wait_for_what_the_caller_has_enqueued) {
+  use_ring(16, true);
+  const Tensors tensors = some_tensors(4 * kTestChunkBytes);
+  const Saved saved = save(tensors, "a");
+  LoadOptions roomy = options();
+  roomy.landing.batch_bytes = 4 << 20;
+  const std::vector<DeviceBytes> targets = targets_like(tensors);
+  SNAPSTONE_FAKE(fakecuda_enqueue_delay)(0, caller(0), 1'000'000);
+  const auto job = load_job(plan_to(saved, targets), "a", roomy);
+  job->mark(0, caller(0));
+  run(job);
+  EXPECT_FALSE(job->settled()) << "targets are in use for a second";
+  EXPECT_EQ(ring_->free_count(), ring_->slot_count());
+  job->fence(0, caller(0));
+  expect_loaded(targets, tensors.bytes);
+  EXPECT_TRUE(job->settled());
+}
+
+TEST_F(DeviceLoadAhead, a_registered_ring_makes_no_slow_copy) {
+  use_ring(16, true);
+  const Tensors tensors = some_tensors();
+  for (const bool compress : {false, true}) {
+    const Saved saved = save(tensors, compress ? "zstd" : "raw", {.compress = compress});
+    const std::vector<DeviceBytes> targets = targets_like(tensors);
+    load(load_job(plan_to(saved, targets), saved.name, options()));
+    expect_loaded(targets, tensors.bytes);
+  }
+  EXPECT_EQ(testing::fake_counter("unregistered_copies"), 0u);
+}
+
+class DeviceLoadDrivers : public DeviceLoadTest {};
+
+// In processes of their own: what a driver has is learnt once.
+TEST_F(DeviceLoadDrivers, older_and_poorer_ones_load_the_same) {
+  const std::vector<std::string> drivers = {
+      "FAKECUDA_VERSION=12000",
+      "FAKECUDA_VERSION=12080",
+      "FAKECUDA_HIDE=cuModuleLoadData",         // no kernels
+      "FAKECUDA_FAIL=cuModuleLoadData:1+:222",  // that this driver cannot compile
+      "FAKECUDA_CC=75",
+      "FAKECUDA_POOLS=0",                    // no stream-ordered memory
+      "FAKECUDA_FAIL=cuMemAllocAsync:1+:2",  // no memory at all
+      "FAKECUDA_FAIL=cuMemAllocAsync:3+:2",  // for two batches only
+      "FAKECUDA_FAIL=cuMemHostRegister_v2:1+:800",
+  };
+  for (const std::string& driver : drivers) {
+    const testing::ChildResult child = testing::run_child("*DeviceLoadDrivers.DISABLED_any", driver);
+    EXPECT_EQ(child.status, 0) << driver << "\n" << child.output;
+    EXPECT_NE(child.output.find("[  PASSED  ] 1 test."), std::string::npos) << driver << "\n" << child.output;
+  }
+}
+
+TEST_F(DeviceLoadDrivers, DISABLED_any) {
+  const Tensors tensors = some_tensors();
+  for (int round = 0; round < 6; ++round) {
+    const Saved saved = save(tensors, std::to_string(round), {.compress = round % 2 == 1});
+    const std::vector<DeviceBytes> targets = targets_like(tensors);
+    LoadPlan plan = plan_of(saved);
+    for (std::size_t i = 0; i < targets.size(); ++i) {
+      if (i != 1) plan.add_contiguous(shard_of(saved, i, targets[i].nbytes()), targets[i].data(), {}, 0);
+    }
+    const StridedView by_columns{targets[1].data(), 2, {20, 25}, {2, 40}};
+    plan.add_box(shard_of(saved, 1, 1000), {{20, 25}, {0, 0}, by_columns}, {}, 0);
+    std::vector<Bytes> expected = tensors.bytes;
+    scatter(tensors.bytes[1].data(), 0, 1000, {{20, 25}, {0, 0}, {expected[1].data(), 2, {20, 25}, {2, 40}}});
+    load(load_job(std::move(plan), saved.name, options()));
+    expect_loaded(targets, expected);
+  }
 }
 
 }  // namespace

@@ -106,7 +106,9 @@ class DeviceLoadTest : public LandingTest {
   // Small batches, so that each is used more than once.
   LoadOptions options(bool kernels = true) const {
     LoadOptions options;
-    options.landing = {.batch_bytes = 3 * kTestChunkBytes, .batches = 2, .kernels = kernels, .patience = std::chrono::seconds(5)};
+    options.landing.batch_bytes = 3 * kTestChunkBytes;
+    options.landing.batches = 2;
+    options.landing.kernels = kernels;
     return options;
   }
 
