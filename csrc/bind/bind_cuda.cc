@@ -55,12 +55,25 @@ py::dict cuda_facts() {
   return facts;
 }
 
+std::vector<int> devices_in_use() {
+  std::vector<int> found;
+  const Driver* const driver = Driver::get();
+  for (int i = 0; driver != nullptr && i < driver->device_count; ++i) {
+    if (Device::of(i).in_use()) found.push_back(i);
+  }
+  return found;
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& module) {
   module.def("cuda_facts", &cuda_facts,
              "What csrc/cuda found: available, reason (why not), driver_version (13000 for 13.0), devices, and whether "
              "the driver has its optional calls. Initialises CUDA.");
+  module.def("cuda_absence", &Driver::absence, py::call_guard<py::gil_scoped_release>(),
+             "Why CUDA cannot be used, empty when it can. Initialises CUDA.");
+  module.def("cuda_devices_in_use", &devices_in_use, py::call_guard<py::gil_scoped_release>(),
+             "Ordinals of the devices on which this process has a context, so that tensors may be there.");
 }
 
 }  // namespace snapstone::bind

@@ -137,6 +137,10 @@ void bind_engine(py::module_& module) {
       "Makes staging memory; with the ordinal of a device, near it and ready for its copies.");
   module.def("fault_arm", &fault::arm, py::arg("rules"), "See csrc/base/fault_hook.h for the syntax.");
   module.def("fault_disarm", &fault::disarm);
+  module.def(
+      "fault_skipped",
+      [](const std::string& kind, const std::string& name) { return fault::skipped(kind.c_str(), name.c_str()); },
+      py::arg("kind"), py::arg("name"), "Whether the step `kind`/`name` is to be left out.");
   module.def("fault_seen", &fault::seen, py::arg("call"));
   module.def("fault_seen_names", &fault::seen_names, "Calls and steps seen since fault_arm, sorted.");
 }

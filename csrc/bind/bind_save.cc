@@ -42,6 +42,10 @@ const DeviceArguments kDeviceDefaults = [] {
                          options.two_phase};
 }();
 
+cuda::Stream borrowed_stream(std::int32_t device, std::uintptr_t stream) {
+  return cuda::Stream::borrowed(cuda::Device::of(device), reinterpret_cast<cuda::StreamHandle>(stream));
+}
+
 std::chrono::milliseconds milliseconds(double seconds) {
   return std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1e3));
 }
@@ -166,7 +170,15 @@ void bind_save(py::module_& module) {
   py::class_<pipeline::ProducerMark, std::shared_ptr<pipeline::ProducerMark>>(
       module, "CudaMark", "A place in the streams that produce what is saved; see csrc/pipeline/producer_mark.h.")
       .def(py::init<const std::map<std::int32_t, std::uintptr_t>&>(), py::arg("streams"),
-           py::call_guard<py::gil_scoped_release>(), "{ordinal: handle of the stream}");
+           py::call_guard<py::gil_scoped_release>(), "{ordinal: handle of the stream}")
+      .def(
+          "hold_back",
+          [](const pipeline::ProducerMark& self, std::int32_t device, std::uintptr_t stream) {
+            cuda::Stream borrowed = borrowed_stream(device, stream);
+            self.hold_back(borrowed);
+          },
+          py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          "What the stream is given from now on runs after the mark.");
   py::class_<Layout, std::shared_ptr<Layout>>(module, "Layout",
                                               "Where each tensor's bytes go; see csrc/format/layout.h.")
       .def(py::init(&make_layout), py::arg("nbytes"), py::arg("chunk_bytes"))
@@ -191,8 +203,7 @@ void bind_save(py::module_& module) {
       .def(
           "fence",
           [](SaveJob& self, std::int32_t device, std::uintptr_t stream) {
-            cuda::Stream borrowed =
-                cuda::Stream::borrowed(cuda::Device::of(device), reinterpret_cast<cuda::StreamHandle>(stream));
+            cuda::Stream borrowed = borrowed_stream(device, stream);
             self.fence(borrowed);
           },
           py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),

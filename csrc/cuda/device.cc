@@ -61,6 +61,13 @@ ContextHandle Device::context() {
   return context_;
 }
 
+bool Device::in_use() {
+  unsigned flags = 0;
+  int active = 0;
+  Driver::require().cuDevicePrimaryCtxGetState.must(ordinal_, handle_, &flags, &active);
+  return active != 0;
+}
+
 std::uint64_t Device::free_bytes() {
   const Scope scope(*this);
   std::size_t free = 0;

@@ -31,6 +31,8 @@ class Device {
   bool stream_ordered_memory() const noexcept { return stream_ordered_memory_; }  // cuMemAllocAsync works
 
   std::uint64_t free_bytes();  // needs the context
+  // Whether the primary context is there, by whomever: no memory of the device is in use otherwise. Makes none.
+  bool in_use();
   ContextHandle context();
 
  private:

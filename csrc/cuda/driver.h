@@ -119,6 +119,7 @@ struct Driver {
   Function<int*, int, DeviceHandle> cuDeviceGetAttribute{library, "cuDeviceGetAttribute"};
   Function<std::size_t*, DeviceHandle> cuDeviceTotalMem{library, "cuDeviceTotalMem_v2"};
 
+  Function<DeviceHandle, unsigned*, int*> cuDevicePrimaryCtxGetState{library, "cuDevicePrimaryCtxGetState"};
   Function<ContextHandle*, DeviceHandle> cuDevicePrimaryCtxRetain{library, "cuDevicePrimaryCtxRetain"};
   Function<ContextHandle> cuCtxPushCurrent{library, "cuCtxPushCurrent_v2"};
   Function<ContextHandle*> cuCtxPopCurrent{library, "cuCtxPopCurrent_v2"};

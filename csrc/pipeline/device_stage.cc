@@ -182,6 +182,11 @@ void DeviceStage::fence(cuda::Stream& stream) {
   const std::lock_guard lock(mutex_);
   if (sources_free_ || closed_) return;
   if (!all_read_) throw std::logic_error("a stream can wait for a snapshot once all of it is enqueued");
+  if (stream.capturing()) {
+    throw std::logic_error(
+        "a stream that is being captured into a CUDA graph cannot wait for a snapshot; wait for staging_completion "
+        "before the capture");
+  }
   const auto found = queues_.find(stream.device().ordinal());
   if (found != queues_.end()) stream.wait(found->second->sources_event(), "save/fence");
 }

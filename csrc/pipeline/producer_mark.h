@@ -22,9 +22,15 @@ class ProducerMark {
       cuda::Device& device = cuda::Device::of(ordinal);
       cuda::Stream stream = cuda::Stream::borrowed(device, reinterpret_cast<cuda::StreamHandle>(handle));
       if (stream.capturing())
-        throw std::logic_error("a stream that is being captured into a CUDA graph cannot be saved from");
+        throw std::logic_error("a stream that is being captured into a CUDA graph cannot be saved from; save before or after the capture");
       stream.record(events_.emplace(ordinal, cuda::Event(device)).first->second, "save/mark");
     }
+  }
+
+  // What `stream` is given from now on runs after the mark on its device; nothing where that has none.
+  void hold_back(cuda::Stream& stream) const {
+    const auto found = events_.find(stream.device().ordinal());
+    if (found != events_.end()) stream.wait(found->second, "save/beside");
   }
 
   const cuda::Event& on(std::int32_t ordinal) const {

@@ -163,7 +163,7 @@ class Checkpoint:
                 loaded[name] = shared[place]
                 continue
             whole = item._replace(offsets=(0,) * len(item.shape), sizes=item.shape)
-            loaded[name] = shared[place] = self.reader.empty(whole)
+            loaded[name] = shared[place] = self.reader.empty(whole, self.device)
             targets.extend(tensors.describe(name, loaded[name]))
         self.reader.fill(targets)
         if self.device.type == "cpu":
@@ -241,7 +241,7 @@ class TensorSlice:
             rest.append(slice(None, None, step))
         nbytes = math.prod(sizes) * self.dtype.itemsize
         item = self._item._replace(offsets=tuple(offsets), sizes=tuple(sizes), nbytes=nbytes)
-        box = self._checkpoint.reader.empty(item)
+        box = self._checkpoint.reader.empty(item, self._checkpoint.device)
         self._checkpoint.reader.fill([LocalShard(item, box)])
         return box[tuple(rest)].to(self._checkpoint.device)
 

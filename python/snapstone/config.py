@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from ._native import zstd_compiled_in
 
-__all__ = ["FORMAT_MAJOR", "FORMAT_MINOR", "LoadOptions", "SaveOptions", "seconds_of", "trace_path"]
+__all__ = ["FORMAT_MAJOR", "FORMAT_MINOR", "DeviceOptions", "LoadOptions", "SaveOptions", "seconds_of", "trace_path"]
 
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
@@ -26,6 +26,10 @@ PIPELINE_SLOTS = 128
 ZSTD_LEVEL_DEFAULT = 3
 KEYFRAME_EVERY_DEFAULT = 8
 KEYFRAME_EVERY_MAX = 64  # records that a chunk may need, by the format
+DMA_BYTES = range(1 << 20, (32 << 20) + 1)
+DMA_BYTES_DEFAULT = 32 << 20
+HBM_FRACTION_DEFAULT = 0.5
+DIGEST = ("auto", "host", "device")
 ON_UNCHANGED = ("warn", "raise", "ignore")
 STRATEGIES = ("auto", "direct", "scatter", "broadcast")
 
@@ -38,6 +42,19 @@ def _integer(name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"{name}={text!r}: not an integer") from None
+
+
+def _number(name: str, default: float, largest: float) -> float:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= largest:
+        raise ValueError(f"{name}={text!r}: must be a number from 0 to {largest:g}")
+    return number
 
 
 def seconds_of(timeout: timedelta | float | None) -> float:
@@ -88,6 +105,33 @@ def _codec(codec: str | None) -> tuple[int, bool]:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceOptions:
+    """How a save treats tensors in CUDA memory, checked. `dma_gbps` 0 is no limit."""
+
+    dma_bytes: int
+    dma_gbps: float
+    digest: str
+    hbm_fraction: float
+
+    @classmethod
+    def of(cls) -> DeviceOptions:
+        dma_bytes = _integer("SNAPSTONE_DMA_BYTES", DMA_BYTES_DEFAULT)
+        if dma_bytes not in DMA_BYTES:
+            raise ValueError(
+                f"SNAPSTONE_DMA_BYTES={dma_bytes}: must be between {DMA_BYTES.start} and {DMA_BYTES.stop - 1}"
+            )
+        digest = os.environ.get("SNAPSTONE_DIGEST", "auto")
+        if digest not in DIGEST:
+            raise ValueError(f"SNAPSTONE_DIGEST={digest!r}: use 'auto', 'host' or 'device'")
+        return cls(
+            dma_bytes,
+            _number("SNAPSTONE_DMA_GBPS", 0.0, 1e6),
+            digest,
+            _number("SNAPSTONE_HBM_FRACTION", HBM_FRACTION_DEFAULT, 1.0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class SaveOptions:
     """Options of one save, checked.
 
@@ -107,6 +151,7 @@ class SaveOptions:
     base: str | None  # an absolute path, or "auto"
     full_every: int | None
     on_unchanged: str
+    device: DeviceOptions
 
     @classmethod
     def of(
@@ -153,6 +198,7 @@ class SaveOptions:
             base=_base(base),
             full_every=None if full_every is None else _count("full_every", full_every),
             on_unchanged=_on_unchanged(on_unchanged),
+            device=DeviceOptions.of(),
         )
 
 

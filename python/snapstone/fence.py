@@ -1,4 +1,4 @@
-"""Fences: until when a snapshot must be taken.
+"""Fences: until when a snapshot must be taken. On CUDA devices "when" is a place in a stream, and streams wait.
 
 `"now"`: before `async_save` returns. `optimizer` (one or several): before its next step. Parameters and optimizer
 state change only in a step, so they may be copied behind the next forward and backward pass; everything else in the
@@ -8,18 +8,20 @@ state (batch-norm statistics, RNG states, counters) is copied at the call.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 
-from . import _native, state, tensors
+from . import _native, devices, state, tensors
+from .errors import CudaError
 
-__all__ = ["Fence", "OptimizerFence"]
+__all__ = ["Fence", "Held", "OptimizerFence"]
 
 Fence = Literal["now"] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -28,8 +30,20 @@ _Item = tuple[Any, Any, torch.Tensor]  # container, key or position, value
 _SETTLED_TYPES = set(tensors.TENSOR_TYPES)
 _data_ptr, _is_contiguous, _nbytes = torch.Tensor.data_ptr, torch.Tensor.is_contiguous, attrgetter("nbytes")
 
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A snapshot that steps wait for: on the host until it is `enqueued`, in the current streams by `fence`, and not at
+    all once it is `staged`.
+    """
+
+    enqueued: Future[None]
+    staged: Future[None]
+    fence: Callable[[], None]
+
+
 # What each optimizer's next step waits for.
-_held: WeakKeyDictionary[torch.optim.Optimizer, list[Future[None]]] = WeakKeyDictionary()
+_held: WeakKeyDictionary[torch.optim.Optimizer, list[Held]] = WeakKeyDictionary()
 
 
 def _forget_in_child() -> None:
@@ -41,11 +55,17 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _hold(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    wait_for_futures(_held.get(optimizer, ()))
+    for held in _held.get(optimizer, ()):
+        if not held.staged.done():
+            wait_for_futures([held.enqueued])
+            try:
+                held.fence()
+            except CudaError:  # the streams do not wait, so the host does
+                wait_for_futures([held.staged])
 
 
 class OptimizerFence:
-    """Waits for staging in a pre-step hook of each optimizer."""
+    """Waits for the snapshot in a pre-step hook of each optimizer."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._optimizers = optimizers
@@ -61,16 +81,22 @@ class OptimizerFence:
             optimizers = tuple(fence) if isinstance(fence, Iterable) else (fence,)
         if not optimizers or not all(isinstance(one, torch.optim.Optimizer) for one in optimizers):
             raise TypeError(f'fence={fence!r}: use "now", an optimizer or a sequence of optimizers')
+        for optimizer in optimizers:
+            if any(group.get("capturable") for group in optimizer.param_groups):
+                raise ValueError(
+                    f"fence={type(optimizer).__name__}: with capturable=True its step may be replayed from a CUDA graph, "
+                    'which calls no hooks, so that nothing would make it wait; use fence="now"'
+                )
         return cls(optimizers)
 
-    def attach(self, staged: Future[None]) -> None:
-        """From now on no optimizer of the fence steps before `staged` is done. Errors of staging surface elsewhere."""
+    def attach(self, snapshot: Held) -> None:
+        """From now on no optimizer of the fence steps before the snapshot. Its errors surface elsewhere."""
         for optimizer in self._optimizers:
-            pending = [one for one in _held.get(optimizer, ()) if not one.done()]
+            pending = [one for one in _held.get(optimizer, ()) if not one.staged.done()]
             if optimizer not in _held:
                 # One hook for all saves, and for good: a hook must not go while the optimizer walks its hooks.
                 optimizer.register_step_pre_hook(_hold)
-            _held[optimizer] = [*pending, staged]
+            _held[optimizer] = [*pending, snapshot]
 
     def snapshot(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any] | state.Flattened:
         """What `state_dict` is now: containers and everything that these optimizers do not own are copied.
@@ -84,7 +110,7 @@ class OptimizerFence:
             copied, rest = _native.snapshot(state_dict, guards, tensors.TENSOR_TYPES)
             if {type(value) for _, _, value in rest} <= _SETTLED_TYPES:
                 for container, key, value in self._not_parameters(rest):
-                    container[key] = value.detach().clone()
+                    container[key] = devices.copy_of(value)
                 return copied  # type: ignore[no-any-return]
         flattened = state.flatten(state_dict)
         owned = [*self._owned()]
@@ -94,7 +120,7 @@ class OptimizerFence:
         places = {place for place in known if place is not None}
         for (name, tensor), place in zip([*flattened.tensors.items()], found, strict=True):
             if id(tensor) not in same and place not in places:
-                flattened.tensors[name] = tensor.detach().clone()
+                flattened.tensors[name] = devices.copy_of(tensor)
         return flattened
 
     def _not_parameters(self, rest: list[_Item]) -> list[_Item]:

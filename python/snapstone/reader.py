@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import _native, garbage, index, manifest, plan, tensors
+from . import _native, devices, garbage, index, manifest, plan, tensors
 from .catalog import Catalog, Listing
-from .config import PIPELINE_SLOTS
+from .config import PIPELINE_SLOTS, DeviceOptions
 from .errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -37,7 +37,8 @@ from .trace import Trace
 __all__ = ["Reader", "run_job"]
 
 _DRAIN_SECONDS = 1.0  # after a failure, for requests that the kernel still has
-_orphans: list[Any] = []
+_CPU = torch.device("cpu")
+_orphans: list[Any] = []  # (job, what it fills)
 _POLL_SECONDS = 0.1  # between looks at Ctrl-C, the deadline and the progress callback
 
 
@@ -46,10 +47,10 @@ def run_job(
 ) -> None:
     """Waits for a started job, awake for Ctrl-C; raises its error, or CheckpointError at the deadline.
 
-    The job writes into `targets`. If the kernel does not give up its buffers soon after a failure, both are kept until
-    it does: leaking memory is better than freeing what is still written to.
+    The job writes into `targets`. If kernel or devices do not give up its memory soon after a failure, both are kept
+    until they do: leaking memory is better than freeing what is still written to.
     """
-    _orphans[:] = [orphan for orphan in _orphans if not orphan[0].finished]
+    _orphans[:] = [orphan for orphan in _orphans if not (orphan[0].finished and orphan[0].settled)]
     deadline = time.monotonic() + timeout_seconds
     try:
         while not job.wait(_POLL_SECONDS):
@@ -57,12 +58,16 @@ def run_job(
             if time.monotonic() >= deadline:
                 raise CheckpointError(f"{what} did not end within {timeout_seconds:g} s", path=path)
         on_progress(job.bytes_done)
+        job.rethrow()
     except BaseException:
-        job.cancel()
-        if not job.wait(_DRAIN_SECONDS):
-            _orphans.append((job, targets))
+        _let_go(job, targets)
         raise
-    job.rethrow()
+
+
+def _let_go(job: Any, targets: Any) -> None:
+    job.cancel()
+    if not (job.wait(_DRAIN_SECONDS) and job.settled):
+        _orphans.append((job, targets))
 
 
 class Reader:
@@ -132,11 +137,17 @@ class Reader:
             for target in self.masters_first(targets):
                 self._add_target(reads, target, cast)
         job = self.start(reads, verify=verify, trace=trace)
-        self.wait(job, (targets, reads), timeout_seconds=timeout_seconds, progress=progress)
+        try:
+            self.wait(job, (targets, reads), timeout_seconds=timeout_seconds, progress=progress)
+        finally:
+            if job.finished:  # well or not: what was written of targets comes before what these streams do next
+                for ordinal, stream in devices.current_streams(job.devices).items():
+                    job.fence(ordinal, stream)
         reads.finish()
         if trace is not None:
             trace.add_job(job)
         return {
+            **({"devices": job.devices} if job.devices else {}),
             "rung": self.rung,
             "bytes_read": job.bytes_read,
             "bytes_needed": job.bytes_needed,
@@ -144,11 +155,16 @@ class Reader:
         }
 
     def start(self, reads: Reads, *, verify: bool = True, trace: Trace | None = None) -> Any:
-        """A job that has begun to read. Whatever it fills must stay alive until `wait` returns."""
+        """A job that has begun to read. Whatever it fills must stay alive until `wait` returns. What is on devices is
+        filled after what this thread's current streams have been given, and there for those that its `fence` is called
+        for then.
+        """
         tables = reads.tables()
         job = self._make_job(tables, *reads.arguments(tables), verify=verify, scrub=False, trace=trace)
         if not verify:
             self._check_identity()
+        for ordinal, stream in devices.current_streams(job.devices).items():
+            job.mark(ordinal, stream)
         job.start()
         return job
 
@@ -186,9 +202,7 @@ class Reader:
 
     def abandon(self, job: Any, targets: Any) -> None:
         """Ends a job whose bytes nobody wants any more."""
-        job.cancel()
-        if not job.wait(_DRAIN_SECONDS):
-            _orphans.append((job, targets))
+        _let_go(job, targets)
 
     def raw_bytes(self, table: int) -> Any:
         """Of each chunk of an index, decoded."""
@@ -218,7 +232,7 @@ class Reader:
     def start_scrub(self) -> Any:
         """A job that reads every chunk that this checkpoint uses, for `scrub`; `bytes_read` says how much that is."""
         every = list(range(len(self._tables)))
-        job = self._make_job(every, np.empty((0, 8), np.uint64), [], verify=True, scrub=True, trace=None)
+        job = self._make_job(every, np.empty((0, 8), np.uint64), [], None, verify=True, scrub=True, trace=None)
         job.start()
         return job
 
@@ -264,9 +278,17 @@ class Reader:
         return read_rung(self.path)
 
     def _make_job(
-        self, tables: list[int], rows: Any, boxes: list[Any], *, verify: bool, scrub: bool, trace: Trace | None
+        self,
+        tables: list[int],
+        rows: Any,
+        boxes: list[Any],
+        targets_on: Any,
+        *,
+        verify: bool,
+        scrub: bool,
+        trace: Trace | None,
     ) -> Any:
-        """`tables`: those that rows and boxes number. Of their files the job opens those that its chunks are in."""
+        """`tables`: those that rows and boxes number; `targets_on`: the devices of these. Of their files the job opens those that its chunks are in."""
         files: list[tuple[str, str, int]] = []
         used = []
         for table in tables:
@@ -277,7 +299,19 @@ class Reader:
             files += self._files[first_file : first_file + len(self.indexes[table].files)]
         try:
             detailed = trace is not None and trace.detailed
-            return _native.LoadJob(used, files, rows, boxes, self.rung, verify, scrub, PIPELINE_SLOTS, detailed)
+            return _native.LoadJob(
+                used,
+                files,
+                rows,
+                boxes,
+                self.rung,
+                verify,
+                scrub,
+                PIPELINE_SLOTS,
+                detailed,
+                targets_on,
+                targets_on is None or DeviceOptions.of().digest != "host",
+            )
         except FileNotFoundError as error:
             raise IncompleteCheckpointError(
                 "data file is missing", path=error.filename, rank=self._rank_of(error.filename, tables)
@@ -302,18 +336,27 @@ class Reader:
         item, tensor = target
         first = self.shards.first(item.name)
         same = first.stored.item == item and item.nbytes and first.stored.derived_from is None
-        if same and tensor.is_contiguous() and not tensors.needs_copy(tensor):
+        if same and tensor.is_contiguous() and not self._needs_buffer(tensor, on_device=True):
             # The same shard in plain memory, which is nearly every tensor of a resumed run.
-            reads.add_whole(first, tensor.data_ptr())
+            reads.add_whole(first, tensor.data_ptr(), device=tensor.get_device())
             self._keep_master(reads, item.name, first.box, tensor)
             return
-        for part, view in self.parts_of(target, reads, cast=cast):
+        for part, view in self.parts_of(target, reads, cast=cast, on_device=True):
             reads.add(part, tensors.memory_of(view))
 
-    def parts_of(self, target: LocalShard, reads: Reads, *, cast: bool) -> list[tuple[Part, torch.Tensor]]:
+    @staticmethod
+    def _needs_buffer(tensor: torch.Tensor, *, on_device: bool) -> bool:
+        """Whether what is read cannot go straight into the tensor's memory."""
+        return tensors.needs_copy(tensor) and not (
+            on_device and devices.is_reached(tensor) and not tensors.is_lazy(tensor)
+        )
+
+    def parts_of(
+        self, target: LocalShard, reads: Reads, *, cast: bool, on_device: bool = False
+    ) -> list[tuple[Part, torch.Tensor]]:
         """What a target consists of: parts of saved shards, and the memory for each in the saved dtype, which may be a
-        buffer that `reads` converts at its end. Of a derived shard these are parts of its master. Raises as `fill`
-        does.
+        buffer on the host that `reads` converts at its end; with `on_device` not for what jobs fill on its device. Of a
+        derived shard these are parts of its master. Raises as `fill` does.
         """
         item, tensor = target
         if item.nbytes == 0 and 0 in item.sizes:
@@ -328,7 +371,7 @@ class Reader:
             )
         wanted = Box(item.offsets, item.sizes)
         memory = target_memory = tensor.detach()
-        if saved.dtype != item.dtype or tensors.needs_copy(tensor):
+        if saved.dtype != item.dtype or self._needs_buffer(tensor, on_device=on_device):
             memory = torch.empty(item.sizes, dtype=tensors.dtype_named(saved.dtype))
         self._keep_master(reads, item.name, wanted, memory)
         parts = []
@@ -362,11 +405,14 @@ class Reader:
         if self.shards.has_derived and memory.dtype == tensors.dtype_named(index.MASTER_DTYPE):
             reads.masters[name, box] = memory.detach()
 
-    def empty(self, item: plan.TensorItem) -> torch.Tensor:
-        """Memory for a box. Raises as `fill` does where that is in no saved shard: a header can claim any size."""
+    def empty(self, item: plan.TensorItem, device: torch.device = _CPU) -> torch.Tensor:
+        """Memory for a box, on the device if jobs fill it there, else on the host. Raises as `fill` does where that is
+        in no saved shard: a header can claim any size.
+        """
         if 0 not in item.sizes:
             self.parts_read(item.name, Box(item.offsets, item.sizes))
-        return torch.empty(item.sizes, dtype=tensors.dtype_named(item.dtype))
+        at = device if device.type == "cuda" and not devices.absence() else _CPU
+        return torch.empty(item.sizes, dtype=tensors.dtype_named(item.dtype), device=at)
 
     def parts_read(self, name: str, wanted: Box) -> list[Part]:
         """What `locate` finds, with parts of the masters in the place of derived ones."""

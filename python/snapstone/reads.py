@@ -11,7 +11,7 @@ import torch
 from . import plan
 from .index import StoredTensor
 from .plan import Box
-from .tensors import Memory
+from .tensors import HOST, Memory
 
 __all__ = ["EVERY_CHUNK", "Part", "Reads", "SavedShard", "Window", "packed_strides", "view_of"]
 
@@ -66,17 +66,20 @@ class Reads:
 
     rows: list[tuple[int, ...]] = field(default_factory=list)
     boxes: list[Any] = field(default_factory=list)
+    row_devices: list[int] = field(default_factory=list)  # ordinals of CUDA devices, or HOST
+    box_devices: list[int] = field(default_factory=list)
     converted: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (target, buffer read instead)
     masters: dict[tuple[str, Box], torch.Tensor] = field(default_factory=dict)  # what is read of them into one memory
 
-    def add_whole(self, shard: SavedShard, data_ptr: int, window: Window = EVERY_CHUNK) -> None:
+    def add_whole(self, shard: SavedShard, data_ptr: int, window: Window = EVERY_CHUNK, device: int = HOST) -> None:
         self.rows.append((shard.table, *shard.stored.place, shard.stored.item.nbytes, data_ptr, *window))
+        self.row_devices.append(device)
 
     def add(self, part: Part, memory: Memory, window: Window = EVERY_CHUNK) -> None:
         """With a window `memory` is where the whole part would go."""
         shard = part.shard
         if memory.stride_bytes is None and part.is_whole:
-            self.add_whole(shard, memory.data_ptr, window)
+            self.add_whole(shard, memory.data_ptr, window, memory.device)
             return
         stored = (shard.table, *shard.stored.place, shard.stored.item.nbytes)
         strides = memory.stride_bytes or packed_strides(memory.sizes, memory.item_bytes)
@@ -84,17 +87,21 @@ class Reads:
         self.boxes.append(
             (stored, memory.item_bytes, sizes, part.offsets, part.box.sizes, memory.data_ptr, strides, window)
         )
+        self.box_devices.append(memory.device)
 
     def tables(self) -> list[int]:
         return sorted({row[0] for row in self.rows} | {box[0][0] for box in self.boxes})
 
-    def arguments(self, tables: list[int]) -> tuple[Any, list[Any]]:
-        """Rows and boxes in which tables are numbered by their place in `tables`."""
+    def arguments(self, tables: list[int]) -> tuple[Any, list[Any], Any]:
+        """Rows and boxes in which tables are numbered by their place in `tables`, and the devices of both."""
         number = {table: position for position, table in enumerate(tables)}
         rows = np.array(self.rows, dtype=np.uint64).reshape(-1, 8)
         if len(rows):
             rows[:, 0] = np.searchsorted(tables, rows[:, 0])
-        return rows, [((number[box[0][0]], *box[0][1:]), *box[1:]) for box in self.boxes]
+        boxes = [((number[box[0][0]], *box[0][1:]), *box[1:]) for box in self.boxes]
+        if all(device == HOST for devices in (self.row_devices, self.box_devices) for device in devices):
+            return rows, boxes, None
+        return rows, boxes, (np.array(self.row_devices, np.int32), np.array(self.box_devices, np.int32))
 
     def finish(self) -> None:
         """Every byte is read: converts what was read into buffers."""

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -13,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from . import _native, state
+from . import _native, devices, state, tensors
 from .checkpoint import Checkpoint
 from .collective import Group
 from .config import SaveOptions
-from .fence import Fence, OptimizerFence
+from .fence import Fence, Held, OptimizerFence
 from .handle import SaveHandle, raise_unreported
 from .progress import Progress
 from .target import STEPS, Target
@@ -142,7 +143,8 @@ def async_save(
     Args:
         fence: "now": the snapshot is taken when this returns. An optimizer, or several: it is taken before their
             next step, which waits for it; what those optimizers do not own is copied at the call. The state must not
-            change in other ways until then.
+            change in other ways until then. Of tensors on CUDA devices the same holds for what the current streams are
+            given after this, or from the step on; the host does not wait for them, see docs/gpu.md.
 
     Returns:
         A SaveHandle. Its errors, if nobody collects them, are raised by the next `save`, `async_save` or `wait`.
@@ -173,17 +175,19 @@ def async_save(
         else:
             taken = _snapshot(writer, optimizers, state_dict)
         if optimizers is None or writer.failed:
-            _stage(writer)
+            _stage(writer, deferred=False)
+            writer.fence()
     except BaseException as error:
         writer.close(error)
         raise
     handle = SaveHandle(writer.target.step, writer.trace.stats, writer.cancel)
     go = threading.Event()
-    background = _Background(writer, handle, optimizers is not None, taken, progress, go)
+    background = _Background(writer, handle, None if optimizers is None else Future(), taken, progress, go)
     # Not a daemon: the interpreter waits for it at exit, so a save that was begun ends by its deadline.
     try:
-        if optimizers is not None:
-            optimizers.attach(handle.staging_completion)
+        if background.snapshot is not None:
+            assert optimizers is not None
+            optimizers.attach(Held(background.snapshot, handle.staging_completion, writer.fence))
         elif writer.staged:
             handle.staged(None)
         threading.Thread(target=background.run, name="snapstone-save").start()
@@ -204,17 +208,19 @@ def _snapshot(writer: Writer, optimizers: OptimizerFence, state_dict: StateDict)
 
     def make() -> state.Flattened:
         nonlocal snapshot
+        devices.refuse_capture()
         snapshot = optimizers.snapshot(state_dict)
         return snapshot if isinstance(snapshot, state.Flattened) else state.Flattened()
 
     writer.take(make)
+    writer.mark()
     return None if isinstance(snapshot, state.Flattened) else snapshot
 
 
-def _stage(writer: Writer) -> None:
-    writer.open(keep_staged=True)
+def _stage(writer: Writer, *, deferred: bool) -> None:
+    writer.open(keep_staged=True, deferred=deferred)
     writer.start()
-    writer.wait_staged()
+    writer.wait_snapshot()
 
 
 @dataclass(slots=True)
@@ -223,7 +229,7 @@ class _Background:
 
     writer: Writer
     handle: SaveHandle
-    stage: bool
+    snapshot: Future[None] | None  # done when it is enqueued, or the save has ended; None: it was before
     taken: Mapping[str, Any] | None
     progress: ProgressWanted
     go: threading.Event  # keeps this thread off the interpreter lock until the caller is on its way
@@ -234,24 +240,31 @@ class _Background:
         if self.abandoned:
             return
         try:
-            if self.taken is not None:
-                taken, self.taken = self.taken, None
-                self.writer.take(lambda: state.flatten(taken))
-                del taken
-            if self.stage:
-                _stage(self.writer)
-                if self.writer.staged:
-                    self.handle.staged(None)
+            if self.snapshot is not None:
+                with self.writer.beside():
+                    self._take()
+                    _stage(self.writer, deferred=True)
+                self.snapshot.set_result(None)
+            self.writer.wait_staged()
+            if self.writer.staged:
+                self.handle.staged(None)
             checkpoint = _finish(self.writer, self.progress)
         except BaseException as error:
             self.end(None, error)
         else:
             self.end(checkpoint, None)
 
+    def _take(self) -> None:
+        if self.taken is not None:
+            taken, self.taken = self.taken, None
+            self.writer.take(lambda: state.flatten(taken))
+
     def end(self, checkpoint: Checkpoint | None, error: BaseException | None) -> None:
         try:
             self.writer.close(error)
         finally:
+            if self.snapshot is not None and not self.snapshot.done():
+                self.snapshot.set_result(None)
             self.handle.settle(checkpoint, error)  # whatever happens: somebody may wait for it
 
 
@@ -296,13 +309,22 @@ def _target(
 def prepare(device: str | torch.device = "cpu", nbytes: int | None = None) -> None:
     """Allocates staging memory ahead of the first save: `nbytes`, or the whole host memory budget.
 
+    With "cuda" or "cuda:N" the memory is near that device, and registered for its copies, and what else the first save
+    from there would have to make is made. Takes a while: about 0.3 s for each GB.
+
     Raises:
-        ValueError: a device that this version cannot stage from. OSError: ENOMEM.
+        ValueError: a device that jobs do not copy from. OSError: ENOMEM. CudaError: the device fails.
     """
-    if torch.device(device).type != "cpu":
-        raise ValueError(f"device={device!r}: only CPU staging memory can be prepared in this version")
+    where = torch.device(device)
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}: staging memory is for tensors on cpu and cuda devices")
+    if where.type == "cuda" and (why := devices.absence()):
+        raise ValueError(f"device={device!r}: CUDA cannot be used: {why}; prepare for cpu instead")
+    ordinal = tensors.HOST
+    if where.type == "cuda":
+        ordinal = torch.cuda.current_device() if where.index is None else where.index
     options = SaveOptions.of()
     wanted = options.host_memory_budget if nbytes is None else nbytes
     if wanted < 0:
         raise ValueError(f"nbytes={nbytes}: must not be negative")
-    _native.reserve(options.chunk_bytes, -(-wanted // options.chunk_bytes))
+    _native.reserve(options.chunk_bytes, -(-wanted // options.chunk_bytes), ordinal)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _native, garbage, index, manifest, tensors
+from . import _native, garbage, index, manifest
 from .base import Before, Comparison, Memory, SharedFile, Stored
 from .codec_stats import codec_stats
 from .collective import Deadline
@@ -17,6 +17,7 @@ from .errors import CheckpointError
 from .index import CHUNK_DTYPE, StoredTensor, padded
 from .manifest import FileEntry
 from .progress import Progress
+from .sources import DRAIN_SECONDS, Sources
 from .stall import learn_rates, predict_stall
 from .structure import Structure
 from .tensors import LocalShard
@@ -27,16 +28,18 @@ __all__ = ["Share"]
 _POLL_SECONDS = 0.1
 # Of one rank: each is an open file while the checkpoint is loaded, and processes may have 1024 of them.
 _LINKED_FILES_MAX = 32
-_DRAIN_SECONDS = 1.0  # after a failure, for requests that the kernel still has
 
 
 class Share:
-    """Step 2 of the protocol in `csrc/store/staging.cc` for one rank: `start`, `wait_staged`, `wait_written`,
-    with a comparison `drop_sparse_files`, `write_index`, `close`.
+    """Step 2 of the protocol in `csrc/store/staging.cc` for one rank: `start`, `wait_snapshot`, `fence`, `wait_staged`,
+    `wait_written`, with a comparison `drop_sparse_files`, `write_index`, `close`.
+
+    Tensors on CUDA devices are taken as the current streams of the thread that makes the share leave them.
 
     `shards` are all of the rank's; the structure names those that it writes. What the comparison finds is not written;
-    its files are linked. With `keep_staged` the whole state gets staging memory if the budget allows. OSError when the
-    file cannot be made or the disk is full.
+    its files are linked. With `keep_staged` the whole state gets staging memory if the budget allows; `deferred`: the
+    caller does not wait for the snapshot, its streams do later. OSError when the file cannot be made or the disk is
+    full, RuntimeError while a stream is captured into a CUDA graph.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Share:
         *,
         keep_staged: bool,
         comparison: Comparison | None = None,
+        deferred: bool = False,
     ) -> None:
         self._structure = structure
         self._comparison = comparison
@@ -60,16 +64,8 @@ class Share:
         self._rank = rank
         self._trace = trace
         with trace.span("plan"), garbage.paused():
-            self._shards = [tensors.on_host(shards[position]) for position in structure.positions]
-            if keep_staged:
-                # An alias owns the memory that is copied, whatever becomes of the tensor meanwhile (`p.data = other`).
-                self._shards = [LocalShard(item, tensor.detach()) for item, tensor in self._shards]
-            pointers = np.fromiter((shard.tensor.data_ptr() for shard in self._shards), np.uint64, len(self._shards))
-            strided: Any = {}
-            for position, shard in enumerate(self._shards):
-                if not shard.tensor.is_contiguous():
-                    memory = tensors.memory_of(shard.tensor)
-                    strided[position] = (memory.item_bytes, memory.data_ptr, memory.sizes, memory.stride_bytes)
+            shards = [shards[position] for position in structure.positions]
+            self._tensors = Sources(shards, options.device, trace, alias=keep_staged)
             layout = structure.layout
             slots = min(options.host_memory_budget // layout.chunk_bytes, layout.chunk_count)
             if not keep_staged:
@@ -78,8 +74,8 @@ class Share:
             trace.stats["predicted_stall_seconds"] = predict_stall(layout.payload_bytes, slots * layout.chunk_bytes)
             self._job = _native.SaveJob(
                 layout,
-                pointers,
-                strided,
+                self._tensors.pointers(),
+                self._tensors.strided(),
                 staging,
                 self.data_name,
                 rung,
@@ -90,6 +86,9 @@ class Share:
                 keep_staged,
                 trace.detailed,
                 self._differences(structure, options),
+                self._tensors.ordinals,
+                # With fence="now" the caller waits, and digests would have to come first.
+                self._tensors.device_options(kept=keep_staged, two_phase=deferred or not keep_staged),
             )
 
     def _differences(self, structure: Structure, options: SaveOptions) -> Any:
@@ -131,10 +130,28 @@ class Share:
         return int(self._job.bytes_done)
 
     def start(self) -> None:
-        self._job.start()
+        self._tensors.start(self._job)
 
     def cancel(self) -> None:
         self._job.cancel()
+
+    def wait_snapshot(self, deadline: Deadline) -> bool:
+        """Returns when streams that `fence` was called for may change the state, and the host what it has in host
+        memory; False at the deadline. Errors surface in `wait_written`.
+        """
+        while not self._job.wait_snapshot(_POLL_SECONDS):
+            if deadline.expired:
+                self._job.cancel()
+                return bool(self._job.wait_snapshot(DRAIN_SECONDS))
+        return True
+
+    def fence(self) -> None:
+        """What this thread's current streams are given from now on may change the state; after `wait_snapshot`."""
+        self._tensors.fence()
+
+    def release(self) -> None:
+        """Lets go of the tensors, if they may change."""
+        self._tensors.release()
 
     def wait_staged(self, deadline: Deadline) -> bool:
         """Returns when the state may change; False if the kernel holds on to it at the deadline. Other errors surface
@@ -143,7 +160,7 @@ class Share:
         while not self._job.wait_staged(_POLL_SECONDS):
             if deadline.expired:
                 self._job.cancel()
-                return bool(self._job.wait_staged(_DRAIN_SECONDS))
+                return bool(self._job.wait_staged(DRAIN_SECONDS))
         return True
 
     def wait_written(self, deadline: Deadline, progress: Progress) -> None:
@@ -164,6 +181,7 @@ class Share:
         if len(encode_us):
             self._trace.stats["codecs"] = codec_stats(self.contents, self._records[: len(encode_us)], encode_us)
         self._trace.add_job(self._job)
+        self._tensors.note()
         learn_rates(self._trace.stats)
 
     @property
@@ -302,11 +320,5 @@ class Share:
         """Ends what still runs and lets go of the tensors."""
         if not self._job.finished:
             self._job.cancel()
-            if not self._job.wait(_DRAIN_SECONDS):
-                _orphans.append((self._job, self._shards))  # the kernel still holds its buffers: neither may be freed
-        _orphans[:] = [orphan for orphan in _orphans if not orphan[0].finished]
-        self._shards = []
+        self._tensors.let_go()
         self._staging = None
-
-
-_orphans: list[Any] = []

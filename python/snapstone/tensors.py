@@ -19,6 +19,7 @@ from .plan import DIMENSIONS_MAX, Box, TensorItem
 from .values import STORED_DTYPES, dtype_name, dtype_named
 
 __all__ = [
+    "HOST",
     "PLAIN_TYPES",
     "TENSOR_TYPES",
     "LocalShard",
@@ -30,6 +31,7 @@ __all__ = [
     "dtype_name",
     "dtype_named",
     "is_floating",
+    "is_lazy",
     "memory_key",
     "memory_of",
     "needs_copy",
@@ -38,6 +40,8 @@ __all__ = [
 ]
 
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter, DTensor)
+HOST = -1  # in place of the ordinal of a CUDA device
+
 PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
@@ -54,12 +58,15 @@ class LocalShard(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Where a CPU tensor's elements are. `stride_bytes` is None when they are contiguous in row-major order."""
+    """Where a tensor's elements are. `stride_bytes` is None when they are contiguous in row-major order; `device` is the
+    ordinal of a CUDA device, or HOST.
+    """
 
     data_ptr: int
     item_bytes: int
     sizes: tuple[int, ...]
     stride_bytes: tuple[int, ...] | None
+    device: int = HOST
 
 
 def dtype_bytes(name: str) -> int:
@@ -184,9 +191,14 @@ def _sharded_tensor_shards(name: str, tensor: Any) -> Iterator[LocalShard]:
         yield _shard(name, shard.tensor, shape, tuple(shard.metadata.shard_offsets))
 
 
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's elements are its memory's, conjugated or negated."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
 def needs_copy(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory is not what is stored: another device, or lazy conjugation or negation."""
-    return not tensor.is_cpu or tensor.is_conj() or tensor.is_neg()
+    return not tensor.is_cpu or is_lazy(tensor)
 
 
 def on_host(shard: LocalShard) -> LocalShard:
@@ -199,12 +211,12 @@ def on_host(shard: LocalShard) -> LocalShard:
 
 
 def memory_of(tensor: torch.Tensor) -> Memory:
-    """The memory of a CPU tensor, which the caller keeps alive."""
+    """The memory of a tensor, which the caller keeps alive."""
     item_bytes = tensor.dtype.itemsize
-    if tensor.is_contiguous():
-        return Memory(tensor.data_ptr(), item_bytes, tuple(tensor.shape), None)
-    stride_bytes = tuple(stride * item_bytes for stride in tensor.stride())
-    return Memory(tensor.data_ptr(), item_bytes, tuple(tensor.shape), stride_bytes)
+    stride_bytes = None
+    if not tensor.is_contiguous():
+        stride_bytes = tuple(stride * item_bytes for stride in tensor.stride())
+    return Memory(tensor.data_ptr(), item_bytes, tuple(tensor.shape), stride_bytes, tensor.get_device())
 
 
 def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -12,9 +12,10 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from . import _native, garbage, manifest, state, status, tensors, values
+from . import _native, devices, garbage, manifest, state, status, tensors, values
 from .agreement import assign
 from .base import Memory, Stored, choose, link, sharing_stats
 from .collective import Channel, Deadline, Group
@@ -41,8 +42,8 @@ _memory = Memory()
 
 
 class Writer:
-    """Runs the steps `take`, `open`, `start`, `wait_staged`, `finish`, `close`, in this order, from one thread at a
-    time.
+    """Runs the steps `take`, `open`, `start`, `wait_snapshot`, `wait_staged`, `finish`, `close`, in this order, from one
+    thread at a time. `fence` is for any thread.
     """
 
     def __init__(self, target: Target, options: SaveOptions, group: Group, channel: Channel, trace: Trace) -> None:
@@ -61,6 +62,7 @@ class Writer:
         self._stored: Stored | None = None
         self._known: dict[str, Structure] = {}
         self._flattened = state.Flattened()
+        self._marked: devices.Marked | None = None
         self._error: BaseException | None = None
         self._objects: dict[str, Any] = {}
         self._ties: list[int] = []
@@ -72,6 +74,19 @@ class Writer:
         self.rung = ""
 
     # Describe and agree -----------------------------------------------------------------------------------------------
+
+    def mark(self) -> None:
+        """What this thread's current streams have been given by now is in the snapshot, on whatever thread the next
+        steps run. A failure is kept for the vote in `open`.
+        """
+        try:
+            self._marked = devices.Marked()
+        except BaseException as failure:
+            self._error = self._error or failure
+
+    def beside(self) -> AbstractContextManager[None]:
+        """For the steps until `start`, on another thread: their copies follow the mark."""
+        return nullcontext() if self._marked is None else self._marked.beside()
 
     def take(self, make: Callable[[], state.Flattened]) -> None:
         """Takes the state and encodes its Python values, which may change after this. A failure is kept for the vote
@@ -88,10 +103,10 @@ class Writer:
     def failed(self) -> bool:
         return self._error is not None
 
-    def open(self, *, keep_staged: bool) -> None:
+    def open(self, *, keep_staged: bool, deferred: bool = False) -> None:
         """Agrees with all ranks on who writes what, opens the staging directory and prepares the data file.
 
-        With `keep_staged` the whole state gets staging memory if the budget allows.
+        With `keep_staged` the whole state gets staging memory if the budget allows; `deferred`: see `Share`.
         """
         hello = b""
         try:
@@ -109,14 +124,14 @@ class Writer:
             common, mine = hellos[0]["objects"], hellos[self.group.rank]["objects"]
             self._objects = {name: entry for name, entry in self._objects.items() if common.get(name) != mine[name]}
         try:
-            self._prepare(keep_staged)
+            self._prepare(keep_staged, deferred)
         except BaseException as failure:
             # From here on the others write, and hear of this in the vote of `finish`; alone there is nobody to tell.
             self._error = failure
             if self.group.world_size == 1:
                 raise
 
-    def _prepare(self, keep_staged: bool) -> None:
+    def _prepare(self, keep_staged: bool, deferred: bool) -> None:
         if self._staging is None:
             self._staging = self.target.join_staging(
                 self.save_id, self.deadline, lambda: self.channel.raise_if_failed("written", self.deadline)
@@ -150,6 +165,7 @@ class Writer:
             self.trace,
             keep_staged=keep_staged,
             comparison=comparison,
+            deferred=deferred,
         )
         self._status.save_id = self.save_id
         self._status.writes(self._share)
@@ -228,12 +244,31 @@ class Writer:
             assert self._share is not None
             self._share.start()
 
+    def wait_snapshot(self) -> None:
+        """Returns when streams that `fence` was called for may change the state. Errors surface in `finish`."""
+        if self._error is None:
+            assert self._share is not None
+            if not self._share.wait_snapshot(self.deadline):
+                self._error = self._too_late()
+
+    def fence(self) -> None:
+        """What this thread's current streams are given from now on may change the state; after `wait_snapshot`."""
+        share = self._share
+        if share is not None:
+            share.fence()
+
     def wait_staged(self) -> None:
-        """Returns when the state may change. Errors surface in `finish`."""
+        """Returns when the state may change, and lets go of it. Errors surface in `finish`."""
         if self._error is None:
             assert self._share is not None
             if not self._share.wait_staged(self.deadline):
                 self._error = self._too_late()
+        if self.staged:
+            assert self._share is not None
+            self._share.release()
+            self._shards = []
+            self._flattened = state.Flattened(paths=self._flattened.paths)
+            self._marked = None
 
     @property
     def staged(self) -> bool:
@@ -250,6 +285,8 @@ class Writer:
         except CancelledError:
             raise self._cancelled() if self._state == "cancelled" else self._too_late() from None
         except CheckpointError:
+            if not self.deadline.expired:
+                raise
             raise self._too_late() from None
 
     # Vote and commit --------------------------------------------------------------------------------------------------

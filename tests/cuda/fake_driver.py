@@ -87,19 +87,22 @@ def choose(**options: object) -> None:
 
 
 class FakeDriver:
-    """The fake of this process. Raises RuntimeError when the engine has another driver, or none.
+    """The fake of this process. Raises RuntimeError when the engine has another driver, or none; unless `engine` is
+    False, which is for processes where it is to have none.
 
     Streams are handles (None: the legacy default stream), addresses and sizes are ints in bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, engine: bool = True) -> None:
         from snapstone import _native
 
-        facts = _native.cuda_facts()
-        if not facts["available"] or not facts["devices"][0]["name"].startswith("Fake CUDA device"):
+        facts = _native.cuda_facts() if engine else None
+        if facts and not (facts["available"] and facts["devices"][0]["name"].startswith("Fake CUDA device")):
             raise RuntimeError(f"not on the fake CUDA driver: {facts}")
         self.library = ctypes.CDLL(os.environ["SNAPSTONE_LIBCUDA"])
         self._declare()
+        if not engine and self.library.cuInit(0) != 0:
+            raise RuntimeError("the fake CUDA driver cannot be initialised")
 
     def _declare(self) -> None:
         size, handle, number = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int
@@ -112,6 +115,7 @@ class FakeDriver:
             ("stream", handle, [number]),
             ("enqueue_write", number, [number, handle, size, handle, size]),
             ("enqueue_fill", number, [number, handle, size, number, size]),
+            ("enqueue_copy", number, [number, handle, *[size] * 6]),
             ("enqueue_delay", number, [number, handle, size]),
             ("host_access", number, [handle, size, number]),
             ("capture", number, [number, handle, number]),
@@ -159,6 +163,11 @@ class FakeDriver:
 
     def enqueue_fill(self, address: int, byte: int, nbytes: int, *, stream: int | None = None, device: int = 0) -> None:
         self._done(self.library.fakecuda_enqueue_fill(device, stream, address, byte, nbytes))
+
+    def enqueue_copy(
+        self, target: int, source: int, nbytes: int, *, stream: int | None = None, device: int = 0
+    ) -> None:
+        self._done(self.library.fakecuda_enqueue_copy(device, stream, target, source, nbytes, 1, nbytes, nbytes))
 
     def enqueue_delay(self, seconds: float, *, stream: int | None = None, device: int = 0) -> None:
         """Work of the training that takes this long and touches nothing."""

@@ -440,7 +440,7 @@ class _Taken:
             if item.type is WriteItemType.BYTE_IO:
                 taken.objects[name] = _value(item, planner)
             else:
-                taken.shards.append(tensors.on_host(_shard(item, planner, before)))
+                taken.shards.append(_shard(item, planner, before))
         if described is None:
             of_tensors = iter(taken.shards)
             tensors_of = [None if i.type is WriteItemType.BYTE_IO else next(of_tensors).item for i in plan.items]

@@ -159,6 +159,31 @@ FAKECUDA_CONTROL int fakecuda_enqueue_delay(int device, void* handle, std::uint6
   return 0;
 }
 
+FAKECUDA_CONTROL int fakecuda_enqueue_copy(int device, void* handle, std::uint64_t target, std::uint64_t source,
+                                           std::uint64_t width, std::uint64_t rows, std::uint64_t target_pitch,
+                                           std::uint64_t source_pitch) {
+  World& world = World::get();
+  const World::Lock lock(world.mutex);
+  Stream* const stream = world.find_stream(handle, device);
+  if (width == 0 || rows == 0) return 0;
+  const std::uint64_t source_bytes = (rows - 1) * source_pitch + width;
+  const std::uint64_t target_bytes = (rows - 1) * target_pitch + width;
+  if (stream == nullptr || world.lost(device) != 0 || !live(world, source, source_bytes, "a copy") ||
+      !live(world, target, target_bytes, "a copy")) {
+    return -1;
+  }
+  auto work = std::make_unique<Work>();
+  work->what = "a copy from " + hex(source) + " to " + hex(target) + ", stream " + std::to_string(stream->number);
+  work->accesses = {{source, width, false, source_pitch, rows}, {target, width, true, target_pitch, rows}};
+  work->run = [from = world.memory->shadow(source), to = world.memory->shadow(target), width, rows, target_pitch,
+               source_pitch](Work&) {
+    for (std::uint64_t row = 0; row < rows; ++row)
+      std::memcpy(to + row * target_pitch, from + row * source_pitch, width);
+  };
+  world.enqueue(*stream, std::move(work));
+  return 0;
+}
+
 FAKECUDA_CONTROL int fakecuda_host_access(const void* begin, std::uint64_t nbytes, int write) {
   World& world = World::get();
   const World::Lock lock(world.mutex);

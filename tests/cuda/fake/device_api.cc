@@ -159,6 +159,17 @@ FAKECUDA_API Result cuDeviceTotalMem_v2(std::size_t* nbytes, DeviceHandle device
   });
 }
 
+// Whoever has memory on a device has made the context.
+FAKECUDA_API Result cuDevicePrimaryCtxGetState(DeviceHandle device, unsigned* flags, int* active) {
+  return call("cuDevicePrimaryCtxGetState", Needs::kInit, [&](World& world, auto&) {
+    if (!valid(world, device)) return Result::kInvalidDevice;
+    *flags = 0;
+    *active = world.contexts[static_cast<std::size_t>(device)].retained > 0 ||
+              world.memory->free_bytes(device) < world.options.memory_bytes;
+    return Result::kSuccess;
+  });
+}
+
 FAKECUDA_API Result cuDevicePrimaryCtxRetain(ContextHandle* context, DeviceHandle device) {
   return call("cuDevicePrimaryCtxRetain", Needs::kInit, [&](World& world, auto&) {
     if (!valid(world, device)) return Result::kInvalidDevice;

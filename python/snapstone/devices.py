@@ -1,0 +1,129 @@
+"""Devices: tensors in CUDA memory, and the places in streams between which jobs read and fill them.
+
+Jobs copy on streams of their own. They begin after a mark in the streams that produce the tensors, and the streams that
+use the tensors afterwards wait for them; the host waits for neither. Which streams these are torch knows, by device and
+thread: the current ones.
+
+Where the driver cannot be used (`absence`), torch copies tensors to the host and back, as it does for other devices.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import _native, tensors
+from .tensors import HOST, LocalShard
+
+__all__ = [
+    "Marked",
+    "absence",
+    "copy_of",
+    "current_streams",
+    "is_reached",
+    "mark_streams",
+    "ordinals_of",
+    "plain",
+    "refuse_capture",
+]
+
+
+@functools.cache
+def absence() -> str:
+    """Why jobs cannot reach CUDA memory; empty when they can. Asked only by those who have a CUDA tensor."""
+    return str(_native.cuda_absence())
+
+
+os.register_at_fork(after_in_child=absence.cache_clear)
+
+
+def is_reached(tensor: torch.Tensor) -> bool:
+    """Whether jobs read and fill the tensor's memory on its device."""
+    return tensor.is_cuda and not absence()
+
+
+def ordinals_of(shards: Sequence[LocalShard]) -> Any:
+    """Of each plain shard, as int32; None when all are on the host."""
+    ordinals = np.fromiter((shard.tensor.get_device() for shard in shards), np.int32, len(shards))
+    return ordinals if (ordinals != HOST).any() else None
+
+
+def plain(shard: LocalShard) -> LocalShard:
+    """The same shard in memory that jobs read: of the host, or contiguous on its CUDA device. Lazy conjugation and
+    negation are resolved. What has to be copied for this is copied by torch, on a device in its current stream.
+    """
+    tensor = shard.tensor
+    if tensor.is_cpu or not is_reached(tensor):
+        return tensors.on_host(shard)
+    tensor = tensor.detach()
+    if tensor.is_contiguous() and not tensors.is_lazy(tensor):
+        return LocalShard(shard.item, tensor)
+    try:
+        return LocalShard(shard.item, tensor.resolve_conj().resolve_neg().contiguous())
+    except torch.OutOfMemoryError:
+        return tensors.on_host(shard)
+
+
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that stays as the tensor is where its current stream is now: on its device, or on the host if there is no
+    room.
+    """
+    try:
+        return tensor.detach().clone()
+    except torch.OutOfMemoryError:
+        return tensor.detach().cpu()
+
+
+def current_streams(ordinals: Iterable[int]) -> dict[int, int]:
+    """By ordinal the handle of this thread's current stream."""
+    return {ordinal: torch.cuda.current_stream(ordinal).cuda_stream for ordinal in ordinals}
+
+
+def refuse_capture() -> None:
+    """Before anything is enqueued for a save.
+
+    Raises:
+        RuntimeError: the current stream is being captured into a CUDA graph, so that nothing of the save would happen.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a stream that is being captured into a CUDA graph cannot be saved from; save before or after the capture"
+        )
+
+
+def mark_streams(ordinals: Iterable[int]) -> Any:
+    """A mark in the current stream of each device.
+
+    Raises:
+        RuntimeError: a stream is being captured into a CUDA graph.
+    """
+    return _native.CudaMark(current_streams(ordinals))
+
+
+class Marked:
+    """A moment in the streams that were current on one thread, for what another thread does about it later."""
+
+    def __init__(self) -> None:
+        # Asked only where torch has begun with CUDA: a process without it must stay able to fork.
+        in_use = torch.cuda.is_initialized() and not absence()
+        self._ordinals: list[int] = _native.cuda_devices_in_use() if in_use else []
+        self._mark = mark_streams(self._ordinals) if self._ordinals else None
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What torch does on this thread follows the mark, beside what other threads' streams do meanwhile."""
+        if self._mark is None:
+            yield
+            return
+        with ExitStack() as stack:
+            for ordinal in self._ordinals:
+                stream = torch.cuda.Stream(ordinal)  # type: ignore[no-untyped-call]
+                self._mark.hold_back(ordinal, stream.cuda_stream)
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
