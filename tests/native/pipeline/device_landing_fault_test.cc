@@ -31,6 +31,7 @@ class DeviceLoadSteps : public DeviceLoad {
   std::string wrongs(std::uint64_t seed) {
     SNAPSTONE_FAKE(fakecuda_reset)();
     chaos(seed);
+    SNAPSTONE_FAKE(fakecuda_mode)(seed % 2 == 0 ? "chaos" : "lazy");
     std::string wrong;
     std::vector<std::vector<DeviceBytes>> targets;
     for (const Saved* saved : {&good_, &bad_, &good_, &cut_, &good_}) {
