@@ -164,9 +164,7 @@ std::shared_ptr<SaveJob> make_save_job(std::shared_ptr<Layout> layout, const U64
                                    std::move(options), std::move(save_base));
 }
 
-}  // namespace
-
-void bind_save(py::module_& module) {
+void bind_producer_mark(py::module_& module) {
   py::class_<pipeline::ProducerMark, std::shared_ptr<pipeline::ProducerMark>>(
       module, "CudaMark", "A place in the streams that produce what is saved; see csrc/pipeline/producer_mark.h.")
       .def(py::init<const std::map<std::int32_t, std::uintptr_t>&>(), py::arg("streams"),
@@ -179,6 +177,12 @@ void bind_save(py::module_& module) {
           },
           py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
           "What the stream is given from now on runs after the mark.");
+}
+
+}  // namespace
+
+void bind_save(py::module_& module) {
+  bind_producer_mark(module);
   py::class_<Layout, std::shared_ptr<Layout>>(module, "Layout",
                                               "Where each tensor's bytes go; see csrc/format/layout.h.")
       .def(py::init(&make_layout), py::arg("nbytes"), py::arg("chunk_bytes"))

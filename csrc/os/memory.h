@@ -1,8 +1,8 @@
 // MappedMemory: anonymous, page-aligned memory for staging slots.
 //
-// mmap -> mbind -> MADV_HUGEPAGE -> touch -> MADV_DONTFORK. Huge pages and the NUMA node are advice: `huge` says whether
-// the kernel had any to give, and where a node is full or unknown the pages come from elsewhere.
-// Failure: the constructor throws OsError (ENOMEM); everything after is noexcept.
+// mmap -> mbind -> MADV_HUGEPAGE -> touch -> MADV_DONTFORK. Huge pages and the NUMA node are advice: `huge` says
+// whether the kernel had any to give, and where a node is full or unknown the pages come from elsewhere. Failure: the
+// constructor throws OsError (ENOMEM); everything after is noexcept.
 #pragma once
 
 #include <cstdint>

@@ -22,7 +22,8 @@ class ProducerMark {
       cuda::Device& device = cuda::Device::of(ordinal);
       cuda::Stream stream = cuda::Stream::borrowed(device, reinterpret_cast<cuda::StreamHandle>(handle));
       if (stream.capturing())
-        throw std::logic_error("a stream that is being captured into a CUDA graph cannot be saved from; save before or after the capture");
+        throw std::logic_error(
+            "a stream that is being captured into a CUDA graph cannot be saved from; save before or after the capture");
       stream.record(events_.emplace(ordinal, cuda::Event(device)).first->second, "save/mark");
     }
   }

@@ -27,6 +27,8 @@ __all__: list[str] = [
     "bytes_before",
     "check_chunk_table",
     "choose_rung",
+    "cuda_absence",
+    "cuda_devices_in_use",
     "cuda_facts",
     "digest_hex",
     "digest_memory",
@@ -34,6 +36,7 @@ __all__: list[str] = [
     "fault_disarm",
     "fault_seen",
     "fault_seen_names",
+    "fault_skipped",
     "file_system_facts",
     "is_file_name",
     "memlock_limit_bytes",
@@ -101,6 +104,12 @@ class CudaMark:
     ) -> None:
         """
         {ordinal: handle of the stream}
+        """
+    def hold_back(
+        self, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        What the stream is given from now on runs after the mark.
         """
 
 class Layout:
@@ -372,6 +381,16 @@ def choose_rung(directory: str) -> tuple:
     (name, reasons why better rungs were passed over)
     """
 
+def cuda_absence() -> str:
+    """
+    Why CUDA cannot be used, empty when it can. Initialises CUDA.
+    """
+
+def cuda_devices_in_use() -> list[int]:
+    """
+    Ordinals of the devices on which this process has a context, so that tensors may be there.
+    """
+
 def cuda_facts() -> dict:
     """
     What csrc/cuda found: available, reason (why not), driver_version (13000 for 13.0), devices, and whether the driver has its optional calls. Initialises CUDA.
@@ -399,6 +418,11 @@ def fault_seen(call: str) -> int: ...
 def fault_seen_names() -> list[str]:
     """
     Calls and steps seen since fault_arm, sorted.
+    """
+
+def fault_skipped(kind: str, name: str) -> bool:
+    """
+    Whether the step `kind`/`name` is to be left out.
     """
 
 def file_system_facts(directory: str) -> dict: ...

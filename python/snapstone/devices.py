@@ -80,9 +80,13 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().cpu()
 
 
-def current_streams(ordinals: Iterable[int]) -> dict[int, int]:
+def current_streams(ordinals: Iterable[int]) -> dict[Any, int]:
     """By ordinal the handle of this thread's current stream."""
     return {ordinal: torch.cuda.current_stream(ordinal).cuda_stream for ordinal in ordinals}
+
+
+def _torch_has_begun() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def refuse_capture() -> None:
@@ -91,7 +95,7 @@ def refuse_capture() -> None:
     Raises:
         RuntimeError: the current stream is being captured into a CUDA graph, so that nothing of the save would happen.
     """
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if _torch_has_begun() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a stream that is being captured into a CUDA graph cannot be saved from; save before or after the capture"
         )
@@ -110,8 +114,8 @@ class Marked:
     """A moment in the streams that were current on one thread, for what another thread does about it later."""
 
     def __init__(self) -> None:
-        # Asked only where torch has begun with CUDA: a process without it must stay able to fork.
-        in_use = torch.cuda.is_initialized() and not absence()
+        # The driver is asked only where torch has begun with it: a process without it must stay able to fork.
+        in_use = _torch_has_begun() and not absence()
         self._ordinals: list[int] = _native.cuda_devices_in_use() if in_use else []
         self._mark = mark_streams(self._ordinals) if self._ordinals else None
 

@@ -84,8 +84,8 @@ class OptimizerFence:
         for optimizer in optimizers:
             if any(group.get("capturable") for group in optimizer.param_groups):
                 raise ValueError(
-                    f"fence={type(optimizer).__name__}: with capturable=True its step may be replayed from a CUDA graph, "
-                    'which calls no hooks, so that nothing would make it wait; use fence="now"'
+                    f"fence={type(optimizer).__name__}: with capturable=True its step may be replayed from a CUDA "
+                    'graph, which calls no hooks, so that nothing would make it wait; use fence="now"'
                 )
         return cls(optimizers)
 

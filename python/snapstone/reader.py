@@ -288,7 +288,9 @@ class Reader:
         scrub: bool,
         trace: Trace | None,
     ) -> Any:
-        """`tables`: those that rows and boxes number; `targets_on`: the devices of these. Of their files the job opens those that its chunks are in."""
+        """`tables`: those that rows and boxes number; of their files the job opens those that its chunks are in.
+        `targets_on`: the devices of rows and boxes.
+        """
         files: list[tuple[str, str, int]] = []
         used = []
         for table in tables:

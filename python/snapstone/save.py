@@ -322,7 +322,8 @@ def prepare(device: str | torch.device = "cpu", nbytes: int | None = None) -> No
         raise ValueError(f"device={device!r}: CUDA cannot be used: {why}; prepare for cpu instead")
     ordinal = tensors.HOST
     if where.type == "cuda":
-        ordinal = torch.cuda.current_device() if where.index is None else where.index
+        index: int | None = where.index
+        ordinal = torch.cuda.current_device() if index is None else index
     options = SaveOptions.of()
     wanted = options.host_memory_budget if nbytes is None else nbytes
     if wanted < 0:

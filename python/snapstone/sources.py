@@ -57,7 +57,7 @@ class Sources:
         """Of each shard the address, as uint64."""
         return np.fromiter((shard.tensor.data_ptr() for shard in self._shards), np.uint64, len(self._shards))
 
-    def strided(self) -> dict[int, Any]:
+    def strided(self) -> dict[Any, Any]:
         """By position those that are not contiguous."""
         found = {}
         for position, shard in enumerate(self._shards):
@@ -139,5 +139,6 @@ class Sources:
         if job is not None and not (job.wait(DRAIN_SECONDS) and job.device_drained):
             _orphans.append((job, shards))
         _orphans[:] = [orphan for orphan in _orphans if not (orphan[0].finished and orphan[0].device_drained)]
+
 
 _orphans: list[Any] = []

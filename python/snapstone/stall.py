@@ -46,4 +46,3 @@ def predict_device_stall(enqueued_bytes: int, late_bytes: int) -> float | None:
     if not _rates["device_copy"] or (late_bytes and not _rates["write"]):
         return None
     return enqueued_bytes / _rates["device_copy"] + (late_bytes / _rates["write"] if late_bytes else 0.0)
-

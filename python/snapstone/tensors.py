@@ -58,8 +58,8 @@ class LocalShard(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Where a tensor's elements are. `stride_bytes` is None when they are contiguous in row-major order; `device` is the
-    ordinal of a CUDA device, or HOST.
+    """Where a tensor's elements are. `stride_bytes` is None when they are contiguous in row-major order; `device` is
+    the ordinal of a CUDA device, or HOST.
     """
 
     data_ptr: int

@@ -42,8 +42,8 @@ _memory = Memory()
 
 
 class Writer:
-    """Runs the steps `take`, `open`, `start`, `wait_snapshot`, `wait_staged`, `finish`, `close`, in this order, from one
-    thread at a time. `fence` is for any thread.
+    """Runs the steps `take`, `open`, `start`, `wait_snapshot`, `wait_staged`, `finish`, `close`, in this order, from
+    one thread at a time. `fence` is for any thread.
     """
 
     def __init__(self, target: Target, options: SaveOptions, group: Group, channel: Channel, trace: Trace) -> None:

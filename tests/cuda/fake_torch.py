@@ -372,12 +372,11 @@ def _copy_(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False)
 
 def _copy_on_device(target: torch.Tensor, source: torch.Tensor) -> None:
     runtime, ordinal = _Runtime.of(), _ordinal(target.device)
-    stream, copies = runtime.current_stream(ordinal).handle, []
+    stream = runtime.current_stream(ordinal).handle
     sources, targets = list(_runs(source)), list(_runs(target))
     grain = min([run for _, run in sources + targets], default=1)
-    for runs in (sources, targets):
-        copies.append([offset + i for offset, nbytes in runs for i in range(0, nbytes, grain)])
-    for from_offset, to_offset in zip(*copies, strict=True):
+    pieces = [[offset + i for offset, nbytes in runs for i in range(0, nbytes, grain)] for runs in (sources, targets)]
+    for from_offset, to_offset in zip(*pieces, strict=True):
         runtime.driver.enqueue_copy(
             target.data_ptr() + to_offset, source.data_ptr() + from_offset, grain, stream=stream, device=ordinal
         )

@@ -1,4 +1,4 @@
-"""States of tensors on devices for tests: what is in them, what a training step does to them, what a checkpoint holds."""
+"""States of tensors on devices: what is in them, what a training step does to them, what a checkpoint of them holds."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ __all__ = [
     "host_copy",
     "model",
     "numbers",
+    "save",
     "scribble",
     "state_of",
 ]
@@ -62,6 +63,14 @@ def crowd(device: torch.device, chunk_bytes: int) -> tuple[Tensors, Tensors]:
     count = 3 * int(_native.ring_facts()["slots"]) + 50
     host = {"first": numbers(count // 2 * chunk_bytes, 1), "second": numbers(count // 2 * chunk_bytes + 5, 2)}
     return {name: tensor.to(device) for name, tensor in host.items()}, host
+
+
+def save(how: torch.optim.Optimizer | str, state: Any, path: Path) -> None:
+    """As `how` says: "sync", or behind the fence that it is; waits for the end."""
+    if how == "sync":
+        ss.save(state, checkpoint_id=path)
+    else:
+        ss.async_save(state, checkpoint_id=path, fence=how).result()
 
 
 def scribble(state: Tensors) -> None:

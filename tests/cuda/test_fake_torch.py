@@ -23,7 +23,8 @@ def test_tensors_are_cuda_tensors_and_hold_what_was_put_there(device: FakeDevice
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.complex64, torch.complex128]
+    "dtype",
+    [torch.bool, torch.uint8, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.complex64, torch.complex128],
 )
 def test_every_size_of_element(device: FakeDevices, dtype: torch.dtype) -> None:
     host = torch.arange(32, dtype=torch.uint8).view(dtype) if dtype != torch.bool else torch.tensor([True, False])

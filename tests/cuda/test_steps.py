@@ -20,7 +20,7 @@ from snapstone import _native
 ROOT = Path(__file__).resolve().parents[2]
 
 # "save/producer" beside what it is a name of: `stream.wait(event, "save/producer")`, `skipped("keep", "save/buffers")`.
-NAMED = re.compile(r'(?:(\bwait|\brecord)\((?:[^;"]|\n)*?|skipped\("(\w+)",\s*)"((?:save|load)/\w+)"')
+NAMED = re.compile(r'(?:\b(wait|record)\([^;"]*|skipped\("(\w+)",\s*)"((?:save|load)/\w+)"')
 
 
 def named_steps() -> set[str]:
