@@ -7,7 +7,7 @@ PYTHON_BIN := .venv/bin
 NATIVE_SOURCES = $$(find csrc tests/native tests/cuda -name '*.h' -o -name '*.cc' -o -name '*.cu' | sort)
 PYTEST_ARGS ?=
 
-.PHONY: help setup build test test-native sanitize demo bench readme-bench readme-table lint format stubs docs clean
+.PHONY: help setup build test test-native test-integrations sanitize demo bench readme-bench readme-table lint format stubs docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
@@ -23,6 +23,11 @@ test: setup  ## native tests, then the whole Python suite (about twenty minutes 
 
 test-native: setup  ## native tests alone
 	@tools/native_tests.sh
+
+test-integrations: setup  ## trainers in their real packages, in .venv-integrations/, which this makes
+	@tools/integrations.sh
+	@SNAPSTONE_TEST_TRAINERS=1 timeout --signal=INT --kill-after=30 2400 .venv-integrations/bin/python -m pytest tests/trainers \
+	  $(PYTEST_ARGS)
 
 sanitize: setup  ## native tests under ASan and UBSan, then under TSan
 	@tools/native_tests.sh address,undefined

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .compaction import compact
     from .handle import SaveHandle, wait
     from .load import load
+    from .rng import capture_rng, restore_rng
     from .save import async_save, prepare, save
     from .verify import VerifyReport, verify
 
@@ -43,9 +44,11 @@ __all__ = [
     "SaveHandle",
     "VerifyReport",
     "async_save",
+    "capture_rng",
     "compact",
     "load",
     "prepare",
+    "restore_rng",
     "save",
     "verify",
     "wait",
@@ -56,9 +59,11 @@ _HOMES = {
     "SaveHandle": "handle",
     "VerifyReport": "verify",
     "async_save": "save",
+    "capture_rng": "rng",
     "compact": "compaction",
     "load": "load",
     "prepare": "save",
+    "restore_rng": "rng",
     "save": "save",
     "verify": "verify",
     "wait": "handle",

@@ -66,10 +66,12 @@ class SaveWatch:
         self._native = ("stage", now_ns)
         self._share = share
 
-    def end(self, error: BaseException | None, *, cancelled: bool = False) -> None:
-        """The save is over on this rank. Again is nothing."""
+    def end(self, error: BaseException | None, *, cancelled: bool = False, nbytes: int | None = None) -> None:
+        """The save is over on this rank, which committed `nbytes` if they are given. Again is nothing."""
         if self._ended_ns:
             return
+        if error is None and nbytes is not None:
+            self._trace.tell("durable", os.path.join(self.run, self.name), nbytes)
         self._ended_ns = time.monotonic_ns()
         if error is not None:
             self._error = f"{type(error).__name__}: {error}"[: status_page.TEXT_CHARS_MAX]

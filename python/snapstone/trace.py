@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from .config import trace_path
 __all__ = ["Trace"]
 
 _file_lock = threading.Lock()
+_log = logging.getLogger("snapstone")
 
 
 class Trace:
@@ -62,6 +64,14 @@ class Trace:
             raise
         finally:
             self.stage = outer
+
+    def tell(self, what: str, path: str, nbytes: int) -> None:
+        """A line in the log of rank 0: `what` the operation has come to, at what rate."""
+        if self.rank == 0:
+            seconds = (time.monotonic_ns() - self._begin_ns) * 1e-9
+            _log.info(
+                "%s %s: %.3f GB in %.3f s, %.2f GB/s", what, path, nbytes * 1e-9, seconds, nbytes * 1e-9 / seconds
+            )
 
     def add(self, stage: str, begin_ns: int, end_ns: int, nbytes: int = 0) -> None:
         entry = self.stats.setdefault(stage, {"seconds": 0.0, "bytes": 0, "count": 0})

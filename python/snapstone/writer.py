@@ -65,6 +65,7 @@ class Writer:
         self._marked: devices.Marked | None = None
         self._error: BaseException | None = None
         self._objects: dict[str, Any] = {}
+        self._committed_bytes: int | None = None  # on the rank that committed
         self._ties: list[int] = []
         self._shards: list[LocalShard] = []
         self._commit_lock = threading.Lock()
@@ -266,6 +267,7 @@ class Writer:
         if self.staged:
             assert self._share is not None
             self._share.release()
+            self.trace.tell("staged", self.target.path, self._structure.payload_bytes if self._structure else 0)
             self._shards = []
             self._flattened = state.Flattened(paths=self._flattened.paths)
             self._marked = None
@@ -391,6 +393,7 @@ class Writer:
         try:
             self._enter_commit()
             self._outcome().commit(document, overwrite=self.options.overwrite)
+            self._committed_bytes = document.nbytes
         except BaseException as failure:
             error = self._explain(failure)
         self._outcome().announce(error)
@@ -440,7 +443,7 @@ class Writer:
         """Lets go of everything. After an error every rank hears of it that has not, and rank 0 removes the staging
         directory, under those who may still write into it.
         """
-        self._status.end(error, cancelled=self._state == "cancelled")
+        self._status.end(error, cancelled=self._state == "cancelled", nbytes=self._committed_bytes)
         if error is not None:
             self.channel.abort(VOTES, error)
         share, self._share = self._share, None

@@ -394,7 +394,7 @@ class StorageWriter(StorageWriterInterface):
             self._abandon()
             raise
         if saving.status is not None:
-            saving.status.end(None)
+            saving.status.end(None, nbytes=document.nbytes)
         saving.staging.close()
         self._saving = None
         if isinstance(metadata.state_dict_metadata, PlannedEntries):
