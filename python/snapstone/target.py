@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import operator
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ __all__ = ["STEPS", "Target"]
 
 STEPS = range(-(1 << 63), 1 << 63)
 
+_NAME = re.compile(r"(?!\.)[A-Za-z0-9._=+,@-]{1,128}")  # a trainer's "epoch=3-step=1000.ckpt" too
 _JOIN_PATIENCE_SECONDS = 90.0  # network file systems cache missing directory entries for a minute
 
 
@@ -55,10 +57,10 @@ class Target:
 
     def check(self, *, overwrite: bool) -> None:
         """Raises ValueError for a name that no checkpoint can have, FileExistsError for a place that is taken."""
-        if not (self.name.isascii() and _native.is_file_name(self.name)):
+        if not _NAME.fullmatch(self.name):
             raise ValueError(
                 f"checkpoint_id={self.path!r}: the last component must be 1 to 128 of "
-                "A-Z a-z 0-9 . _ - and not start with '.'"
+                "A-Z a-z 0-9 . _ - = + , @ and not start with '.'"
             )
         if manifest.is_checkpoint(self.parent):
             raise ValueError(f"checkpoint_id={self.path!r}: {self.parent} is a checkpoint, which holds nothing else")

@@ -153,6 +153,13 @@ def test_names_that_a_checkpoint_cannot_have(directory: Path, name: str) -> None
     assert tree(directory) == before
 
 
+@pytest.mark.parametrize("name", ["epoch=3-step=1000.ckpt", "a+b,c@d", "=", "x" * 128])
+def test_names_of_trainers_are_names_of_checkpoints(directory: Path, name: str) -> None:
+    ss.save(small.state(1), checkpoint_id=directory / name)
+    ss.save(small.state(2), checkpoint_id=directory / name, overwrite=True, base=directory / name)
+    assert ss.verify(directory / name)
+
+
 def test_paths_are_taken_as_they_are_meant(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = directory / "real"
     real.mkdir()
