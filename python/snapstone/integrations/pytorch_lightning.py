@@ -1,0 +1,65 @@
+"""Lightning 2.6 (`import pytorch_lightning`): checkpoints through the engine, asynchronous, durable, verified.
+
+The names of the module `lightning` beside this one, for jobs that import the other package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .versions import require
+
+VERSION = require("pytorch-lightning", "2.6", "2.7")
+
+from lightning_fabric.plugins import CheckpointIO as _CheckpointIO  # noqa: E402
+from lightning_fabric.plugins import TorchCheckpointIO  # noqa: E402
+from pytorch_lightning import strategies  # noqa: E402
+
+from .lightning_base.checkpoint_io import EngineIO  # noqa: E402
+from .lightning_base.directory import export  # noqa: E402
+from .lightning_base.hooks import Hooks  # noqa: E402
+from .lightning_base.sharded import FullyShardedSaves, ModelParallelSaves  # noqa: E402
+
+__all__ = ["CheckpointIO", "FSDPStrategy", "ModelParallelStrategy", "export", "install", "uninstall"]
+
+_hooks = Hooks("pytorch_lightning")
+
+
+def install() -> None:
+    """Lets `LightningModule.load_from_checkpoint` read directories, and the rest of Lightning know of saves in flight.
+
+    Making a plugin or a strategy of this module does it too.
+    """
+    _hooks.install()
+
+
+def uninstall() -> None:
+    """Puts back every name that `install` replaced."""
+    _hooks.uninstall()
+
+
+class CheckpointIO(EngineIO, _CheckpointIO):
+    __doc__ = EngineIO.__doc__
+    stock = TorchCheckpointIO
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        install()
+
+
+class ModelParallelStrategy(ModelParallelSaves, strategies.ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy, with the arguments `asynchronous` and `save_options` of `CheckpointIO`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        install()
+
+
+class FSDPStrategy(FullyShardedSaves, strategies.FSDPStrategy):
+    """Lightning's FSDPStrategy, saving shards unless state_dict_type="full", with the arguments `asynchronous` and
+    `save_options` of `CheckpointIO`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        install()
