@@ -257,7 +257,8 @@ def _hide(path: str) -> str | None:
 
 def _empty(trash: str | None) -> None:
     if trash is not None:
-        shutil.rmtree(trash)
+        with suppress(FileNotFoundError):  # saves remove what they find under such names
+            shutil.rmtree(trash)
 
 
 def _link(target: str, path: str) -> str | None:
