@@ -3,7 +3,8 @@
 Dropout uses the random generators, data comes from a loader that saves its position, and the scheduler keeps a Counter.
 
     lightning_job.py killed --strategy ddp --dir D    trains and dies within its second save
-    lightning_job.py resumed --strategy ddp --dir D   goes on from there, trains once more without a break, compares
+    lightning_job.py resumed --strategy ddp --dir D   goes on from there, and trains once more without a break
+    lightning_job.py resharded --strategy mp --dir D  goes on from there in one process, in other ways
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,11 @@ if __name__ == "__main__" and sys.argv[1] == "killed" and os.environ.get("RANK",
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy as StockStrategy
 from torch.distributed.fsdp import fully_shard
 
-from snapstone.integrations.lightning import CheckpointIO, ModelParallelStrategy
+from snapstone.integrations.lightning import CheckpointIO, ModelParallelStrategy, export
 
 
 class Batches:
@@ -79,26 +82,55 @@ class Module(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2])]
 
 
-def trainer_of(strategy: str, directory: Path, steps: int = STEPS, **options: Any) -> pl.Trainer:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class AtStart(Callback):
+    """What the module is when training begins or goes on, and at each step."""
+
+    def __init__(self) -> None:
+        self.digests: dict[int, str] = {}
+        self.whole: dict[str, torch.Tensor] = {}
+        self.momenta: dict[str, torch.Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: Module) -> None:
+        self.digests[trainer.global_step] = digest(module)
+        self.whole = {name: whole(tensor) for name, tensor in module.state_dict().items()}
+        state = trainer.optimizers[0].state
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        self.momenta = {names[parameter]: whole(entry["exp_avg"]) for parameter, entry in state.items()}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Module, *_: Any) -> None:
+        self.digests[trainer.global_step] = digest(module)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def trainer_of(strategy: str, directory: Path, steps: int, callback: Callback) -> pl.Trainer:
     how: dict[str, Any] = {"plugins": [CheckpointIO()]}
+    sizes = {"data_parallel_size": world_size(), "tensor_parallel_size": 1}
     if strategy == "ddp":
         how["strategy"] = "ddp"
     if strategy == "mp":
-        how = {"strategy": ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)}
-    callback = ModelCheckpoint(
+        how = {"strategy": ModelParallelStrategy(**sizes)}
+    if strategy == "stock":
+        how = {"strategy": StockStrategy(**sizes)}
+    saving = ModelCheckpoint(
         dirpath=directory, filename="{step}", every_n_train_steps=EVERY, save_top_k=-1, save_last="link"
     )
     return pl.Trainer(
         accelerator="cpu",
-        devices=world,
+        devices=world_size(),
         max_steps=steps,
         logger=False,
-        callbacks=[callback],
+        callbacks=[saving, callback],
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **{**how, **options},
+        **how,
     )
 
 
@@ -110,31 +142,68 @@ def digest(module: torch.nn.Module) -> str:
     return hashed.hexdigest()
 
 
-def train(strategy: str, directory: Path, resume: str | None = None) -> tuple[str, Batches]:
-    pl.seed_everything(7 + int(os.environ.get("RANK", "0")), verbose=False)
+def train(
+    strategy: str, directory: Path, resume: str | Path | None = None, steps: int = STEPS
+) -> tuple[str, Batches, AtStart]:
+    rank = int(os.environ.get("RANK", "0"))
     torch.manual_seed(7)
-    module = Module(shard=strategy == "mp")
-    torch.manual_seed(70 + int(os.environ.get("RANK", "0")))
+    module = Module(shard=strategy in ("mp", "stock"))
+    pl.seed_everything(70 + rank, verbose=False)
     batches = Batches(5)
-    trainer_of(strategy, directory).fit(module, batches, ckpt_path=resume)
-    return digest(module), batches
+    watch = AtStart()
+    trainer_of(strategy, directory, steps, watch).fit(module, batches, ckpt_path=resume)
+    return digest(module), batches, watch
+
+
+def resumed(strategy: str, directory: Path) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    state, batches, _ = train(strategy, directory / "run", "last")
+    straight, _, watch = train(strategy, directory / "straight")
+    found = {"resumed": state, "straight": straight, "straight_at_2": watch.digests[2]}
+    found["loaded_rank"] = batches.loaded_rank
+    if strategy == "mp":
+        stock, _, _ = train("stock", directory / "stock", steps=2)
+        _, _, watch = train("mp", directory / "from-stock", directory / "stock" / "step=2.ckpt", steps=3)
+        found |= {"stock": stock, "from_stock": watch.digests[2]}
+    (directory / f"result-{rank}.json").write_text(json.dumps(found))
+
+
+def resharded(directory: Path) -> None:
+    path = directory / "run" / "step=4.ckpt"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, batches, watch = train("mp", directory / "one", path, steps=5)
+    assert any("seeded anew" in str(one.message) for one in caught), "the generators are of other ranks"
+    assert batches.loaded_rank == 0
+    expected = CheckpointIO().load_checkpoint(path)
+    model, (optimizer,) = expected["state_dict"], expected["optimizer_states"]
+    momenta = dict(zip(model, (optimizer["state"][number]["exp_avg"] for number in range(len(model))), strict=True))
+    for saw in (watch, train("single", directory / "single", path, steps=5)[2]):
+        assert saw.whole.keys() == model.keys()
+        assert saw.momenta.keys() == momenta.keys()
+        assert all(torch.equal(saw.whole[name], model[name]) for name in model)
+        assert all(torch.equal(saw.momenta[name], momenta[name]) for name in momenta)
+    export(path, directory / "back.ckpt")
+    _, _, back = train("stock", directory / "back", directory / "back.ckpt", steps=5)
+    assert all(torch.equal(back.whole[name], model[name]) for name in model)
+    assert all(torch.equal(back.momenta[name], momenta[name]) for name in momenta)
+    _, _, stock = train("mp", directory / "of-stock", directory / "stock" / "step=2.ckpt", steps=3)
+    assert all(torch.isfinite(tensor).all() for tensor in stock.momenta.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["killed", "resumed"])
+    parser.add_argument("what", choices=["killed", "resumed", "resharded"])
     parser.add_argument("--strategy", choices=["single", "ddp", "mp"], required=True)
     parser.add_argument("--dir", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "killed":
         train(options.strategy, options.dir / "run")
-        return
-    resumed, batches = train(options.strategy, options.dir / "run", "last")
-    straight, _ = train(options.strategy, options.dir / "straight")
-    rank = int(os.environ.get("RANK", "0"))
-    found = {"resumed": resumed, "straight": straight, "loaded_rank": batches.loaded_rank, "rank": rank}
-    (options.dir / f"result-{rank}.json").write_text(json.dumps(found))
+    elif options.what == "resumed":
+        resumed(options.strategy, options.dir)
+    else:
+        resharded(options.dir)
 
 
 if __name__ == "__main__":

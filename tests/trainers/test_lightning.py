@@ -36,10 +36,10 @@ def no_faults() -> Iterator[None]:
     _native.fault_disarm()
 
 
-def fitted(io: Any, callback: Callback | list[Callback], steps: int = 4, resume: Any = None, **options: Any) -> Module:
-    """A module after `steps`; `module.trainer` is what trained it."""
+def fitted(io: Any, callback: Callback | list[Callback], steps: int = 4, resume: Any = None, **options: Any) -> Any:
+    """A module after `steps`; `module.trainer` is what trained it. `make` makes it, after the seed."""
     pl.seed_everything(3, verbose=False)
-    module = options.pop("module", None) or Module()
+    module = options.pop("make", Module)()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -75,6 +75,9 @@ class Descent(Module):
         self.log("score", self.scores[index])
         return loss
 
+    def test_step(self, batch: torch.Tensor, index: int) -> None:
+        self.log("tested", 1.0)
+
 
 CASES: dict[str, dict[str, Any]] = {
     "newest": {"save_top_k": 1},
@@ -92,9 +95,9 @@ CASES: dict[str, dict[str, Any]] = {
 def test_what_stands_in_the_directory_is_what_lightning_would_leave(tmp_path: Path, case: str) -> None:
     """With every commit late, so that names are chosen and removals asked for while saves are in flight."""
     callbacks = {kind: every_step(tmp_path / kind, **CASES[case]) for kind in ("stock", "ours")}
-    fitted(TorchCheckpointIO(), callbacks["stock"], 6, module=Descent())
+    fitted(TorchCheckpointIO(), callbacks["stock"], 6, make=Descent)
     _native.fault_arm("renameat2:1+:delay=40")
-    fitted(CheckpointIO(), callbacks["ours"], 6, module=Descent())
+    fitted(CheckpointIO(), callbacks["ours"], 6, make=Descent)
     assert names(tmp_path / "ours") == names(tmp_path / "stock")
     for kind in ("best_model_path", "last_model_path", "kth_best_model_path"):
         stock, ours = (getattr(callbacks[name], kind) for name in ("stock", "ours"))
@@ -163,7 +166,7 @@ def test_an_error_surfaces_at_the_next_save_and_at_the_end_of_fit(tmp_path: Path
     _native.fault_arm("renameat2:1:errno=ENOSPC")
     module = Module()
     with pytest.raises(OSError, match="No space left"):
-        fitted(CheckpointIO(), every_step(tmp_path / "a", save_top_k=-1), steps=200, module=module)
+        fitted(CheckpointIO(), every_step(tmp_path / "a", save_top_k=-1), steps=200, make=lambda: module)
     assert module.trainer.global_step < 200
     _native.fault_arm("renameat2:1:errno=ENOSPC")
     with pytest.raises(OSError, match="No space left"):
@@ -233,16 +236,14 @@ def test_going_back_is_a_file_that_stock_lightning_resumes_from(tmp_path: Path) 
 
 def test_best_last_and_load_from_checkpoint_find_directories(tmp_path: Path) -> None:
     callback = every_step(tmp_path, save_top_k=1, monitor="score", save_last=True)
-    module = fitted(CheckpointIO(), callback, 6, module=Descent(width=24, name="mine"))
+    module = fitted(CheckpointIO(), callback, 6, make=lambda: Descent(width=24, name="mine"))
     best = Descent.load_from_checkpoint(callback.best_model_path)
     assert (best.hparams.width, best.hparams.name) == (24, "mine")
     assert digest(Descent.load_from_checkpoint(tmp_path / "last.ckpt")) == digest(module) != digest(best)
     assert Descent.load_from_checkpoint(callback.best_model_path, name="other").hparams.name == "other"
     for which, expected in (("best", best), ("last", module)):
         other = Descent(width=24)
-        module.trainer.test_step = None
-        other.test_step = lambda batch, index: None  # type: ignore[method-assign]
-        trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, plugins=[CheckpointIO()], callbacks=[callback])
+        trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, plugins=[CheckpointIO()], callbacks=callback)
         trainer.test(other, Batches(1), ckpt_path=which, verbose=False)
         assert digest(other) == digest(expected)
 
@@ -256,7 +257,7 @@ def test_a_checkpoint_is_saved_on_an_exception_and_the_exception_stays(tmp_path:
 
     callback = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=50, save_on_exception=True)
     with pytest.raises(RuntimeError, match="of the model"):
-        fitted(CheckpointIO(), callback, 10, module=Failing())
+        fitted(CheckpointIO(), callback, 10, make=Failing)
     assert CheckpointIO().load_checkpoint(tmp_path / "step=3.ckpt")["global_step"] == 3
 
 
