@@ -13,18 +13,10 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-STEPS = 7
-EVERY = 2
-FAULT = "renameat2:2:kill"  # in place of the commit of the second save
-
-if __name__ == "__main__" and sys.argv[1] == "killed" and os.environ.get("RANK", "0") == "0":
-    os.environ["SNAPSTONE_FAULT"] = FAULT
 
 import lightning.pytorch as pl
 import torch
@@ -32,7 +24,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy as StockStrategy
 from torch.distributed.fsdp import fully_shard
 
+from snapstone import _native
 from snapstone.integrations.lightning import CheckpointIO, ModelParallelStrategy, export
+
+STEPS = 7
+EVERY = 2
+FAULT = "renameat2:2:kill"  # in place of the commit of the second save
 
 
 class Batches:
@@ -199,6 +196,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "killed":
+        if os.environ.get("RANK", "0") == "0":
+            _native.fault_arm(FAULT)
         train(options.strategy, options.dir / "run")
     elif options.what == "resumed":
         resumed(options.strategy, options.dir)

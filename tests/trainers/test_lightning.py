@@ -189,16 +189,16 @@ def test_the_snapshot_is_taken_before_a_save_returns(tmp_path: Path) -> None:
 
 
 def test_a_synchronous_save_and_one_outside_of_fit_are_durable_at_once(tmp_path: Path) -> None:
-    class Watch(Callback):
-        seen: list[bool] = []
+    seen: list[bool] = []
 
+    class Watch(Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-            self.seen.append(Path(trainer.checkpoint_callback._last_checkpoint_saved or "none").is_dir())
+            seen.append(Path(trainer.checkpoint_callback._last_checkpoint_saved or "none").is_dir())
 
     _native.fault_arm("renameat2:1+:delay=100")
     callback = every_step(tmp_path, save_top_k=-1)
     module = fitted(CheckpointIO(asynchronous=False, save_options={"codec": "zstd:1"}), [callback, Watch()])
-    assert Watch.seen[1:] == [True] * 3  # callbacks that save come last, so the first sees none
+    assert seen[1:] == [True] * 3  # callbacks that save come last, so the first sees none
     module.trainer.strategy.checkpoint_io = CheckpointIO()
     module.trainer.save_checkpoint(tmp_path / "final.ckpt")
     assert ss.verify(tmp_path / "final.ckpt")
@@ -325,11 +325,11 @@ def test_what_needs_pickle_loads_only_when_the_checkpoint_is_trusted(tmp_path: P
 
 
 def test_another_version_is_an_error_that_names_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = [importlib.import_module(f"snapstone.integrations.{name}") for name in ("lightning", "pytorch_lightning")]
     monkeypatch.setattr(versions, "version", lambda package: "2.7.0")
-    for name in ("lightning", "pytorch_lightning"):
+    for module in modules:
         with pytest.raises(versions.UnsupportedVersionError, match=r"2\.7\.0 .* supports .*lightning >= 2\.6, < 2\.7"):
-            importlib.reload(importlib.import_module(f"snapstone.integrations.{name}"))
-            pytest.fail("an unsupported version was taken")
+            importlib.reload(module)
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])

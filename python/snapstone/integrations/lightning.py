@@ -43,7 +43,7 @@ def uninstall() -> None:
     _hooks.uninstall()
 
 
-class CheckpointIO(EngineIO, _CheckpointIO):
+class CheckpointIO(EngineIO, _CheckpointIO):  # type: ignore[misc]
     __doc__ = EngineIO.__doc__
     stock = TorchCheckpointIO
 
@@ -52,7 +52,7 @@ class CheckpointIO(EngineIO, _CheckpointIO):
         install()
 
 
-class ModelParallelStrategy(ModelParallelSaves, strategies.ModelParallelStrategy):
+class ModelParallelStrategy(ModelParallelSaves, strategies.ModelParallelStrategy):  # type: ignore[misc]
     """Lightning's ModelParallelStrategy, with the arguments `asynchronous` and `save_options` of `CheckpointIO`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ class ModelParallelStrategy(ModelParallelSaves, strategies.ModelParallelStrategy
         install()
 
 
-class FSDPStrategy(FullyShardedSaves, strategies.FSDPStrategy):
+class FSDPStrategy(FullyShardedSaves, strategies.FSDPStrategy):  # type: ignore[misc]
     """Lightning's FSDPStrategy, saving shards unless state_dict_type="full", with the arguments `asynchronous` and
     `save_options` of `CheckpointIO`.
     """
