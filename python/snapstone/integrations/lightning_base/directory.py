@@ -62,7 +62,7 @@ def unpacked_rest(opened: ss.Checkpoint, *, weights_only: bool, rank: int) -> di
         IncompatibleCheckpointError: a checkpoint of something else; a value that needs weights_only=False.
     """
     head = f"{_TENSORS}."
-    tensors = opened.load_tensors([name for name in opened.keys() if name.startswith(head)])
+    tensors = opened.load_tensors([name for name in opened.keys() if name.startswith(head)])  # noqa: SIM118 # no dict
     named = {name.removeprefix(head): tensor for name, tensor in tensors.items()}
     return unpack(_text(opened, _SHARDED, rank), named, weights_only=weights_only)
 

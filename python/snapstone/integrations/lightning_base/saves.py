@@ -200,13 +200,12 @@ class Saves:
             running.ended.set()
 
     def _run_deferred(self) -> None:
-        trash = []
         with self._lock:  # so that a save to one of these names comes before or after
             written = {one.path for _, one in self._writing()}
             ready = [one for one in self._deferred if self._is_durable(one.after) and one.path not in written]
             self._deferred = [one for one in self._deferred if one not in ready]
-            for one in sorted(ready, key=lambda one: one.target is None):  # links before removals
-                trash.append(_hide(one.path) if one.target is None else _link(one.target, one.path))
+            ready.sort(key=lambda one: one.target is None)  # links before removals
+            trash = [_hide(one.path) if one.target is None else _link(one.target, one.path) for one in ready]
         for hidden in trash:
             _empty(hidden)
 
