@@ -1,4 +1,4 @@
-"""Lightning jobs in processes of their own: killed within an asynchronous save, resumed, resharded."""
+"""Lightning jobs in processes of their own: killed within an asynchronous save, resumed, resharded; measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import snapstone as ss
 
 JOB = Path(__file__).with_name("lightning_job.py")
-RANKS = {"single": 1, "ddp": 2, "mp": 2}
+RANKS = {"single": 1, "ddp": 2, "mp": 2, "fsdp": 2}
 
 
 def run(what: str, strategy: str, directory: Path, ranks: int) -> tuple[int, str]:
@@ -72,16 +72,38 @@ def test_killed_in_an_asynchronous_save_and_resumed_it_ends_as_if_nothing_had_be
     found = results(directory, RANKS[strategy])
     for rank, result in enumerate(found):
         assert result["resumed"] == result["straight"] != result["straight_at_2"], f"rank {rank}"
-        assert result["loaded_rank"] == (rank if strategy == "mp" else 0)  # DDP saves the loader of rank 0
+        assert result["loaded_rank"] == (0 if strategy == "ddp" else rank)  # DDP saves the loader of rank 0
     for name in ("step=2.ckpt", "step=4.ckpt", "step=6.ckpt"):
         assert ss.verify(directory / "run" / name)
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("strategy", ["mp", "fsdp"])
 def test_shards_go_on_in_one_process_in_a_whole_model_and_back_in_stock_lightning(
-    finished: Callable[[str], Path],
+    finished: Callable[[str], Path], strategy: str
 ) -> None:
-    directory = finished("mp")
-    assert all(result["from_stock"] == result["stock"] for result in results(directory, 2))
-    code, output = run("resharded", "mp", directory, 1)
+    directory = finished(strategy)
+    if strategy == "mp":
+        assert all(result["from_stock"] == result["stock"] for result in results(directory, 2))
+    code, output = run("resharded", strategy, directory, 1)
     assert code == 0, output
+
+
+def test_the_measurement_runs_and_keeps_every_sample(tmp_path: Path) -> None:
+    script = JOB.parents[2] / "benchmarks" / "trainers" / "lightning_run.py"
+    places = ["--directory", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    done = subprocess.run(
+        [sys.executable, str(script), "--quick", *places], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((tmp_path / "work").iterdir()) == []
+    (path,) = (tmp_path / "results").glob("quick-lightning_*.json")
+    document = json.loads(path.read_text())
+    assert document["command"] == "python benchmarks/trainers/lightning_run.py --quick"
+    assert {"cpu", "kernel", "file_system"} <= document["machine"].keys()
+    assert set(document["contenders"]) == {"none", "stock", "stock-async", "snapstone"}
+    for name, entry in document["contenders"].items():
+        samples = entry["samples"]
+        assert [len(samples[kind]) for kind in ("stall_seconds", "step_seconds", "drain_seconds")] == [1, 1, 1]
+        assert len(samples["step_seconds"][0]) == 2
+        assert (samples["stall_seconds"][0] > 0.001) == (name != "none")
