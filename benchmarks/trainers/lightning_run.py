@@ -195,8 +195,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "theme": THEME if not options.quick else f"quick-{THEME}",
         "date": now.isoformat(timespec="seconds"),
         "command": options.command,
-            ["python", "benchmarks/trainers/lightning_run.py", *(["--quick"] if options.quick else [])]
-        ),
         "snapstone": snapstone.__version__,
         "lightning": machine.version_of("lightning"),
         "machine": {**machine.facts(), "file_system": machine.file_system(options.directory)},
