@@ -38,6 +38,7 @@ def no_faults() -> Iterator[None]:
 
 def fitted(io: Any, callback: Callback | list[Callback], steps: int = 4, resume: Any = None, **options: Any) -> Any:
     """A module after `steps`; `module.trainer` is what trained it. `make` makes it, after the seed."""
+    data = options.pop("data", None) or Batches(100)
     pl.seed_everything(3, verbose=False)
     module = options.pop("make", Module)()
     trainer = pl.Trainer(
@@ -51,7 +52,7 @@ def fitted(io: Any, callback: Callback | list[Callback], steps: int = 4, resume:
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, Batches(100), ckpt_path=resume, weights_only=None)
+    trainer.fit(module, data, ckpt_path=resume)
     return module
 
 
@@ -232,6 +233,32 @@ def test_going_back_is_a_file_that_stock_lightning_resumes_from(tmp_path: Path) 
     assert back.trainer.global_step == on.trainer.global_step == 5
     states = [one.trainer.optimizers[0].state_dict()["state"][0]["step"] for one in (back, on)]
     assert states == [torch.tensor(5.0)] * 2
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_shuffling_loader_goes_on_exactly_from_the_end_of_an_epoch(tmp_path: Path, validated: bool) -> None:
+    """Its order comes from the generators when an epoch begins. With validation the save comes after that."""
+
+    class Validated(Module):
+        def validation_step(self, batch: torch.Tensor, index: int) -> None:
+            self.log("seen", self.net(batch).mean())
+
+        def val_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.randn(8, 16), batch_size=4)
+
+    def loader() -> Any:
+        rows = torch.randn(24, 16, generator=torch.Generator().manual_seed(5))
+        return torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True)
+
+    make = Validated if validated else Module
+
+    def callback(name: str) -> ModelCheckpoint:
+        return ModelCheckpoint(dirpath=tmp_path / name, filename="{epoch}", save_top_k=-1)
+
+    straight = fitted(CheckpointIO(), callback("straight"), -1, data=loader(), make=make, max_epochs=3)
+    resume = tmp_path / "straight" / "epoch=1.ckpt"
+    resumed = fitted(CheckpointIO(), callback("resumed"), -1, resume, data=loader(), make=make, max_epochs=3)
+    assert digest(resumed) == digest(straight)
 
 
 def test_best_last_and_load_from_checkpoint_find_directories(tmp_path: Path) -> None:
