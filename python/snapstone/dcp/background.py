@@ -116,6 +116,13 @@ class Saves:
         for handle in mine:
             handle.raise_unseen()
 
+    def take(self, directory: str) -> list[SaveHandle]:
+        """The handles of saves below `directory`; whoever takes them looks after them."""
+        below = os.path.abspath(directory) + os.sep
+        taken = [handle for path, handle in self._begun if path.startswith(below)]
+        self._begun = deque(one for one in self._begun if not one[0].startswith(below))
+        return taken
+
     def free(self) -> None:
         """Gives back the memory that no save uses."""
         with self._lock:
