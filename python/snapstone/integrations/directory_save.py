@@ -74,28 +74,43 @@ class DirectorySaves:
         self.timeout_seconds = timeout_seconds
         self._last: DirectorySave | None = None
 
-    def begin(self, final: str, *, step: int | None, leads: bool, parent: str | None = None) -> DirectorySave:
+    def begin(
+        self,
+        final: str,
+        *,
+        step: int | None,
+        leads: bool,
+        parent: str | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> DirectorySave:
+        """`check` runs on rank 0 and raises what ends the save on every rank."""
         self.wait()
         final = os.path.abspath(final)
         group = Group.create()
         channel = group.channel("checkpoint")
         deadline = Deadline(self.timeout_seconds)
-        try:
-            name = channel.broadcast("name", Publication.name_for(final).encode(), deadline).decode()
+        trace = Trace("save", group.rank, group.world_size)
+
+        def prepare() -> bytes:
             if leads:
                 for directory in {os.path.dirname(final), parent or os.path.dirname(final)}:
                     recover(directory)
+            if check is not None and group.rank == 0:
+                check()
+            return Publication.name_for(final).encode()
+
+        try:
+            name = together(channel, "name", deadline, trace, prepare)[0].decode()
             publication = Publication.begin(final, name, parent=parent, leads=leads)
         except BaseException as error:
             channel.abort(_VOTES, error)
             channel.close()
             raise
-        trace = Trace("save", group.rank, group.world_size)
         handle = SaveHandle(step, trace.stats, lambda: False)
         self._last = DirectorySave(publication, channel, deadline, leads, trace, handle)
         return self._last
 
-    def submit(self, save: DirectorySave, facts: dict[str, Any], after: Callable[[], None]) -> None:
+    def submit(self, save: DirectorySave, facts: dict[str, Any], after: Callable[[], object]) -> None:
         """The state may change when this returns. Again is nothing."""
         if save.submitted:
             return
@@ -121,7 +136,7 @@ class DirectorySaves:
             last, self._last = self._last, None
             last.handle.raise_unseen()
 
-    def _run(self, save: DirectorySave, facts: dict[str, Any], after: Callable[[], None]) -> None:
+    def _run(self, save: DirectorySave, facts: dict[str, Any], after: Callable[[], object]) -> None:
         try:
             together(save.channel, "written", save.deadline, save.trace, save.write_all)
             together(save.channel, "published", save.deadline, save.trace, lambda: self._publish(save, facts))

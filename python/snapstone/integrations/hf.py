@@ -2,12 +2,13 @@
 
 A checkpoint keeps its name and the files that others read, and so `from_pretrained("checkpoint-20")` works:
 
-| file of checkpoint-20/ | written |
+| in checkpoint-20/ | written |
 |---|---|
-| config.json, tokenizer files, training_args.bin, trainer_state.json, scheduler.pt, rng_state*.pth | by transformers, in the call: they are small |
-| model.safetensors, or its parts | the tensors are copied in the call; the same file is written in the background |
-| optimizer/ in the place of optimizer.pt | by the engine, in the background: the bulk, and nobody else reads it |
-| pytorch_model_fsdp_0/, optimizer_0/ (FSDP with sharded state) | by the engine under DCP, in the background |
+| config.json, tokenizer files, training_args.bin, scheduler.pt, | by transformers, in the call: they are small |
+| rng_state*.pth, trainer_state.json | |
+| model.safetensors, or its parts | copied in the call; the same file, written in the background |
+| optimizer/ in the place of optimizer.pt | by the engine, in the background: the bulk, read by nobody else |
+| pytorch_model_fsdp_0/, optimizer_0/ (FSDP, sharded) | by the engine under DCP, in the background |
 | snapstone.json | last of all: size and digest of every file |
 
 All of it is written to a hidden directory beside it, synced, and renamed to checkpoint-20 when every rank has voted. So

@@ -17,6 +17,7 @@ import transformers.modeling_utils
 import transformers.trainer
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 from .. import Checkpoint, async_save, manifest
 from ..collective import Deadline, Group
@@ -25,12 +26,11 @@ from ..dcp import installed
 from ..dcp.background import saves
 from ..dcp.buffer import SharedBuffer
 from ..dcp.snapshot import Snapshot
-from ..errors import CorruptCheckpointError
 from . import safetensors_file
 from .directory_save import DirectorySave, DirectorySaves
-from .numbered import newest_valid, rotate, what_is_wrong
+from .numbered import newest_valid, rotate
 from .patches import Patches
-from .publication import recover
+from .publication import problems_of_load, recover
 from .versions import UnsupportedVersionError
 
 __all__ = ["AttachedTrainer"]
@@ -46,7 +46,7 @@ class AttachedTrainer:
     def __init__(self, trainer: Any, asynchronous: bool, options: Mapping[str, Any]) -> None:
         if trainer.is_deepspeed_enabled:
             raise ValueError("this Trainer saves through DeepSpeed: see snapstone.integrations.deepspeed")
-        if transformers.trainer.is_torch_xla_available() or transformers.trainer.is_sagemaker_mp_enabled():
+        if is_torch_xla_available() or is_sagemaker_mp_enabled():
             raise ValueError("Trainers on XLA devices, or of SageMaker, save in ways of their own")
         self._trainer = trainer
         self._options = dict(options)
@@ -240,8 +240,7 @@ class AttachedTrainer:
     @staticmethod
     def _checked(path: str) -> str:
         """Stock checkpoints are taken as they are where somebody names them."""
-        if os.path.isfile(os.path.join(path, "snapstone.json")) and (wrong := what_is_wrong(path, _STATE_NAME, "full")):
-            raise CorruptCheckpointError(wrong[0], path=path)
+        problems_of_load(path)
         return path
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:

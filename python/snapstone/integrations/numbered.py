@@ -85,7 +85,7 @@ def rotate(run: str, prefix: str, witness: str, keep: int | None, protected: Ite
         return []
     found = complete(run, prefix, witness)
     kept = {os.path.realpath(path) for path in protected if path} | {os.path.realpath(path) for path in found[-1:]}
-    removed = []
+    removed: list[str] = []
     for path in found:
         if len(found) - len(removed) <= max(keep, len(kept)):
             break

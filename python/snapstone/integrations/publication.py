@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import mmap
@@ -27,7 +28,16 @@ import numpy as np
 from .. import CheckpointError, _native, manifest, verify
 from ..errors import CorruptCheckpointError
 
-__all__ = ["MARKER_NAME", "Publication", "is_published", "problems", "recover", "remove"]
+__all__ = [
+    "MARKER_NAME",
+    "Publication",
+    "check_replaceable",
+    "is_published",
+    "problems",
+    "problems_of_load",
+    "recover",
+    "remove",
+]
 
 MARKER_NAME = "snapstone.json"
 _MARKER_BYTES_MAX = 64 << 20
@@ -57,7 +67,7 @@ class Publication:
         return cls(final, staging, _locked(staging) if leads else None)
 
     def seal(self, facts: dict[str, Any]) -> None:
-        """Steps 3: `facts` go into the marker beside the digests."""
+        """Step 3: `facts` go into the marker beside the digests."""
         files, checkpoints, directories = {}, [], []
         for root, below, names in os.walk(self.staging):
             where = os.path.relpath(root, self.staging)
@@ -106,11 +116,44 @@ def is_published(path: str) -> bool:
     return os.path.isfile(os.path.join(path, MARKER_NAME))
 
 
-def problems(path: str, level: Literal["quick", "full"]) -> list[str]:
+def check_replaceable(path: str) -> None:
+    """Raises FileExistsError for a directory with anything in it that `publish` would delete and that is not of a
+    published one.
+    """
+    if not os.path.isdir(path) or not os.listdir(path):
+        return
+    with suppress(CorruptCheckpointError, OSError):
+        body = _marker(path)
+        known = {MARKER_NAME, *body["files"]}
+        for root, below, names in os.walk(path):
+            where = os.path.relpath(root, path)
+            if where in body["checkpoints"]:
+                below.clear()
+            elif not known.issuperset(os.path.normpath(os.path.join(where, name)) for name in names):
+                break
+        else:
+            return
+    raise FileExistsError(
+        errno.EEXIST, "the directory holds other things than a checkpoint of snapstone, so it is not replaced", path
+    )
+
+
+def problems_of_load(path: str) -> None:
+    """Raises CorruptCheckpointError for a published directory with wrong bytes that no load would notice: the engine
+    verifies its own when it reads them.
+    """
+    if is_published(path) and (wrong := problems(path, "full", of_engine="quick")):
+        raise CorruptCheckpointError(wrong[0], path=path)
+
+
+def problems(
+    path: str, level: Literal["quick", "full"], *, of_engine: Literal["quick", "full"] | None = None
+) -> list[str]:
     """What is wrong with a published directory. Files that were added later are nobody's business.
 
     Args:
         level: "quick" checks that every file is there with its size; "full" reads and compares them all.
+        of_engine: the level for the engine's checkpoints in it (default: the same).
     """
     try:
         body = _marker(path)
@@ -125,7 +168,7 @@ def problems(path: str, level: Literal["quick", "full"]) -> list[str]:
             found.append(f"{file} has bytes that were not written: its digest is not {digest}")
     for name in body["checkpoints"]:
         try:
-            found += verify(os.path.join(path, name), level=level).problems
+            found += verify(os.path.join(path, name), level=of_engine or level).problems
         except (CheckpointError, OSError) as error:
             found.append(str(error))
     return found

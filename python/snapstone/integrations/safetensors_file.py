@@ -50,7 +50,7 @@ def write(path: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str,
     with open(path, "wb", buffering=0) as file:
         file.write(header(tensors, metadata))
         for name in names:
-            view = memoryview(tensors[name].detach().reshape(-1).view(torch.uint8).numpy())
+            view = memoryview(tensors[name].detach().reshape(-1).view(torch.uint8).numpy().data)
             while view.nbytes:
                 view = view[file.write(view) :]
 
