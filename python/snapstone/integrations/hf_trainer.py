@@ -17,7 +17,7 @@ import transformers.modeling_utils
 import transformers.trainer
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
-from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
+from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 from .. import Checkpoint, async_save, manifest
 from ..collective import Deadline, Group
