@@ -198,6 +198,7 @@ def test_best_model_retention_detaching_and_damage(found: dict[str, Any]) -> Non
 def _two_ranks(rank: int, run: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
+    os.environ.update(LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # nobody goes there
     os.environ.update(GLOO_SOCKET_IFNAME="lo", SNAPSTONE_TIMEOUT="20")
     from trainers import hf_jobs as jobs
 
@@ -220,7 +221,9 @@ def _two_ranks(rank: int, run: Path) -> dict[str, Any]:
 
 
 def test_two_ranks_killed_and_resumed(tmp_path: Path) -> None:
-    first, second = values(run_ranks(2, _two_ranks, tmp_path, store="none", timeout=200))
+    results = run_ranks(2, _two_ranks, tmp_path, store="none", timeout=200)
+    first, second = values(results)
+    print(*(one.output for one in results))
     assert first == {"ends": [0, -signal.SIGKILL, 0], "left": ["checkpoint-2"]}
     assert second == {"ends": [0, 1, 0], "left": ["checkpoint-2"]}
     straight, killed = tmp_path / "straight" / "checkpoint-4", tmp_path / "killed" / "checkpoint-4"
