@@ -49,9 +49,7 @@ def trainer(run: Path, **changes: Any) -> Trainer:
         "disable_tqdm": True,
         "seed": 1,
     }
-    return Trainer(
-        model(), TrainingArguments(**(arguments | changes)), train_dataset=Tokens(), eval_dataset=Tokens()
-    )
+    return Trainer(model(), TrainingArguments(**(arguments | changes)), train_dataset=Tokens(), eval_dataset=Tokens())
 
 
 def child(function: Callable[[], Any]) -> int:

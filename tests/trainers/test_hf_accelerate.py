@@ -23,8 +23,13 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def _fsdp(rank: int, run: Path) -> dict[str, Any]:
-    from accelerate import ProjectConfiguration
-    from accelerate.utils import load_fsdp_model, load_fsdp_optimizer, save_fsdp_model, save_fsdp_optimizer
+    from accelerate.utils import (
+        ProjectConfiguration,
+        load_fsdp_model,
+        load_fsdp_optimizer,
+        save_fsdp_model,
+        save_fsdp_optimizer,
+    )
     from trainers import hf_fsdp
 
     hf_fsdp.pretend_launched(rank, 2)
@@ -105,7 +110,8 @@ def test_fsdp2_saves_and_loads_in_two_processes(tmp_path: Path) -> None:
 def _deletion(rank: int, run: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     import accelerate.accelerator
-    from accelerate import Accelerator, ProjectConfiguration
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
     from trainers import hf_jobs as jobs
 
     def save_twice(where: Path, attached: bool) -> None:

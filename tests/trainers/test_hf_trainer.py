@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch.distributed as dist
 import snapstone as ss
 from distributed.ranks import run_ranks, values
 from roundtrip.bits import nested_equal
-from snapstone.integrations import hf, versions
+from snapstone.integrations import hf, safetensors_file, versions
 from snapstone.integrations.numbered import complete, newest_valid
 
 pytestmark = pytest.mark.timeout(400)
@@ -113,7 +114,13 @@ def _best(run: Path) -> dict[str, Any]:
     from snapstone import _native
 
     _native.fault_arm("fsync:1+:delay=30")
-    torch.set_num_threads(1)
+    write = safetensors_file.write
+
+    def late(*arguments: Any) -> None:
+        time.sleep(0.3)  # when the training has gone on
+        write(*arguments)
+
+    safetensors_file.write = late
     metrics = iter([3.0, 1.0, 2.0, 4.0])
     trainer = jobs.trainer(
         run,
@@ -146,6 +153,7 @@ def _best(run: Path) -> dict[str, Any]:
     names = jobs.names(run)
     hf.detach(trainer)
     left = sorted(set(vars(trainer)) - set(before))
+    safetensors_file.write = write
     module = transformers.trainer.rotate_checkpoints.__module__, transformers.modeling_utils.safe_save_file.__module__
     _native.fault_disarm()
 
@@ -199,7 +207,7 @@ def _two_ranks(rank: int, run: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
     os.environ.update(LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # nobody goes there
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", SNAPSTONE_TIMEOUT="20")
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", SNAPSTONE_TIMEOUT="12")
     from trainers import hf_jobs as jobs
 
     from snapstone import _native
