@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import snapstone as ss
 from snapstone import _native
@@ -122,16 +122,29 @@ def die_between_two_renames(run: Path) -> None:
     saved.train(resume_from_checkpoint=True)
 
 
-def Resave(owner: Trainer, before: Callable[[], None]) -> Any:  # noqa: N802
-    from transformers import TrainerCallback
+class Resave(TrainerCallback):  # type: ignore[misc]
+    """Saves once more what was resumed from."""
 
-    class Callback(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            before()
-            owner._save_checkpoint(owner.model, None)
-            ss.wait()
+    def __init__(self, owner: Trainer, before: Callable[[], None]) -> None:
+        self.owner = owner
+        self.before = before
 
-    return Callback()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before()
+        self.owner._save_checkpoint(self.owner.model, None)
+        ss.wait()
+
+
+class Before(TrainerCallback):  # type: ignore[misc]
+    """Calls something before the checkpoint of a step."""
+
+    def __init__(self, step: int, call: Callable[[], None]) -> None:
+        self.step = step
+        self.call = call
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.call()
 
 
 def die_in_stock(run: Path) -> None:

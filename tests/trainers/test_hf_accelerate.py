@@ -30,6 +30,7 @@ def _fsdp(rank: int, run: Path) -> dict[str, Any]:
         save_fsdp_model,
         save_fsdp_optimizer,
     )
+
     from trainers import hf_fsdp
 
     hf_fsdp.pretend_launched(rank, 2)
@@ -112,6 +113,7 @@ def _deletion(rank: int, run: Path) -> dict[str, Any]:
     import accelerate.accelerator
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
+
     from trainers import hf_jobs as jobs
 
     def save_twice(where: Path, attached: bool) -> None:

@@ -4,6 +4,7 @@ that a save needs is deleted before the save is durable.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -39,7 +40,7 @@ def _scenarios(rank: int, run: Path) -> dict[str, Any]:
 
     jobs.trainer(run / "imports")  # what it imports, children need not
     found = {}
-    for scenario in (_killed, _replaced, _stock_dies, _best):
+    for scenario in (_killed, _replaced, _stock_dies, _best, _other_ways):
         found[scenario.__name__] = scenario(run / scenario.__name__)
     return found
 
@@ -109,9 +110,9 @@ def test_stock_fails_to_resume_from_the_ruin_of_a_save_where_this_goes_on_from_t
 
 def _best(run: Path) -> dict[str, Any]:
     import transformers
-    from trainers import hf_jobs as jobs
 
     from snapstone import _native
+    from trainers import hf_jobs as jobs
 
     _native.fault_arm("fsync:1+:delay=30")
     write = safetensors_file.write
@@ -203,14 +204,76 @@ def test_best_model_retention_detaching_and_damage(found: dict[str, Any]) -> Non
     assert found["from_pretrained"]
 
 
+def _other_ways(run: Path) -> dict[str, Any]:
+    import transformers
+
+    from snapstone import _native
+    from trainers import hf_jobs as jobs
+
+    class Own(transformers.Trainer):  # type: ignore[misc]
+        def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
+            super().save_model(output_dir, _internal_call=_internal_call)
+            Path(output_dir, "card.md").write_text("mine")
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            Path(output_dir, "ema.pt").touch()
+
+    seen: list[list[str]] = []
+
+    class Look(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(sorted(os.listdir(run / "own" / f"checkpoint-{state.global_step}")))
+
+    plain = jobs.trainer(run / "own", max_steps=4)
+    own = Own(plain.model, plain.args, train_dataset=jobs.Tokens(), callbacks=[Look()])
+    hf.attach(own, asynchronous=False)
+    own.train()
+    hf.attach(jobs.trainer(run / "own", max_steps=5)).train(resume_from_checkpoint=True)  # from stock's files
+
+    failing = hf.attach(jobs.trainer(run / "failing"))
+    failing.add_callback(jobs.Before(4, lambda: _native.fault_arm("fsync:1:errno=EIO")))
+    told = []
+    try:
+        failing.train()
+    except OSError as error:
+        told = [error.errno, failing.state.global_step]
+    _native.fault_disarm()
+    ss.wait()  # told once
+    sentinel = run / "own" / "checkpoint-5" / "checkpoint-is-incomplete.txt"
+    last = hf.attach(jobs.trainer(run / "own", max_steps=5))
+    last.train(resume_from_checkpoint=True)
+    sentinel.write_text("as transformers' just-in-time checkpoints do")
+    last._save_checkpoint(last.model, None)
+    return {
+        "seen": seen,
+        "told": told,
+        "failing": jobs.names(run / "failing"),
+        "hidden": [one for one in os.listdir(run / "failing") if one.startswith(".")],
+        "sentinel": sentinel.exists(),
+        "own": jobs.names(run / "own"),
+    }
+
+
+def test_subclasses_synchronous_saves_and_saves_that_fail(found: dict[str, Any]) -> None:
+    found = found["_other_ways"]
+    assert len(found["seen"]) == 2
+    for names in found["seen"]:
+        assert {"card.md", "ema.pt", "optimizer.pt", "model.safetensors", "snapstone.json"} <= set(names)
+    assert found["told"] == [errno.EIO, 6]  # by the next save
+    assert found["failing"] == ["checkpoint-2"]
+    assert found["hidden"] == []
+    assert not found["sentinel"]
+    assert found["own"] == ["checkpoint-5"]
+
+
 def _two_ranks(rank: int, run: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
     os.environ.update(LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # nobody goes there
     os.environ.update(GLOO_SOCKET_IFNAME="lo", SNAPSTONE_TIMEOUT="12")
-    from trainers import hf_jobs as jobs
-
     from snapstone import _native
+    from trainers import hf_jobs as jobs
 
     def train(where: Path, phase: str, kill: bool = False, resume: bool = False) -> None:
         store = dist.FileStore(str(run / f"store-{phase}"), 2)
@@ -248,6 +311,6 @@ def test_what_is_not_supported_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for package, range_ in (("accelerate", ">= 1.15, < 2"), ("transformers", ">= 5.23, < 6")):
         real = versions.version
         with monkeypatch.context() as patch:
-            patch.setattr(versions, "version", lambda name, p=package: "0.9.1" if name == p else real(name))
+            patch.setattr(versions, "version", lambda name, p=package, real=real: "0.9.1" if name == p else real(name))
             with pytest.raises(versions.UnsupportedVersionError, match=f"{package} {range_}"):
                 hf.attach(object())

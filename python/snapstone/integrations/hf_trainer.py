@@ -28,7 +28,7 @@ from ..dcp.buffer import SharedBuffer
 from ..dcp.snapshot import Snapshot
 from . import safetensors_file
 from .directory_save import DirectorySave, DirectorySaves
-from .numbered import newest_valid, rotate
+from .numbered import SENTINEL_NAME, newest_valid, rotate
 from .patches import Patches
 from .publication import problems_of_load, recover
 from .versions import UnsupportedVersionError
@@ -104,6 +104,8 @@ class AttachedTrainer:
             patches.set(trainer.state, "save_to_json", lambda path: to_json(self._redirected_file(path)))
             self._stock["_save_checkpoint"](model, trial)
             self._submit()
+            if os.path.exists(os.path.join(save.final, SENTINEL_NAME)):  # which its owner is about to remove
+                self._saves.wait()
         except BaseException as error:
             self._saves.fail(save, error)
             raise

@@ -13,11 +13,11 @@ from typing import Literal
 
 from .publication import MARKER_NAME, is_published, problems, remove
 
-__all__ = ["complete", "newest_valid", "numbered", "rotate", "what_is_wrong"]
+__all__ = ["SENTINEL_NAME", "complete", "newest_valid", "numbered", "rotate", "what_is_wrong"]
 
 _log = logging.getLogger("snapstone")
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model|optimizer|scheduler).*\.(safetensors|bin|pt)")
-_SENTINEL = "checkpoint-is-incomplete.txt"  # of transformers' just-in-time checkpoints
+SENTINEL_NAME = "checkpoint-is-incomplete.txt"  # of transformers' just-in-time checkpoints
 
 
 def numbered(run: str, prefix: str) -> list[tuple[int, str]]:
@@ -47,8 +47,8 @@ def what_is_wrong(path: str, witness: str, level: Literal["quick", "full"]) -> l
                 json.load(file)
         except ValueError:
             found.append(f"{path}/{witness} ends in the middle")
-    if os.path.exists(os.path.join(path, _SENTINEL)):
-        found.append(f"{path} holds {_SENTINEL}")
+    if os.path.exists(os.path.join(path, SENTINEL_NAME)):
+        found.append(f"{path} holds {SENTINEL_NAME}")
     for name in sorted(os.listdir(path)):
         file_path = os.path.join(path, name)
         if os.path.isfile(file_path) and _WEIGHTS.fullmatch(name) and not _is_whole(file_path):
