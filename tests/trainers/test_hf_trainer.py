@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def _other_ways(run: Path) -> dict[str, Any]:
     hf.attach(jobs.trainer(run / "own", max_steps=5)).train(resume_from_checkpoint=True)  # from stock's files
 
     failing = hf.attach(jobs.trainer(run / "failing"))
-    failing.add_callback(jobs.Before(4, lambda: _native.fault_arm("fsync:1:errno=EIO")))
+    failing.add_callback(jobs.Before(4, lambda: (ss.wait(), _native.fault_arm("fsync:1:errno=EIO"))))
     told = []
     try:
         failing.train()
@@ -240,9 +241,11 @@ def _other_ways(run: Path) -> dict[str, Any]:
         told = [error.errno, failing.state.global_step]
     _native.fault_disarm()
     ss.wait()  # told once
-    sentinel = run / "own" / "checkpoint-5" / "checkpoint-is-incomplete.txt"
     last = hf.attach(jobs.trainer(run / "own", max_steps=5))
     last.train(resume_from_checkpoint=True)
+    ruin = run / "own" / f"checkpoint-{last.state.global_step}"
+    ruin.mkdir(exist_ok=True)
+    sentinel = ruin / "checkpoint-is-incomplete.txt"
     sentinel.write_text("as transformers' just-in-time checkpoints do")
     last._save_checkpoint(last.model, None)
     return {
@@ -251,7 +254,7 @@ def _other_ways(run: Path) -> dict[str, Any]:
         "failing": jobs.names(run / "failing"),
         "hidden": [one for one in os.listdir(run / "failing") if one.startswith(".")],
         "sentinel": sentinel.exists(),
-        "own": jobs.names(run / "own"),
+        "own": jobs.names(run / "own") == [ruin.name],
     }
 
 
@@ -264,7 +267,7 @@ def test_subclasses_synchronous_saves_and_saves_that_fail(found: dict[str, Any])
     assert found["failing"] == ["checkpoint-2"]
     assert found["hidden"] == []
     assert not found["sentinel"]
-    assert found["own"] == ["checkpoint-5"]
+    assert found["own"]
 
 
 def _two_ranks(rank: int, run: Path) -> dict[str, Any]:
@@ -309,8 +312,9 @@ def test_what_is_not_supported_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="overwrite: not an option here"):
         hf.attach(object(), overwrite=True)
     for package, range_ in (("accelerate", ">= 1.15, < 2"), ("transformers", ">= 5.23, < 6")):
-        real = versions.version
         with monkeypatch.context() as patch:
-            patch.setattr(versions, "version", lambda name, p=package, real=real: "0.9.1" if name == p else real(name))
+            patch.setattr(
+                versions, "version", lambda name, p=package, real=real: "0.9.1" if name == p else version(name)
+            )
             with pytest.raises(versions.UnsupportedVersionError, match=f"{package} {range_}"):
                 hf.attach(object())
