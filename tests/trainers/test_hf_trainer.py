@@ -233,7 +233,7 @@ def _other_ways(run: Path) -> dict[str, Any]:
     hf.attach(jobs.trainer(run / "own", max_steps=5)).train(resume_from_checkpoint=True)  # from stock's files
 
     failing = hf.attach(jobs.trainer(run / "failing"))
-    failing.add_callback(jobs.Before(4, lambda: (ss.wait(), _native.fault_arm("fsync:1:errno=EIO"))))
+    failing.add_callback(jobs.Before(4, lambda: (ss.wait(), _native.fault_arm("renameat2:1:errno=EIO"))))
     told = []
     try:
         failing.train()
@@ -313,8 +313,6 @@ def test_what_is_not_supported_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         hf.attach(object(), overwrite=True)
     for package, range_ in (("accelerate", ">= 1.15, < 2"), ("transformers", ">= 5.23, < 6")):
         with monkeypatch.context() as patch:
-            patch.setattr(
-                versions, "version", lambda name, p=package, real=real: "0.9.1" if name == p else version(name)
-            )
+            patch.setattr(versions, "version", lambda name, p=package: "0.9.1" if name == p else version(name))
             with pytest.raises(versions.UnsupportedVersionError, match=f"{package} {range_}"):
                 hf.attach(object())

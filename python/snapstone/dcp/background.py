@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Mapping
@@ -95,9 +96,9 @@ class Saves:
             self._begun.popleft()[1].raise_unseen()
         no_dist = no_dist or not (dist.is_available() and dist.is_initialized())
         group = None if no_dist else self._group(process_group)
-        handle = SaveHandle(writer.step, {}, lambda: False)
-        job = _Job(path, writer, planner, group, no_dist, use_collectives, handle)
         trace = Trace("save", 0 if no_dist else dist.get_rank(group), 1)
+        handle = SaveHandle(writer.step, trace.stats, lambda: False)
+        job = _Job(path, writer, planner, group, no_dist, use_collectives, handle)
         try:
             self._stage(job, state_dict, trace)
         except BaseException as error:
@@ -131,9 +132,11 @@ class Saves:
             buffer.free(release=True)
 
     def _stage(self, job: _Job, state_dict: Mapping[str, Any], trace: Trace) -> None:
+        begin_ns = time.monotonic_ns()
         snapshot = Snapshot.of(state_dict_saver._stateful_to_state_dict(dict(state_dict)))
         job.buffer = self._take_buffer(snapshot.nbytes)
         job.state = snapshot.take(job.buffer.reserve(snapshot.nbytes, pinned=snapshot.on_cuda))
+        trace.add("stage", begin_ns, time.monotonic_ns(), snapshot.nbytes)
         job.handle.staged(None)
         trace.tell("staged", job.path, snapshot.nbytes)
 

@@ -42,6 +42,7 @@ class DirectorySave:
     work: list[Callable[[], Any]] = field(default_factory=list)
     handles: list[SaveHandle] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    staged_bytes: int = 0
     submitted: bool = False
 
     @property
@@ -55,6 +56,11 @@ class DirectorySave:
     def inside(self, path: str) -> str:
         """`path`, where the target stands for the directory that is filled."""
         return self.staging if os.path.abspath(path) == self.final else path
+
+    def adopt(self, handles: list[SaveHandle]) -> None:
+        """Saves of `dcp.save` into the directory, which are under way."""
+        self.handles += handles
+        self.staged_bytes += sum(handle.stats["stage"]["bytes"] for handle in handles)
 
     def write_all(self) -> None:
         for work in self.work:
@@ -115,6 +121,7 @@ class DirectorySaves:
         if save.submitted:
             return
         save.submitted = True
+        save.trace.tell("staged", save.final, save.staged_bytes)
         if self.asynchronous:
             # Not a daemon: the interpreter waits for it at exit, so a save that was begun ends.
             threading.Thread(target=self._run, args=(save, facts, after), name="snapstone-save").start()

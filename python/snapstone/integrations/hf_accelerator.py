@@ -71,7 +71,7 @@ class AttachedAccelerator:
         try:
             with installed(asynchronous=self._saves.asynchronous):
                 self._stock_save(save.staging, *args, **kwargs)
-            save.handles += saves.take(save.staging)
+            save.adopt(saves.take(save.staging))
             if not leads:
                 save.files.append(f"random_states_{accelerator.process_index}.pkl")
             limit = configuration.total_limit if naming else None

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 import transformers.modeling_utils
 import transformers.trainer
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xla_available
@@ -153,6 +154,7 @@ class AttachedTrainer:
             snapshot = Snapshot.of(dict(tensors))
             buffer = self._buffer(len(save.work))
             staged = snapshot.take(buffer.reserve(snapshot.nbytes, pinned=snapshot.on_cuda))
+            save.staged_bytes += snapshot.nbytes
             save.work.append(lambda: safetensors_file.write(path, staged, metadata))
             return None
 
@@ -172,10 +174,11 @@ class AttachedTrainer:
             with installed(asynchronous=self._saves.asynchronous):
                 stock(where)
             if save is not None:
-                save.handles += saves.take(save.staging)
+                save.adopt(saves.take(save.staging))
             return
         if trainer.args.should_save:
             state = {_OPTIMIZER: trainer.optimizer.state_dict()}
+            save.staged_bytes += sum(one.nbytes for one in tree_leaves(state) if isinstance(one, torch.Tensor))
             path = os.path.join(where, _OPTIMIZER)
             save.handles.append(
                 async_save(state, checkpoint_id=path, step=trainer.state.global_step, no_dist=True, **self._options)

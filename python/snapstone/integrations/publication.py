@@ -27,6 +27,7 @@ import numpy as np
 
 from .. import CheckpointError, _native, manifest, verify
 from ..errors import CorruptCheckpointError
+from ..trace import UNPUBLISHED
 
 __all__ = [
     "MARKER_NAME",
@@ -197,7 +198,7 @@ def recover(parent: str) -> None:
 
 
 def _hidden(kind: str, name: str) -> str:
-    return f".snapstone-{kind}-{name}-{uuid.uuid4().hex[:12]}"
+    return f"{UNPUBLISHED if kind == 'new' else f'.snapstone-{kind}-'}{name}-{uuid.uuid4().hex[:12]}"
 
 
 def _locked(directory: str) -> int:
