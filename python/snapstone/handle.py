@@ -119,6 +119,14 @@ class SaveHandle:
         else:
             self.staging_completion.set_exception(error)
 
+    def raise_unseen(self) -> None:
+        """Waits for the save, and raises its error if nobody has seen it."""
+        wait_for_futures([self.upload_completion])
+        with _lock:
+            unseen = self in _unreported
+        if unseen and not self._cancelled:
+            self.result()
+
     def _mark_reported(self) -> None:
         with _lock:
             if self in _unreported:

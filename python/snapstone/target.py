@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,11 @@ class Target:
         if manifest.BASE_NAME in names and not _holds_shared_files(os.path.join(self.path, manifest.BASE_NAME)):
             return False
         return all(map(manifest.is_file_of_checkpoint, names - {manifest.BASE_NAME}))
+
+    def remove_empty(self) -> None:
+        """Removes an empty directory that stands there."""
+        with suppress(OSError):
+            os.rmdir(self.path)
 
     def make_parents(self) -> None:
         """Makes what is missing above the checkpoint, each entry durable, so that it cannot lose its parents."""

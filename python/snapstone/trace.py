@@ -16,7 +16,9 @@ from typing import Any
 
 from .config import trace_path
 
-__all__ = ["Trace"]
+__all__ = ["UNPUBLISHED", "Trace"]
+
+UNPUBLISHED = ".snapstone-new-"  # directories that begin so get their name later, and then are told of
 
 _file_lock = threading.Lock()
 _log = logging.getLogger("snapstone")
@@ -67,7 +69,7 @@ class Trace:
 
     def tell(self, what: str, path: str, nbytes: int) -> None:
         """A line in the log of rank 0: `what` the operation has come to, at what rate."""
-        if self.rank == 0:
+        if self.rank == 0 and f"{os.sep}{UNPUBLISHED}" not in path:
             seconds = (time.monotonic_ns() - self._begin_ns) * 1e-9
             _log.info(
                 "%s %s: %.3f GB in %.3f s, %.2f GB/s", what, path, nbytes * 1e-9, seconds, nbytes * 1e-9 / seconds

@@ -28,6 +28,7 @@ from ..plan import Box, TensorItem, overlap
 from ..reader import Reader
 from ..tensors import LocalShard
 from ..trace import Trace
+from .background import saves
 from .metadata import metadata_of, stream_of
 from .stock import StockReader, is_stock
 from .storage_writer import rank_directory
@@ -109,6 +110,7 @@ class StorageReader(StorageReaderInterface):
     # The literal names `kwargs` are how DCP tells that a reader knows saves without collectives and wants its rank.
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path, rank = os.path.abspath(os.fspath(self.path)), kwargs.get("rank")
+        saves.finish(path)
         if rank is not None and os.path.isdir(os.path.join(path, rank_directory(rank))):
             path = os.path.join(path, rank_directory(rank))
         if is_stock(path, rank) and not manifest.is_checkpoint(path):

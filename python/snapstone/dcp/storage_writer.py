@@ -234,6 +234,7 @@ class StorageWriter(StorageWriterInterface):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Makes the staging directory. The plans pass unchanged: the layout of a file is its rank's own business."""
         target = self._target()
+        target.remove_empty()  # many make the directory first, for torch's writer to fill
         target.check(overwrite=self.overwrite)
         target.make_parents()
         _native.reap(target.parent)

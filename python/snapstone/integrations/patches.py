@@ -13,7 +13,7 @@ class Patches:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._replaced: list[tuple[Any, str, Any, Any]] = []
+        self._replaced: list[tuple[Any, str, Any, Any, bool]] = []
 
     def __bool__(self) -> bool:
         return bool(self._replaced)
@@ -25,15 +25,20 @@ class Patches:
             AttributeError: there is no such name, so this is not the version that the patch was made for.
         """
         with self._lock:
-            stock = vars(owner)[name] if name in vars(owner) else getattr(owner, name)
+            own = name in vars(owner)
+            stock = vars(owner)[name] if own else getattr(owner, name)
             setattr(owner, name, value)
-            self._replaced.append((owner, name, stock, value))
+            self._replaced.append((owner, name, stock, value, own))
         return stock
 
     def undo(self) -> None:
         """Again is nothing. A name that somebody else has replaced meanwhile is left to them."""
         with self._lock:
             while self._replaced:
-                owner, name, stock, value = self._replaced.pop()
-                if vars(owner).get(name) is value:
+                owner, name, stock, value, own = self._replaced.pop()
+                if vars(owner).get(name) is not value:
+                    continue
+                if own:
                     setattr(owner, name, stock)
+                else:
+                    delattr(owner, name)  # what an instance or a subclass inherits

@@ -1,0 +1,260 @@
+"""A directory that others fill and that appears at once: how checkpoints of many files become atomic.
+
+1. `Publication.begin` makes `.snapstone-new-<name>-<id>` beside the target, which a lock marks as alive.
+2. Whoever has files for it writes them there: a trainer, the engine with a checkpoint of its own inside.
+3. `seal` syncs every file and directory and writes MARKER_NAME, with size and digest of each file, last.
+4. `publish` renames the directory to its name. **This is the commit.** Where a directory of that name stands, it is
+   renamed to `.snapstone-old-...` first; a crash between the two renames is put right by `recover`.
+5. The parent directory is synced.
+
+`remove` goes the other way: one rename, then the files. What crashes leave behind, `recover` removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import mmap
+import os
+import re
+import shutil
+import uuid
+from contextlib import suppress
+from typing import Any, Literal
+
+import numpy as np
+
+from .. import CheckpointError, _native, manifest, verify
+from ..errors import CorruptCheckpointError
+from ..trace import UNPUBLISHED
+
+__all__ = [
+    "MARKER_NAME",
+    "Publication",
+    "check_replaceable",
+    "is_published",
+    "problems",
+    "problems_of_load",
+    "recover",
+    "remove",
+]
+
+MARKER_NAME = "snapstone.json"
+_MARKER_BYTES_MAX = 64 << 20
+_HIDDEN = re.compile(r"\.snapstone-(new|old|gone)-(.+)-[0-9a-f]{12}")
+
+
+class Publication:
+    """One such directory, from `begin` to `publish`."""
+
+    def __init__(self, final: str, staging: str, lock: int | None) -> None:
+        self.final = final
+        self.staging = staging
+        self._lock = lock
+
+    @staticmethod
+    def name_for(final: str) -> str:
+        """A name that nobody else has; ranks that fill the directory together use the same."""
+        return _hidden("new", os.path.basename(final))
+
+    @classmethod
+    def begin(cls, final: str, name: str, *, parent: str | None = None, leads: bool) -> Publication:
+        """Makes the directory, in `parent` or beside `final`. `leads`: of the ranks that fill it, the one that
+        publishes it.
+        """
+        staging = os.path.join(parent or os.path.dirname(final), name)
+        os.makedirs(staging, exist_ok=True)
+        return cls(final, staging, _locked(staging) if leads else None)
+
+    def seal(self, facts: dict[str, Any]) -> None:
+        """Step 3: `facts` go into the marker beside the digests."""
+        files, checkpoints, directories = {}, [], []
+        for root, below, names in os.walk(self.staging):
+            where = os.path.relpath(root, self.staging)
+            if manifest.is_checkpoint(root):
+                checkpoints.append(where)
+                below.clear()
+                continue
+            directories.append(root)
+            for name in names:
+                files[os.path.normpath(os.path.join(where, name))] = _sync(os.path.join(root, name))
+        body = {**facts, "version": 1, "files": files, "checkpoints": sorted(checkpoints)}
+        path = os.path.join(self.staging, MARKER_NAME)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"body": body, "xxh128": _digest_of(body)}, file, indent=1)
+        _sync(path)
+        for directory in reversed(directories):
+            _native.sync_directory(directory)
+
+    def publish(self) -> None:
+        """Steps 4 and 5."""
+        parent, name = os.path.split(self.final)
+        os.makedirs(parent, exist_ok=True)
+        old = None
+        if os.path.isdir(self.final) and os.listdir(self.final):
+            old = os.path.join(parent, _hidden("old", name))
+            os.rename(self.final, old)
+        os.rename(self.staging, self.final)
+        _native.sync_directory(parent)
+        self._unlock()
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def discard(self) -> None:
+        """After an error. Again, or after `publish`, is nothing."""
+        if self._lock is not None:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            self._unlock()
+
+    def _unlock(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
+
+
+def is_published(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, MARKER_NAME))
+
+
+def check_replaceable(path: str) -> None:
+    """Raises FileExistsError for a directory with anything in it that `publish` would delete and that is not of a
+    published one.
+    """
+    if not os.path.isdir(path) or not os.listdir(path):
+        return
+    with suppress(CorruptCheckpointError, OSError):
+        body = _marker(path)
+        known = {MARKER_NAME, *body["files"]}
+        for root, below, names in os.walk(path):
+            where = os.path.relpath(root, path)
+            if where in body["checkpoints"]:
+                below.clear()
+            elif not known.issuperset(os.path.normpath(os.path.join(where, name)) for name in names):
+                break
+        else:
+            return
+    raise FileExistsError(
+        errno.EEXIST, "the directory holds other things than a checkpoint of snapstone, so it is not replaced", path
+    )
+
+
+def problems_of_load(path: str) -> None:
+    """Raises CorruptCheckpointError for a published directory with wrong bytes that no load would notice: the engine
+    verifies its own when it reads them.
+    """
+    if is_published(path) and (wrong := problems(path, "full", of_engine="quick")):
+        raise CorruptCheckpointError(wrong[0], path=path)
+
+
+def problems(
+    path: str, level: Literal["quick", "full"], *, of_engine: Literal["quick", "full"] | None = None
+) -> list[str]:
+    """What is wrong with a published directory. Files that were added later are nobody's business.
+
+    Args:
+        level: "quick" checks that every file is there with its size; "full" reads and compares them all.
+        of_engine: the level for the engine's checkpoints in it (default: the same).
+    """
+    try:
+        body = _marker(path)
+    except (CorruptCheckpointError, OSError) as error:
+        return [str(error)]
+    found = []
+    for name, (nbytes, digest) in body["files"].items():
+        file = os.path.join(path, name)
+        if not os.path.isfile(file) or os.path.getsize(file) != nbytes:
+            found.append(f"{file} is missing, or has not the {nbytes} bytes that were written")
+        elif level == "full" and _digest(file) != digest:
+            found.append(f"{file} has bytes that were not written: its digest is not {digest}")
+    for name in body["checkpoints"]:
+        try:
+            found += verify(os.path.join(path, name), level=of_engine or level).problems
+        except (CheckpointError, OSError) as error:
+            found.append(str(error))
+    return found
+
+
+def remove(path: str) -> None:
+    """Deletes a directory that a crash must not leave in half."""
+    parent, name = os.path.split(os.path.abspath(path))
+    gone = os.path.join(parent, _hidden("gone", name))
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def recover(parent: str) -> None:
+    """Ends what a crash has left unfinished in `parent`: for the one process that publishes there."""
+    with suppress(FileNotFoundError):
+        for name in os.listdir(parent):
+            match = _HIDDEN.fullmatch(name)
+            if match is None:
+                continue
+            path, final = os.path.join(parent, name), os.path.join(parent, match[2])
+            if match[1] == "old" and not os.path.lexists(final):
+                os.rename(path, final)
+            elif match[1] != "new" or _is_dead(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _hidden(kind: str, name: str) -> str:
+    return f"{UNPUBLISHED if kind == 'new' else f'.snapstone-{kind}-'}{name}-{uuid.uuid4().hex[:12]}"
+
+
+def _locked(directory: str) -> int:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    with suppress(OSError):  # a file system without locks; nobody removes the directory then
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _is_dead(directory: str) -> bool:
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _sync(path: str) -> tuple[int, str]:
+    """Makes a file durable; its size and digest."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return os.path.getsize(path), _digest(path)
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return _native.digest_hex(b"")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            view = np.frombuffer(mapped, np.uint8)
+            try:
+                return _native.digest_memory(view.ctypes.data, view.nbytes)
+            finally:
+                del view
+
+
+def _digest_of(body: dict[str, Any]) -> str:
+    return _native.digest_hex(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _marker(path: str) -> dict[str, Any]:
+    file = os.path.join(path, MARKER_NAME)
+    data = _native.read_file(path, MARKER_NAME, _MARKER_BYTES_MAX)
+    try:
+        document = json.loads(data)
+        body: dict[str, Any] = document["body"]
+        if document["xxh128"] != _digest_of(body):
+            raise ValueError("its digest is another")
+        if body["version"] != 1:
+            raise ValueError(f"version {body['version']}, this is for version 1")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpointError(f"not the marker of a complete checkpoint: {error}", path=file) from None
+    return body
