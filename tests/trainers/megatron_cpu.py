@@ -112,7 +112,8 @@ class Training:
         use_generator()
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=tp if experts else 1)
+        more = {"expert_model_parallel_size": tp, "expert_tensor_parallel_size": 1} if experts else {}
+        parallel_state.initialize_model_parallel(tp, pp, **more)
         self.parallel_state = parallel_state
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -133,7 +134,7 @@ class Training:
             **(
                 {
                     "num_moe_experts": experts,
-                    "expert_model_parallel_size": tp,
+                    **more,
                     "moe_token_dispatcher_type": "alltoall",
                     "add_bias_linear": False,
                     "sequence_parallel": tp > 1,
@@ -202,7 +203,8 @@ class Training:
         self.model.module.load_state_dict(loaded["model"])
         self.optimizer.load_state_dict(loaded["optimizer"])
         self.iteration = loaded["iteration"]
-        _set_generators(loaded["rng_state"][0])
+        if loaded["rng_state"] is not None:
+            _set_generators(loaded["rng_state"][0])
 
     def digests(self) -> dict[str, str]:
         """Of everything that training goes on from, bit for bit, on this rank."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from concurrent.futures import wait
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import async_utils
 
 from ...handle import SaveHandle
@@ -26,6 +28,13 @@ class _EngineCaller(async_utils.AsyncCaller):  # type: ignore[misc]
 
     def schedule_async_call(self, async_req: Any) -> None:
         """It began when the request was made."""
+
+    def sync_all_async_calls(self, is_alive: int) -> bool:
+        """Whether it has ended on every rank; Megatron's own works on CUDA devices alone."""
+        device = torch.device("cuda", torch.cuda.current_device()) if _on_devices() else torch.device("cpu")
+        running = torch.tensor([is_alive], dtype=torch.int, device=device)
+        dist.all_reduce(running)
+        return not running.item()
 
     def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
         running = not self._handle.done()
@@ -62,9 +71,27 @@ class AsyncCallsQueue(async_utils.AsyncCallsQueue):  # type: ignore[misc]
         )
         return int(self.call_idx)
 
+    def maybe_finalize_async_calls(self, blocking: bool = False, no_dist: bool = False) -> list[int]:
+        """Finalizes what has ended on every rank (`no_dist`: here), or with `blocking` everything, in order.
+
+        Returns:
+            The indices of the calls, as `schedule_async_request` returned them.
+        """
+        finalized = []
+        while self.async_calls and self.async_calls[0].async_caller.is_current_async_call_done(blocking, no_dist):
+            call = self.async_calls.popleft()
+            for finalize in call.async_request.finalize_fns:
+                finalize()
+            finalized.append(int(call.idx))
+        return finalized
+
     def close(self, abort: bool = False) -> None:
         if abort:
             for call in self.async_calls:
                 call.async_caller.close(abort=True)
             self.async_calls.clear()
         super().close(abort=abort)
+
+
+def _on_devices() -> bool:
+    return "nccl" in dist.get_backend_config() if dist.is_initialized() else torch.cuda.is_available()
