@@ -99,7 +99,7 @@ def use_adam() -> None:
 class Training:
     """A GPT of two layers with tensor and pipeline parallelism, its optimizer state sharded over the rest."""
 
-    def __init__(self, tp: int = 1, pp: int = 1, *, seed: int = 1, experts: int | None = None) -> None:
+    def __init__(self, tp: int = 1, pp: int = 1, ep: int = 1, *, seed: int = 1, experts: int | None = None) -> None:
         import torch
         from megatron.core import parallel_state, tensor_parallel
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -112,7 +112,7 @@ class Training:
         use_generator()
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
-        more = {"expert_model_parallel_size": tp, "expert_tensor_parallel_size": 1} if experts else {}
+        more = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": 1} if experts else {}
         parallel_state.initialize_model_parallel(tp, pp, **more)
         self.parallel_state = parallel_state
         torch.manual_seed(seed)
@@ -135,9 +135,8 @@ class Training:
                 {
                     "num_moe_experts": experts,
                     **more,
-                    "moe_token_dispatcher_type": "alltoall",
+                    "moe_token_dispatcher_type": "allgather",
                     "add_bias_linear": False,
-                    "sequence_parallel": tp > 1,
                 }
                 if experts
                 else {}
@@ -177,6 +176,19 @@ class Training:
         self.model.finish_grad_sync()
         assert self.optimizer.step()[0]
         return float(loss)
+
+    def fill(self) -> None:
+        """Optimizer states as after many steps, for layouts whose steps take a pipeline schedule."""
+        import torch
+
+        generator = torch.Generator().manual_seed(self.parallel_state.get_data_parallel_rank())
+        for one in self.optimizer.chained_optimizers:
+            for group in one.optimizer.param_groups:
+                group["step"] = 5
+                for parameter in group["params"]:
+                    one.optimizer.state[parameter] = {
+                        name: torch.rand(parameter.shape, generator=generator) for name in ("exp_avg", "exp_avg_sq")
+                    }
 
     def state(self, kind: str = "fully_reshardable", *, is_loading: bool = False) -> dict[str, Any]:
         """As Megatron-LM's generate_state_dict makes it: model, optimizer, generators, and what is common."""
