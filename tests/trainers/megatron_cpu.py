@@ -1,7 +1,7 @@
 """Megatron-core on CPU with gloo: a real GPTModel, its DDP and its distributed optimizer, trained for a few steps.
 
-Megatron-core asks for CUDA in dozens of places. `use_cpu` answers those that training a small model meets with the CPU's
-tensors and generator; nothing of `dist_checkpointing` is replaced.
+Megatron-core asks for CUDA in dozens of places. `use_cpu` answers those that training a small model meets with the
+CPU's tensors and generator; nothing of `dist_checkpointing` is replaced.
 """
 
 from __future__ import annotations

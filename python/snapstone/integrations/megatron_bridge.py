@@ -1,7 +1,7 @@
 """CheckpointManager: the engine in Megatron-Bridge, chosen by name in its configuration.
 
-    register_allowed_target_prefix("snapstone.")  # of megatron.bridge.utils.instantiate_utils
-    cfg.checkpoint.custom_manager_class = "snapstone.integrations.megatron_bridge.CheckpointManager"
+register_allowed_target_prefix("snapstone.")  # of megatron.bridge.utils.instantiate_utils
+cfg.checkpoint.custom_manager_class = "snapstone.integrations.megatron_bridge.CheckpointManager"
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
 | core serialization | `TorchDistLoadShardedStrategy` | LoadStrategy: of loads that name no strategy |
 | core strategies.torch, 0.16 | `register_default_torch_strategies` | the engine's: of calls that name none |
 | training.checkpointing | `TorchDistSaveShardedStrategy`, `TorchDistLoadShardedStrategy` | the engine's |
-| training.checkpointing, 0.16 | `get_default_save_sharded_strategy`, `..._load_...` | functions that make the engine's |
+| training.checkpointing, 0.16 | `get_default_save_sharded_strategy`, `..._load_...` | functions that make them |
 | training.async_utils | `_async_calls_queue`, `_get_async_calls_queue` | AsyncCallsQueue |
 | training.async_utils, .initialize | `init_persistent_async_worker` | nothing: there is no worker |
 | bridge.training.checkpointing | both strategies, `_get_filesystem_reader` | the engine's |

@@ -79,7 +79,7 @@ class LoadStrategy(TorchDistLoadShardedStrategy):  # type: ignore[misc]
         kept: dict[str, Any] = {OBJECTS: {}}
         with Checkpoint.open(path) as checkpoint:
             step, metadata = checkpoint.step, dict(checkpoint.metadata)
-            for name in checkpoint.keys():
+            for name in checkpoint.keys():  # noqa: SIM118
                 key = name.removeprefix(OBJECTS + ".")
                 if not key.startswith(key_prefix):
                     (kept if key == name else kept[OBJECTS])[key] = checkpoint.get_tensor(name)

@@ -20,11 +20,8 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategie
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 
-from ... import dcp
+from ... import Checkpoint, dcp
 from ...errors import IncompatibleCheckpointError
-from ...plan import TensorItem
-from ...reader import Reader
-from ...tensors import LocalShard
 from ..patches import Patches
 from .layout import engine_path, holds_checkpoint
 from .sharded import OBJECTS
@@ -52,18 +49,13 @@ class StorageReader(dcp.StorageReader):
         metadata.planner_data = None  # Megatron flattens no further than keys
         return metadata
 
-    def _read_values(self, reader: Reader, plan: LoadPlan, planner: LoadPlanner) -> None:
+    def _read_values(self, reader: Any, plan: LoadPlan, planner: LoadPlanner) -> None:
         items = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
-        streams = {item.storage_index.fqn: torch.empty(0) for item in items}
-        targets = []
-        for key in streams:
-            item = reader.describe(_PREFIX + key)
-            stream = streams[key] = torch.empty(item.shape, dtype=torch.uint8)
-            targets.append(LocalShard(TensorItem(item.name, item.dtype, item.shape, (0,), item.shape, item.nbytes), stream))
-        reader.fill(targets, verify=self.verify, timeout_seconds=self.timeout_seconds)
+        names = dict.fromkeys(_PREFIX + item.storage_index.fqn for item in items)
+        streams = Checkpoint(reader).load_tensors([*names])
         for item in items:
             key = item.storage_index.fqn
-            planner.load_bytes(item, _checked(key, streams[key], self.allow_pickle))
+            planner.load_bytes(item, _checked(key, streams[_PREFIX + key], self.allow_pickle))
 
 
 def _checked(key: str, data: torch.Tensor, allow_pickle: bool) -> io.BytesIO:
@@ -111,5 +103,3 @@ def allowing_pickle(allowed: bool) -> Iterator[None]:
         yield
     finally:
         _allow_pickle.reset(token)
-
-

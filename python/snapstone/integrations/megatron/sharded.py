@@ -32,7 +32,7 @@ class PlacedShards(torch.Tensor):
     @staticmethod
     def __new__(cls, shape: Iterable[int], shards: list[tuple[tuple[int, ...], torch.Tensor]]) -> PlacedShards:
         first = shards[0][1]
-        made: PlacedShards = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: PlacedShards = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=first.dtype, device=first.device
         )
         made._shards = [
@@ -42,7 +42,9 @@ class PlacedShards(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise NotImplementedError(f"{function} of {cls.__name__}")
 
     def local_shards(self) -> list[Any]:
@@ -81,7 +83,7 @@ def engine_state(sharded_state_dict: Mapping[str, Any], *, keep_only_main_replic
 
 def _local(sharded: ShardedTensor) -> torch.Tensor:
     """With the axes that the global tensor has and the local one has not."""
-    data = sharded.data
+    data: torch.Tensor | None = sharded.data
     if data is None:
         raise ValueError(f"{sharded.key}: a ShardedTensor without data cannot be saved")
     data = data.detach()
