@@ -12,19 +12,20 @@ class UnsupportedVersionError(ImportError):
     """The trainer is missing, or of a version that the integration was not made for."""
 
 
-def require(package: str, least: str, below: str) -> str:
+def require(package: str, least: str, below: str, *, installed: str | None = None) -> str:
     """The installed version of `package`, which is at least `least` and lower than `below`.
 
     Args:
         package: name of the distribution, as pip has it.
         least, below: numbers with dots; of pre-releases the numbers count.
+        installed: the version, where pip knows nothing of the package: a checkout on PYTHONPATH.
 
     Raises:
         UnsupportedVersionError: names what is installed, and what is supported.
     """
     supported = f"snapstone supports {package} >= {least}, < {below}"
     try:
-        installed = version(package)
+        installed = installed or version(package)
     except PackageNotFoundError:
         raise UnsupportedVersionError(f"{package} is not installed; {supported}") from None
     if not _numbers(least) <= _numbers(installed) < _numbers(below):
