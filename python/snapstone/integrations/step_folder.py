@@ -17,7 +17,7 @@ from .. import Checkpoint, CheckpointError, manifest
 __all__ = ["StepFolder"]
 
 _STEP = re.compile(r"step-(\d+)", re.ASCII)
-_STOCK_MARKS = (manifest.DCP_MARKER_NAME, "model.safetensors.index.json")
+_HF_MARK = "model.safetensors.index.json"
 _REPLACED = ".replaced-"
 _log = logging.getLogger("snapstone")
 
@@ -65,9 +65,10 @@ class StepFolder:
             shutil.rmtree(aside)
         os.rename(path, aside)
 
-    def settle(self) -> list[str]:
-        """After a save has become durable: what was moved aside, for somebody to remove."""
-        return [self._to_trash(name) for name in self._names() if self._is_aside(name)]
+    def settle(self, name: str) -> list[str]:
+        """After the save of `name` has become durable: what was moved aside for it, for somebody to remove."""
+        aside = _REPLACED + name
+        return [self._to_trash(aside)] if os.path.lexists(os.path.join(self.path, aside)) else []
 
     def prune(self, keep_latest: int, durable: int) -> list[str]:
         """Takes all but the `keep_latest` highest steps out of sight, each in one rename, once step `durable` is: what
@@ -82,18 +83,15 @@ class StepFolder:
         except FileNotFoundError:
             return []
 
-    def _is_aside(self, name: str) -> bool:
-        return name.startswith(_REPLACED) and _STEP.fullmatch(name.removeprefix(_REPLACED)) is not None
-
     def _to_trash(self, name: str) -> str:
         trash = os.path.join(self.path, f".trash-{uuid.uuid4().hex}")
         os.rename(os.path.join(self.path, name), trash)
         return trash
 
     def _put_back(self) -> None:
-        for name in filter(self._is_aside, self._names()):
+        for name in self._names():
             path = os.path.join(self.path, name.removeprefix(_REPLACED))
-            if not os.path.lexists(path):
+            if name.startswith(_REPLACED) and not os.path.lexists(path):
                 os.rename(os.path.join(self.path, name), path)
 
 
@@ -102,23 +100,25 @@ def _is_whole(path: str) -> bool:
 
 
 def _is_stock(path: str) -> bool:
-    return not manifest.is_checkpoint(path) and any(os.path.isfile(os.path.join(path, mark)) for mark in _STOCK_MARKS)
+    if manifest.is_checkpoint(path):
+        return False
+    try:
+        with open(os.path.join(path, manifest.DCP_MARKER_NAME), "rb") as file:  # or what a copy left of one of ours
+            return file.read(len(manifest.DCP_MARKER)) != manifest.DCP_MARKER
+    except OSError:
+        return os.path.isfile(os.path.join(path, _HF_MARK))
 
 
 def _problem(path: str) -> str | None:
-    """Why a checkpoint cannot be loaded, as far as that can be told without reading its data."""
+    """Why a checkpoint of the engine's cannot be loaded, as far as that can be told without reading its data."""
+    if not _is_whole(path):
+        return None
     try:
-        if not _is_whole(path):
-            with open(os.path.join(path, manifest.DCP_MARKER_NAME), "rb") as file:
-                ours = file.read(len(manifest.DCP_MARKER)) == manifest.DCP_MARKER
-            return f"{manifest.MANIFEST_NAME} is missing" if ours else None
         document = Checkpoint.open(path).manifest
         for entry in (*document.shared, *(one for writer in document.writers for one in writer.data)):
             nbytes = os.stat(os.path.join(path, entry.name)).st_size
             if nbytes != entry.nbytes:
                 return f"{entry.name} has {nbytes} bytes instead of {entry.nbytes}"
-    except FileNotFoundError as error:
-        return None if manifest.DCP_MARKER_NAME in str(error.filename) else str(error)
     except (CheckpointError, OSError) as error:
         return str(error)
     return None

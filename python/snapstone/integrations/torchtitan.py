@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.stateful import Stateful
 
 from .. import (
@@ -140,6 +140,7 @@ class SnapstoneCheckpointManager(CheckpointManager):  # type: ignore[misc]
         self.config = config
         self.async_mode = AsyncMode(config.async_mode)
         self.steps = StepFolder(self.folder)
+        self.save_future: Future[Any] | None = None
         self._handle: SaveHandle | None = None
         if config.rng != "off":
             self.states[RNG] = _Generators(config.rng)
@@ -184,16 +185,15 @@ class SnapstoneCheckpointManager(CheckpointManager):  # type: ignore[misc]
         to_hf: bool = False,
     ) -> Future[Any] | None:
         """One save. In the asynchronous modes the future of the durable checkpoint, which is also `save_future`."""
-        name = os.path.basename(checkpoint_id)
+        step = int(os.path.basename(checkpoint_id).rpartition("-")[2])
         if self._leads:
-            self.steps.make_room(name, for_others=to_hf)
+            self.steps.make_room(os.path.basename(checkpoint_id), for_others=to_hf)
         if to_hf:
             _together("torchtitan.hf", None, b"", self.config)  # nobody writes before there is room
             super().dcp_save(state_dict, checkpoint_id, AsyncMode.DISABLED, enable_garbage_collection, to_hf=True)
-            self._settle()
+            self._settle(step)
             return None
         plain = {key: _plain(value) for key, value in state_dict.items()}
-        step = int(name.rpartition("-")[2])
         arguments: dict[str, Any] = {
             **_save_options(self.config),
             "checkpoint_id": checkpoint_id,
@@ -202,14 +202,15 @@ class SnapstoneCheckpointManager(CheckpointManager):  # type: ignore[misc]
         }
         if async_mode == AsyncMode.DISABLED:
             save(plain, **arguments)
-            self._settle()
+            self._settle(step)
             return None
         arguments["host_memory_budget"] = _budget(self.config, plain)
         self._handle = async_save(plain, fence=self._fence(), **arguments)
         # Set when retention is done too, so that whoever waits for it finds the folder as it stays.
-        self.save_future = Future()
-        self._handle.upload_completion.add_done_callback(partial(self._ended, step, self.save_future))
-        return self.save_future
+        told: Future[Any] = Future()
+        self.save_future = told
+        self._handle.upload_completion.add_done_callback(partial(self._ended, step, told))
+        return told
 
     def _fence(self) -> Any:
         optimizers = list(getattr(self.states[OPTIMIZER], "optimizers", ()))
@@ -226,7 +227,7 @@ class SnapstoneCheckpointManager(CheckpointManager):  # type: ignore[misc]
             told.set_exception(error)
             return
         try:
-            self._settle()
+            self._settle(step)
             self._retire(step)
         finally:
             told.set_result(upload.result())
@@ -236,7 +237,8 @@ class SnapstoneCheckpointManager(CheckpointManager):  # type: ignore[misc]
 
     def _wait_for_saving(self) -> None:
         future, self.save_future, self._handle = self.save_future, None, None
-        future.result()
+        if future is not None:
+            future.result()
 
     # Retention --------------------------------------------------------------------------------------------------------
 
@@ -249,9 +251,9 @@ class SnapstoneCheckpointManager(CheckpointManager):  # type: ignore[misc]
         if self._leads and self.keep_latest_k > 0:
             self._remove_all(lambda: self.steps.prune(self.keep_latest_k, durable))
 
-    def _settle(self) -> None:
+    def _settle(self, step: int) -> None:
         if self._leads:
-            self._remove_all(self.steps.settle)
+            self._remove_all(lambda: self.steps.settle(f"step-{step}"))
 
     def _remove_all(self, take_away: Any) -> None:
         """A checkpoint that cannot be removed is no reason to fail one that was saved."""
@@ -287,10 +289,11 @@ class SnapstoneCheckpointManager(CheckpointManager):  # type: ignore[misc]
         if manifest.is_checkpoint(checkpoint_id):
             self._load_own(wanted, state_dict.get(RNG), checkpoint_id)
         else:
-            reader = StorageReader(checkpoint_id, allow_pickle=self.config.allow_pickle)
-            dcp.load(wanted, storage_reader=reader)
+            dcp_load(wanted, storage_reader=StorageReader(checkpoint_id, allow_pickle=self.config.allow_pickle))
             if RNG in state_dict:
-                logger.info("The checkpoint is of torch's format, which has no random generators: they stay as they are.")
+                logger.info(
+                    "The checkpoint is of torch's format, which has no random generators: they stay as they are."
+                )
         # Model state is flattened into the state, where nothing calls its load_state_dict.
         if MODEL in self.states:
             self.states[MODEL].load_state_dict(wanted)
@@ -311,15 +314,7 @@ class SnapstoneCheckpointManager(CheckpointManager):  # type: ignore[misc]
             timeout=self.config.timeout,
         )
         missing = [name for name in loaded.missing_keys if generators is None or not name.startswith(f"{RNG}.")]
-        error = None
-        if missing:
-            error = IncompatibleCheckpointError(
-                f"{len(missing)} names are missing from the checkpoint, {', '.join(missing[:5])}{', ...' * (len(missing) > 5)}; "
-                "checkpoint.exclude_from_loading leaves whole states out, such as dataloader when the number of "
-                "data-parallel ranks has changed",
-                path=checkpoint_id,
-            )
-        _together("torchtitan.load", error, b"", self.config)
+        _together("torchtitan.load", _missing_error(missing, checkpoint_id), b"", self.config)
         for key, value in state_dict.items():
             if isinstance(value, Stateful):
                 value.load_state_dict(target[key])
@@ -381,15 +376,26 @@ class _Generators:
         if not keys:
             logger.info("The checkpoint has no random generators: they stay as they are.")
             return
-        saved = own if own.keys() <= set(keys) else {key: None for key in keys}
+        saved: dict[str, Any] = own if own.keys() <= set(keys) else dict.fromkeys(keys)
         if saved is not own and self._on_change == "reseed":
             saved[keys[0]] = {"torch": checkpoint.get_tensor(f"{RNG}.{keys[0]}.torch")}
         self.load_state_dict(saved)
 
 
+def _missing_error(names: list[str], path: str) -> IncompatibleCheckpointError | None:
+    if not names:
+        return None
+    return IncompatibleCheckpointError(
+        f"{len(names)} names are missing from the checkpoint: {', '.join(names[:5])}{', ...' if names[5:] else ''}; "
+        "checkpoint.exclude_from_loading leaves whole states out, such as dataloader when the number of data-parallel "
+        "ranks has changed",
+        path=path,
+    )
+
+
 def _save_options(config: SnapstoneCheckpointManager.Config) -> dict[str, Any]:
-    names = ("base", "codec", "full_every", "keyframe_every", "derive", "on_unchanged", "host_memory_budget")
-    names += ("allow_pickle", "timeout")
+    names = ["base", "codec", "full_every", "keyframe_every", "derive", "on_unchanged", "host_memory_budget"]
+    names += ["allow_pickle", "timeout"]
     return {"overwrite": True, **{name: getattr(config, name) for name in names}}
 
 
