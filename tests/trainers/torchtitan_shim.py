@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import runpy
 import sys
 import time
 import types
@@ -115,21 +116,22 @@ def main() -> None:
 
 
 def act(name: str) -> None:
-    """That function of torchtitan_actions gets each trainer before it trains."""
+    """That function, of torchtitan_actions or of the file in "FILE:NAME", gets each trainer before it trains."""
     import torchtitan.trainer
-
-    import trainers.torchtitan_actions as actions
 
     # Rank 0 sleeps at the end, for others that would lose the store with it; here the test serves the store.
     torchtitan.trainer.time = types.SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None)
-    if name:
-        stock_train = torchtitan.trainer.Trainer.train
+    if not name:
+        return
+    path, _, function = name.rpartition(":")
+    action = runpy.run_path(path or str(Path(__file__).with_name("torchtitan_actions.py")))[function]
+    stock_train = torchtitan.trainer.Trainer.train
 
-        def train(self: Any) -> None:
-            getattr(actions, name)(self)
-            stock_train(self)
+    def train(self: Any) -> None:
+        action(self)
+        stock_train(self)
 
-        torchtitan.trainer.Trainer.train = train
+    torchtitan.trainer.Trainer.train = train
 
 
 if __name__ == "__main__":
