@@ -21,9 +21,9 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 sys.path[:0] = [str(REPOSITORY / "tests"), str(HERE)]
 
-from interleaved import Block, document, store, table
+from interleaved import Block, document, store, table  # noqa: E402
 
-from trainers.torchtitan_jobs import Job, make_assets
+from trainers.torchtitan_jobs import Job, make_assets  # noqa: E402
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
