@@ -137,7 +137,7 @@ def test_retention_counts_what_is_committed_and_an_old_one_goes_only_after_a_new
     (unfinished / "__0_0.distcp").write_bytes(b"part")
     held = {0: {"SNAPSTONE_FAULT": "renameat2:1+:delay=700"}}
     seen: list[list[int]] = []
-    arguments = flags(6, "kept", "async", interval=1, keep_latest_k=2, last_save_in_hf=True)
+    arguments = flags(6, "kept", "async", interval=1, keep_latest_k=2, last_save_in_hf=True, last_save_model_only=True)
     with Job(folder, *arguments, env_of_rank=held) as job:
         while any(process.poll() is None for process in job.processes):
             now = steps_in(path)
