@@ -7,11 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from snapstone import verify
+from snapstone import Checkpoint, verify
 from trainers.torchtitan_jobs import Job, contents, differences, flags, make_assets, steps_in, train
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 STEPS = 6
 FULL = {"last_save_model_only": False}
@@ -37,10 +40,10 @@ def straight(folder: Path) -> Path:
     return path
 
 
-def await_sight(job: Job, what: str, seen: object, timeout: float = 90) -> None:
+def await_sight(job: Job, what: str, seen: object, timeout: float = 200) -> None:
     end = time.monotonic() + timeout
     while not seen():  # type: ignore[operator]
-        assert time.monotonic() < end, f"{what} was not seen\n{job.log()}"
+        assert time.monotonic() < end, f"{what} was not seen\n{job.stacks()}"
         assert all(process.poll() is None for process in job.processes), f"ended before {what}\n{job.log()}"
         time.sleep(0.02)
 
@@ -94,6 +97,21 @@ def test_a_checkpoint_from_before_the_switch_is_resumed_and_replaced(folder: Pat
         ours = contents(path / f"step-{step}", without=("rng.",))
         assert differences(ours, contents(straight / f"step-{step}", without=("rng.",))) == []
     assert sorted(one.name for one in path.iterdir()) == ["step-2", "step-4", "step-6"]
+
+
+def test_a_job_goes_back_to_torchtitans_own_checkpoints_by_the_recipe_of_the_docs(folder: Path, straight: Path) -> None:
+    state = Checkpoint.open(straight / "step-4").state_dict()
+    state.pop("rng", None)
+    dcp.save(state, checkpoint_id=folder / "outputs" / "back" / "step-4", no_dist=True)
+    log = train(folder, *flags(STEPS, "back", **FULL), engine=None)
+    assert "Loading the checkpoint from ./outputs/back/step-4." in log
+    dcp_to_torch_save(folder / "outputs" / "back" / "step-6", folder / "back.pt")
+    back = torch.load(folder / "back.pt", weights_only=True)
+    back.update({f"optimizer.{name}": value for name, value in back.pop("optimizer").items()})
+    ours = Checkpoint.open(straight / "step-6").load_tensors()
+    kept = {name: value for name, value in ours.items() if not name.startswith("rng.")}
+    assert len(kept) > 50
+    assert differences({name: back[name] for name in kept}, kept) == []
 
 
 @pytest.mark.parametrize(

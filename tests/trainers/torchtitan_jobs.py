@@ -105,15 +105,24 @@ class Job:
         for process in self.processes:
             process.wait()
 
-    def wait(self, timeout: float = 100) -> list[int]:
+    def stacks(self) -> str:
+        """Where the ranks are, at the end of their logs."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGUSR1)
+        time.sleep(0.5)
+        return "\n".join(log.read_text()[-6000:] for log in self._logs)
+
+    def wait(self, timeout: float = 200) -> list[int]:
         """Exit statuses. When a rank has failed, the others get SIGKILL, as from a launcher."""
         end = time.monotonic() + timeout
         while any(process.poll() is None for process in self.processes):
             if any(process.poll() not in (None, 0) for process in self.processes):
                 self.kill()
             elif time.monotonic() > end:
+                stacks = self.stacks()
                 self.kill()
-                raise AssertionError(f"the job hangs\n{self.log()}")
+                raise AssertionError(f"the job hangs\n{stacks}")
             time.sleep(0.05)
         return [process.returncode for process in self.processes]
 

@@ -6,9 +6,11 @@ With SNAPSTONE_TEST_ACTION set, that function of `torchtitan_actions` gets the t
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import runpy
+import signal
 import sys
 import time
 import types
@@ -105,6 +107,7 @@ def debug_model() -> Any:
 
 
 def main() -> None:
+    faulthandler.register(signal.SIGUSR1)  # a test that waits in vain asks where this is
     torch.set_num_threads(1)
     random.seed(1)  # torchtitan seeds torch alone
     numpy.random.seed(1)

@@ -58,6 +58,7 @@ from .versions import require
 require("torchtitan", "0.3", "0.4")
 
 from torchtitan.components.checkpointer import (  # noqa: E402
+    DATALOADER,
     MODEL,
     OPTIMIZER,
     AsyncMode,
@@ -322,6 +323,7 @@ class SnapstoneCheckpointManager(CheckpointManager):  # type: ignore[misc]
                 state_dict[key] = target[key]
         if generators is not None:
             generators.restore(target[RNG], loaded)
+            _draw_apart(self.states[DATALOADER])
 
     # The end ----------------------------------------------------------------------------------------------------------
 
@@ -380,6 +382,14 @@ class _Generators:
         if saved is not own and self._on_change == "reseed":
             saved[keys[0]] = {"torch": checkpoint.get_tensor(f"{RNG}.{keys[0]}.torch")}
         self.load_state_dict(saved)
+
+
+def _draw_apart(dataloader: Any) -> None:
+    """An iterator of torch's loaders draws a seed when it is made. The run that was saved had made its own before: this
+    one draws from a copy of the generator, which the training then finds as it was.
+    """
+    if getattr(dataloader, "generator", False) is None:
+        dataloader.generator = torch.Generator().set_state(torch.get_rng_state())
 
 
 def _missing_error(names: list[str], path: str) -> IncompatibleCheckpointError | None:
