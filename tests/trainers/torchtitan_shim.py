@@ -51,9 +51,12 @@ def _device_module() -> types.ModuleType:
     return module
 
 
-def _attention(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
-    """FlexAttention has no backward pass on CPU. Causal over the whole sequence, whatever documents are in it."""
-    heads = [one.transpose(1, 2) for one in (q, k, v)]
+def _attention(self: Any, q_BLNH: torch.Tensor, k_BLNH: torch.Tensor, v_BLNH: torch.Tensor, **_: Any) -> torch.Tensor:
+    """FlexAttention has no backward pass on CPU. Causal over the whole sequence, whatever documents are in it.
+
+    torchtitan looks its arguments up by name when it shards them.
+    """
+    heads = [one.transpose(1, 2) for one in (q_BLNH, k_BLNH, v_BLNH)]
     return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2).contiguous()
 
 
