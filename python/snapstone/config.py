@@ -151,6 +151,7 @@ class SaveOptions:
     base: str | None  # an absolute path, or "auto"
     full_every: int | None
     on_unchanged: str
+    dcp_marker: bool
     device: DeviceOptions
 
     @classmethod
@@ -167,6 +168,7 @@ class SaveOptions:
         full_every: int | None = None,
         keyframe_every: int = KEYFRAME_EVERY_DEFAULT,
         on_unchanged: str = "warn",
+        dcp_marker: bool = False,
     ) -> SaveOptions:
         budget = (
             _integer("SNAPSTONE_HOST_MEMORY_BUDGET", HOST_MEMORY_BUDGET_DEFAULT)
@@ -198,6 +200,7 @@ class SaveOptions:
             base=_base(base),
             full_every=None if full_every is None else _count("full_every", full_every),
             on_unchanged=_on_unchanged(on_unchanged),
+            dcp_marker=dcp_marker,
             device=DeviceOptions.of(),
         )
 

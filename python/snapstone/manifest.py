@@ -22,6 +22,7 @@ from .index import load_json
 
 __all__ = [
     "BASE_NAME",
+    "DCP_MARKER",
     "DCP_MARKER_NAME",
     "DIGEST_NAME",
     "MANIFEST_NAME",
@@ -45,8 +46,9 @@ __all__ = [
 MANIFEST_NAME = "MANIFEST.json"
 DIGEST_NAME = "MANIFEST.xxh128"
 BASE_NAME = "base"  # the directory of shared files
-# Saves through torch.distributed.checkpoint leave it for trainers that look for it to find finished checkpoints.
+# For trainers that look for torch.distributed.checkpoint's file of this name to find finished checkpoints. Never read.
 DCP_MARKER_NAME = ".metadata"
+DCP_MARKER = b"This checkpoint is in snapstone's format. Load it with snapstone.dcp.StorageReader.\n"
 _DIGEST_BYTES_MAX = 4096
 # What opening and reading say of a link, FIFO, socket, device or directory in the place of a file, and of anything else
 # in the place of a directory.

@@ -50,6 +50,7 @@ def save(
     keyframe_every: int = 8,
     derive: bool = False,
     on_unchanged: Literal["warn", "raise", "ignore"] = "warn",
+    dcp_marker: bool = False,
     allow_pickle: bool = False,
     host_memory_budget: int | None = None,
     timeout: timedelta | float | None = None,
@@ -78,6 +79,8 @@ def save(
         on_unchanged: what to do when the step is higher than in the base, or in the save before, and not one tensor of
             an optimizer's state has changed, as when a stale copy of the state is saved: "raise" fails the save on
             every rank.
+        dcp_marker: put a file `.metadata` into the checkpoint, a line of text, for trainers that look for one to find
+            finished checkpoints.
         allow_pickle: pickle Python values that have no typed-JSON form.
         host_memory_budget: bytes of staging memory (SNAPSTONE_HOST_MEMORY_BUDGET, 1 GiB).
         timeout: seconds after which the save fails on every rank (SNAPSTONE_TIMEOUT, 1800 s).
@@ -100,6 +103,7 @@ def save(
         keyframe_every=keyframe_every,
         derive=derive,
         on_unchanged=on_unchanged,
+        dcp_marker=dcp_marker,
         allow_pickle=allow_pickle,
         host_memory_budget=host_memory_budget,
         timeout=timeout,
@@ -133,6 +137,7 @@ def async_save(
     keyframe_every: int = 8,
     derive: bool = False,
     on_unchanged: Literal["warn", "raise", "ignore"] = "warn",
+    dcp_marker: bool = False,
     allow_pickle: bool = False,
     host_memory_budget: int | None = None,
     timeout: timedelta | float | None = None,
@@ -162,6 +167,7 @@ def async_save(
         keyframe_every=keyframe_every,
         derive=derive,
         on_unchanged=on_unchanged,
+        dcp_marker=dcp_marker,
         allow_pickle=allow_pickle,
         host_memory_budget=host_memory_budget,
         timeout=timeout,
@@ -185,8 +191,7 @@ def async_save(
     background = _Background(writer, handle, None if optimizers is None else Future(), taken, progress, go)
     # Not a daemon: the interpreter waits for it at exit, so a save that was begun ends by its deadline.
     try:
-        if background.snapshot is not None:
-            assert optimizers is not None
+        if background.snapshot is not None and optimizers is not None:
             optimizers.attach(Held(background.snapshot, handle.staging_completion, writer.fence))
         elif writer.staged:
             handle.staged(None)

@@ -392,7 +392,7 @@ class Writer:
         error: BaseException | None = None
         try:
             self._enter_commit()
-            self._outcome().commit(document, overwrite=self.options.overwrite)
+            self._outcome().commit(document, overwrite=self.options.overwrite, dcp_marker=self.options.dcp_marker)
             self._committed_bytes = document.nbytes
         except BaseException as failure:
             error = self._explain(failure)

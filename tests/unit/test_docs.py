@@ -22,7 +22,7 @@ import pytest
 import snapstone as ss
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "integrations").glob("*.md"), *ROOT.glob("*.md")])
 TUNING = (ROOT / "docs" / "tuning.md").read_text()
 COMMENT_KINDS = ("", "torchrun", "after torchrun")
 

@@ -40,8 +40,6 @@ from .rendezvous import Note
 
 __all__ = ["StorageWriter"]
 
-_MARKER = b"This checkpoint is in snapstone's format. Load it with snapstone.dcp.StorageReader.\n"
-
 _cache = StructureCache()
 _keys = StructureKeys()
 _memory = Memory()
@@ -381,7 +379,7 @@ class StorageWriter(StorageWriterInterface):
         try:
             found = [entry["unchanged"] for entry in entries]
             heed_unchanged(found, self.on_unchanged, document.step, saving.target.path, warn=True)
-            marker = _MARKER
+            marker = manifest.DCP_MARKER
             if self.dcp_metadata:
                 marker = pickled(metadata, [entry["stored"] for entry in entries], self.storage_meta())
             saving.staging.write_file(manifest.DCP_MARKER_NAME, marker)

@@ -1,0 +1,124 @@
+"""The checkpoints of a run that a trainer keeps as step-N in one folder, whoever wrote them.
+
+What counts as a checkpoint here is finished: in the engine's format, which is there completely or not at all, or with
+the file that torch's own writers leave last. Whatever else has such a name neither counts nor is ever removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import uuid
+
+from .. import Checkpoint, CheckpointError, manifest
+
+__all__ = ["StepFolder"]
+
+_STEP = re.compile(r"step-(\d+)", re.ASCII)
+_HF_MARK = "model.safetensors.index.json"
+_REPLACED = ".replaced-"
+_log = logging.getLogger("snapstone")
+
+
+class StepFolder:
+    """`newest` for resuming, `make_room` and `settle` around a save, `prune` for retention. Called on one rank."""
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+
+    def newest(self) -> int:
+        """The highest step from which a run can be resumed, -1 if there is none.
+
+        Of checkpoints in the engine's format manifest, indexes and the sizes of all files are checked; one that is
+        damaged is passed over, with a warning.
+        """
+        self._put_back()
+        for step, path in reversed(self.committed()):
+            problem = _problem(path)
+            if problem is None:
+                return step
+            _log.warning("%s is passed over: %s", path, problem)
+        return -1
+
+    def committed(self) -> list[tuple[int, str]]:
+        """(step, path) of all finished checkpoints, lowest step first."""
+        found = []
+        for name in self._names():
+            match = _STEP.fullmatch(name)
+            path = os.path.join(self.path, name)
+            if match and (_is_whole(path) or _is_stock(path)):
+                found.append((int(match.group(1)), path))
+        return sorted(found)
+
+    def make_room(self, name: str, *, for_others: bool = False) -> None:
+        """Moves aside what an engine's save would refuse to replace: what torch's writer left there, whole or not.
+
+        It stays until `settle`; `newest` puts it back where the save never came to its end. With `for_others`, who
+        write file by file into a directory, a checkpoint of the engine's moves too.
+        """
+        path, aside = os.path.join(self.path, name), os.path.join(self.path, _REPLACED + name)
+        if os.path.islink(path) or not os.path.isdir(path) or (manifest.is_checkpoint(path) and not for_others):
+            return
+        if os.path.lexists(aside):  # an earlier one that was replaced in vain
+            shutil.rmtree(aside)
+        os.rename(path, aside)
+
+    def settle(self, name: str) -> list[str]:
+        """After the save of `name` has become durable: what was moved aside for it, for somebody to remove."""
+        aside = _REPLACED + name
+        return [self._to_trash(aside)] if os.path.lexists(os.path.join(self.path, aside)) else []
+
+    def prune(self, keep_latest: int, durable: int) -> list[str]:
+        """Takes all but the `keep_latest` highest steps out of sight, each in one rename, once step `durable` is: what
+        is left of them, for somebody to remove. What a crash leaves of that the engine's next save removes.
+        """
+        old = self.committed()[:-keep_latest]
+        return [self._to_trash(os.path.basename(path)) for step, path in old if step != durable]
+
+    def _names(self) -> list[str]:
+        try:
+            return sorted(os.listdir(self.path))
+        except FileNotFoundError:
+            return []
+
+    def _to_trash(self, name: str) -> str:
+        trash = os.path.join(self.path, f".trash-{uuid.uuid4().hex}")
+        os.rename(os.path.join(self.path, name), trash)
+        return trash
+
+    def _put_back(self) -> None:
+        for name in self._names():
+            path = os.path.join(self.path, name.removeprefix(_REPLACED))
+            if name.startswith(_REPLACED) and not os.path.lexists(path):
+                os.rename(os.path.join(self.path, name), path)
+
+
+def _is_whole(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, manifest.MANIFEST_NAME))
+
+
+def _is_stock(path: str) -> bool:
+    if manifest.is_checkpoint(path):
+        return False
+    try:
+        with open(os.path.join(path, manifest.DCP_MARKER_NAME), "rb") as file:  # or what a copy left of one of ours
+            return file.read(len(manifest.DCP_MARKER)) != manifest.DCP_MARKER
+    except OSError:
+        return os.path.isfile(os.path.join(path, _HF_MARK))
+
+
+def _problem(path: str) -> str | None:
+    """Why a checkpoint of the engine's cannot be loaded, as far as that can be told without reading its data."""
+    if not _is_whole(path):
+        return None
+    try:
+        document = Checkpoint.open(path).manifest
+        for entry in (*document.shared, *(one for writer in document.writers for one in writer.data)):
+            nbytes = os.stat(os.path.join(path, entry.name)).st_size
+            if nbytes != entry.nbytes:
+                return f"{entry.name} has {nbytes} bytes instead of {entry.nbytes}"
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
