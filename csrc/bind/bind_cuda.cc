@@ -2,6 +2,7 @@
 
 #include "bind/bind.h"
 #include "cuda/device.h"
+#include "cuda/kernels.h"
 
 namespace snapstone::bind {
 namespace {
@@ -74,6 +75,12 @@ void bind_cuda(py::module_& module) {
              "Why CUDA cannot be used, empty when it can. Initialises CUDA.");
   module.def("cuda_devices_in_use", &devices_in_use, py::call_guard<py::gil_scoped_release>(),
              "Ordinals of the devices on which this process has a context, so that tensors may be there.");
+  module.def("cuda_ignore_captures", &cuda::ignore_captures, py::call_guard<py::gil_scoped_release>(),
+             "For good: what this thread allocates, asks or waits for does not end CUDA graph captures of others.");
+  module.def(
+      "cuda_load_kernels", [](int ordinal) { return cuda::Kernels::absence(Device::of(ordinal)); }, py::arg("ordinal"),
+      py::call_guard<py::gil_scoped_release>(),
+      "Loads what is launched on a device, if nobody has; empty, or why there are no kernels.");
 }
 
 }  // namespace snapstone::bind

@@ -128,7 +128,11 @@ void Stream::synchronize() const {
 bool Stream::capturing() const {
   const Scope scope(*device_);
   CaptureStatus status = CaptureStatus::kNone;
-  Driver::require().cuStreamIsCapturing.must(device_->ordinal(), handle_, &status);
+  const Driver& driver = Driver::require();
+  const Result result = driver.cuStreamIsCapturing(handle_, &status);
+  // Said of the legacy default stream while one that it waits for is captured: it can be given nothing then, either.
+  if (result == Result::kStreamCaptureImplicit) return true;
+  check(result, driver.cuStreamIsCapturing.name(), device_->ordinal());
   return status != CaptureStatus::kNone;
 }
 

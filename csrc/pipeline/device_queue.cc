@@ -17,19 +17,6 @@ constexpr std::uint64_t kScratchAlignBytes = 256;
 constexpr std::uint64_t kDigestBytes = sizeof(codec::Digest);
 constexpr std::chrono::microseconds kDrainPoll{50};
 
-// Neighbours at both ends become one copy.
-void append(std::vector<cuda::Copy>& copies, const cuda::Copy& copy, std::uint64_t nbytes_max) {
-  if (!copies.empty()) {
-    cuda::Copy& last = copies.back();
-    if (last.dst + last.nbytes == copy.dst && last.src + last.nbytes == copy.src &&
-        last.nbytes + copy.nbytes <= nbytes_max) {
-      last.nbytes += copy.nbytes;
-      return;
-    }
-  }
-  copies.push_back(copy);
-}
-
 std::uint64_t aligned(std::uint64_t nbytes) { return round_up(nbytes, kScratchAlignBytes); }
 
 }  // namespace
@@ -215,15 +202,40 @@ void DeviceQueue::append_copies(std::uint32_t position, std::uint8_t* slot, std:
   }
   const auto target = reinterpret_cast<std::uintptr_t>(slot);
   if (state.address != 0 && (state.in_group || !chunk(position).packed)) {
-    append(copies, {target, state.address, raw_bytes(position)}, options_.dma_bytes);
+    append(copies, {target, state.address, raw_bytes(position)}, state.buffer.get(), options_.dma_bytes);
     return;
   }
   if (state.address == 0) --unread_;
   for (const format::Piece& piece : pieces(position)) {
     if (!here(piece)) continue;
-    const std::uint64_t source = state.address != 0 ? state.address + piece.at : sources_.device_address(piece);
-    append(copies, {target + piece.at, source, nbytes_of(piece)}, options_.dma_bytes);
+    if (state.address != 0) {
+      append(copies, {target + piece.at, state.address + piece.at, nbytes_of(piece)}, state.buffer.get(),
+             options_.dma_bytes);
+    } else {
+      append_piece(copies, target + piece.at, piece, options_.dma_bytes);
+    }
   }
+}
+
+void DeviceQueue::append_piece(std::vector<cuda::Copy>& copies, std::uint64_t target, const format::Piece& piece,
+                               std::uint64_t nbytes_max) {
+  append(copies, {target, sources_.device_address(piece), nbytes_of(piece)}, &layout_.places[piece.tensor], nbytes_max);
+}
+
+// Neighbours at both ends become one copy, but only within a tensor or a buffer: allocations may lie next to each
+// other, and the driver refuses a copy that reaches from one into another.
+void DeviceQueue::append(std::vector<cuda::Copy>& copies, const cuda::Copy& copy, const void* owner,
+                         std::uint64_t nbytes_max) {
+  const bool same_owner = std::exchange(last_owner_, owner) == owner;
+  if (!copies.empty() && same_owner) {
+    cuda::Copy& last = copies.back();
+    if (last.dst + last.nbytes == copy.dst && last.src + last.nbytes == copy.src &&
+        last.nbytes + copy.nbytes <= nbytes_max) {
+      last.nbytes += copy.nbytes;
+      return;
+    }
+  }
+  copies.push_back(copy);
 }
 
 void DeviceQueue::enqueue(std::vector<cuda::Copy>& copies) {
@@ -242,7 +254,7 @@ bool DeviceQueue::put_aside(std::span<const std::uint32_t> positions, DeviceStat
   for (const std::uint32_t position : positions) {
     for (const format::Piece& piece : pieces(position)) {
       if (!here(piece)) continue;
-      append(copies, {target + piece.at, sources_.device_address(piece), nbytes_of(piece)}, UINT64_MAX);
+      append_piece(copies, target + piece.at, piece, UINT64_MAX);
       stats.overflow_bytes += nbytes_of(piece);
     }
     states_[position].buffer = buffer;

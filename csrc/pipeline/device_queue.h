@@ -109,6 +109,9 @@ class DeviceQueue {
   void digest_whole_chunks(DeviceStats& stats);
   void gather_next_group(DeviceStats& stats);
   void digest_on_device(std::uint32_t first, std::uint32_t count);
+  void append_piece(std::vector<cuda::Copy>& copies, std::uint64_t target, const format::Piece& piece,
+                    std::uint64_t nbytes_max);
+  void append(std::vector<cuda::Copy>& copies, const cuda::Copy& copy, const void* owner, std::uint64_t nbytes_max);
 
   const format::Layout& layout_;
   const SaveSources& sources_;
@@ -128,7 +131,8 @@ class DeviceQueue {
   std::uint64_t gather_items_at_ = 0;
   std::uint64_t zeros_at_ = 0;
   std::uint64_t digests_at_ = 0;
-  std::uint64_t unread_ = 0;  // chunks with bytes here that nothing enqueued so far reads
+  const void* last_owner_ = nullptr;  // of the memory that the copy appended last reads
+  std::uint64_t unread_ = 0;          // chunks with bytes here that nothing enqueued so far reads
   std::optional<cuda::Event> digests_event_;
   std::optional<cuda::Event> sources_event_;
 };

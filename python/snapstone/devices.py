@@ -37,10 +37,23 @@ __all__ = [
 @functools.cache
 def absence() -> str:
     """Why jobs cannot reach CUDA memory; empty when they can. Asked only by those who have a CUDA tensor."""
+    if torch.version.hip:  # whose tensors say that they are on CUDA
+        return "this torch is for ROCm"
     return str(_native.cuda_absence())
 
 
-os.register_at_fork(after_in_child=absence.cache_clear)
+@functools.cache
+def _side_stream(ordinal: int) -> torch.cuda.Stream:
+    """The same one each time: what torch allocates in a stream it keeps for that stream."""
+    return torch.cuda.Stream(ordinal)  # type: ignore[no-untyped-call]
+
+
+def _forget_in_child() -> None:
+    absence.cache_clear()
+    _side_stream.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def is_reached(tensor: torch.Tensor) -> bool:
@@ -121,13 +134,16 @@ class Marked:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """What torch does on this thread follows the mark, beside what other threads' streams do meanwhile."""
+        """What torch does on this thread follows the mark, beside what other threads' streams do meanwhile, captures
+        of graphs included. For a thread that does nothing else.
+        """
         if self._mark is None:
             yield
             return
+        _native.cuda_ignore_captures()  # torch's allocator calls cudaMalloc, which would end them
         with ExitStack() as stack:
             for ordinal in self._ordinals:
-                stream = torch.cuda.Stream(ordinal)  # type: ignore[no-untyped-call]
+                stream = _side_stream(ordinal)
                 self._mark.hold_back(ordinal, stream.cuda_stream)
                 stack.enter_context(torch.cuda.stream(stream))
             yield

@@ -47,6 +47,9 @@ class Sources:
             on_device = self.ordinals != tensors.HOST
             self._devices = np.unique(self.ordinals[on_device]).tolist()
             self._nbytes = sum(self._shards[position].item.nbytes for position in np.flatnonzero(on_device))
+            if options.digest == "device":  # else a first save does without them, rather than load them here
+                for ordinal in self._devices:
+                    _native.cuda_load_kernels(ordinal)
             self._mark = devices.mark_streams(self._devices)
         elif any(shard.tensor.is_cuda for shard in shards):
             trace.stats["cuda_unused"] = devices.absence() or "no memory on the device for a copy"

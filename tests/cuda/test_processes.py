@@ -87,6 +87,25 @@ assert loaded.stats["devices"] == [0]
     run(ON_THE_FAKE.format(engine="") + program, tmp_path / "c")
 
 
+def test_digests_on_the_device_can_be_demanded_of_a_first_save(tmp_path: Path) -> None:
+    program = """
+assert stats["devices"]["no_kernels"] == "", stats
+assert stats["devices"]["digested_bytes"] > 0, stats
+"""
+    run(ON_THE_FAKE.format(engine="") + program, tmp_path / "c", SNAPSTONE_DIGEST="device")
+
+
+def test_registered_memory_may_have_another_address_on_devices(tmp_path: Path) -> None:
+    program = """
+assert stats["devices"]["unregistered_bytes"] == 0, stats
+for turn in range(2):
+    handle = ss.async_save(targets, checkpoint_id=path.with_name(f"again{turn}"))
+    handle.result()
+    assert_saved(path.with_name(f"again{turn}"), host)
+"""
+    run(ON_THE_FAKE.format(engine="") + program, tmp_path / "c", FAKECUDA_HOST_POINTERS="0")
+
+
 def test_memory_that_cannot_be_registered_is_used_all_the_same(tmp_path: Path) -> None:
     program = """
 assert stats["devices"]["unregistered_bytes"] == stats["devices"]["copied_bytes"] > 0, stats

@@ -95,6 +95,7 @@ Options Options::from_environment() {
   options.compute_capability = static_cast<int>(number_of("FAKECUDA_CC", 90));
   options.numa_node = static_cast<int>(number_of("FAKECUDA_NUMA", -1));
   options.pools = number_of("FAKECUDA_POOLS", 1) != 0;
+  options.host_pointers = number_of("FAKECUDA_HOST_POINTERS", 1) != 0;
   options.version = static_cast<int>(number_of("FAKECUDA_VERSION", 13000));
   options.guard = number_of("FAKECUDA_GUARD", 1) != 0;
   options.fail_rules = parse_fail_rules(text_of("FAKECUDA_FAIL", ""));

@@ -182,6 +182,18 @@ TEST_F(StreamTest, the_legacy_default_stream_can_be_waited_for) {
   EXPECT_TRUE(same(pages_.data(), bytes));
 }
 
+// As the driver says of the legacy default stream while a stream that it waits for is captured.
+TEST_F(StreamTest, a_default_stream_beside_a_capture_of_one_with_ties_counts_as_captured) {
+  const Stream training = Stream::borrowed(device(), nullptr);
+  EXPECT_FALSE(training.capturing());
+  {
+    const ArmedFaults faults("cuStreamIsCapturing:1:errno=906");
+    EXPECT_TRUE(training.capturing());
+  }
+  const ArmedFaults faults("cuStreamIsCapturing:1:errno=901");
+  EXPECT_THROW(training.capturing(), CudaError);
+}
+
 TEST_F(StreamTest, polling_does_not_break_a_capture_on_another_thread) {
   Stream training = Stream::borrowed(device(), torch_stream());
   Stream side(device());
