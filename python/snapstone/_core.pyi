@@ -30,6 +30,8 @@ __all__: list[str] = [
     "cuda_absence",
     "cuda_devices_in_use",
     "cuda_facts",
+    "cuda_ignore_captures",
+    "cuda_load_kernels",
     "digest_hex",
     "digest_memory",
     "fault_arm",
@@ -394,6 +396,16 @@ def cuda_devices_in_use() -> list[int]:
 def cuda_facts() -> dict:
     """
     What csrc/cuda found: available, reason (why not), driver_version (13000 for 13.0), devices, and whether the driver has its optional calls. Initialises CUDA.
+    """
+
+def cuda_ignore_captures() -> bool:
+    """
+    For good: what this thread allocates, asks or waits for does not end CUDA graph captures of others.
+    """
+
+def cuda_load_kernels(ordinal: typing.SupportsInt | typing.SupportsIndex) -> str:
+    """
+    Loads what is launched on a device, if nobody has; empty, or why there are no kernels.
     """
 
 def digest_hex(data: bytes) -> str:

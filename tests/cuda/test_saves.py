@@ -173,7 +173,7 @@ def test_a_save_prepared_in_the_background_leaves_captures_of_other_threads_alon
     device: Devices, tmp_path: Path
 ) -> None:
     """It has torch copy what is not contiguous, for which torch may allocate memory, which ends captures."""
-    matrix = numbers(3 * MIB).float().reshape(1024, -1)
+    matrix = numbers(3000).float().reshape(60, -1)
     parameter = torch.nn.Parameter(matrix.to(device.cuda).t())
     optimizer = torch.optim.SGD([parameter], lr=1.0, foreach=False)
     torch.cuda.synchronize()
@@ -230,7 +230,7 @@ def test_tensors_that_lie_next_to_each_other_are_copied_one_by_one(
     state = {name: tensor.to(device.cuda) for name, tensor in host.items()}
     ss.save(state, checkpoint_id=tmp_path / "sync")
     assert_saved(tmp_path / "sync", host)
-    handle = ss.async_save(state, checkpoint_id=tmp_path / "now", host_memory_budget=4 * MIB)
+    handle = ss.async_save(state, checkpoint_id=tmp_path / "now", host_memory_budget=8 * MIB)
     scribble(state)
     handle.result()
     assert_saved(tmp_path / "now", host)
