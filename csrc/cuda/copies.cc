@@ -104,6 +104,15 @@ void copy_all(const Stream& stream, Direction direction, std::span<const Copy> c
   if (!batch.sizes.empty()) submit_or_copy(driver, stream, direction, batch);
 }
 
+void copy_rows(const Stream& stream, const Copy2d& copy) {
+  std::vector<Copy> rows;
+  rows.reserve(copy.height);
+  for (std::uint64_t row = 0; row < copy.height; ++row) {
+    rows.push_back({copy.dst + row * copy.dst_pitch, copy.src + row * copy.src_pitch, copy.width_bytes});
+  }
+  copy_all(stream, Direction::kOnDevice, rows);
+}
+
 }  // namespace
 
 void copy_to_host(const Stream& stream, std::span<const Copy> copies) { copy_all(stream, Direction::kToHost, copies); }
@@ -138,7 +147,11 @@ void copy_2d(const Stream& stream, Direction direction, const Copy2d& copy) {
     arguments.dst_device = copy.dst;
   }
   const Scope scope(stream.device());
-  Driver::require().cuMemcpy2DAsync.must(stream.device().ordinal(), &arguments, stream.handle());
+  const Driver& driver = Driver::require();
+  const Result result = driver.cuMemcpy2DAsync(&arguments, stream.handle());
+  // Within a device the driver may refuse pitches other than those of its own allocations.
+  if (result == Result::kInvalidValue && direction == Direction::kOnDevice) return copy_rows(stream, copy);
+  check(result, driver.cuMemcpy2DAsync.name(), stream.device().ordinal());
 }
 
 }  // namespace snapstone::cuda

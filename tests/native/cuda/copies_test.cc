@@ -151,6 +151,25 @@ TEST_F(CopiesTest, rows_are_copied_alone) {
   }
 }
 
+// The driver's documentation: "cuMemcpy2DAsync() may fail for pitches not computed by cuMemAllocPitch()".
+TEST_F(CopiesTest, a_pitch_that_the_driver_refuses_within_a_device_is_copied_row_by_row) {
+  constexpr std::uint64_t kRows = 20;
+  Stream stream(device());
+  const auto from = DeviceBuffer::allocate(stream, kRows * 111);
+  const auto to = DeviceBuffer::allocate(stream, kRows * 77);
+  const std::vector<std::uint8_t> bytes = pattern(kRows * 111, 8);
+  SNAPSTONE_FAKE(fakecuda_enqueue_write)(0, stream.handle(), from->address(), bytes.data(), bytes.size());
+  {
+    const ArmedFaults faults("cuMemcpy2DAsync_v2:1:errno=1");
+    copy_2d(stream, Direction::kOnDevice, {to->address(), 77, from->address(), 111, 70, kRows});
+  }
+  stream.synchronize();
+  const std::vector<std::uint8_t> found = bytes_at(to->address(), kRows * 77);
+  for (std::uint64_t row = 0; row < kRows; ++row) {
+    EXPECT_TRUE(std::equal(found.data() + row * 77, found.data() + row * 77 + 70, bytes.data() + row * 111)) << row;
+  }
+}
+
 TEST_F(CopiesTest, columns_of_one_matrix_may_be_written_by_streams_that_know_nothing_of_each_other) {
   Stream left(device());
   Stream right(device());
