@@ -30,6 +30,7 @@ __all__: list[str] = [
     "cuda_absence",
     "cuda_devices_in_use",
     "cuda_facts",
+    "cuda_rates",
     "digest_hex",
     "digest_memory",
     "fault_arm",
@@ -394,6 +395,18 @@ def cuda_devices_in_use() -> list[int]:
 def cuda_facts() -> dict:
     """
     What csrc/cuda found: available, reason (why not), driver_version (13000 for 13.0), devices, and whether the driver has its optional calls. Initialises CUDA.
+    """
+
+def cuda_rates(
+    device: typing.SupportsInt | typing.SupportsIndex,
+    address: typing.SupportsInt | typing.SupportsIndex,
+    sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    ring_bytes: typing.SupportsInt | typing.SupportsIndex = 1073741824,
+    copy_bytes: typing.SupportsInt | typing.SupportsIndex = 33554432,
+    repeat: typing.SupportsInt | typing.SupportsIndex = 5,
+) -> dict:
+    """
+    Seconds of copies between a ring of its own and device memory at `address`, within the device, and of digests, for each of `sizes`: see csrc/pipeline/device_rates.h. The memory is idle, and keeps its bytes.
     """
 
 def digest_hex(data: bytes) -> str:
