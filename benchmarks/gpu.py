@@ -46,12 +46,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=480.0, help="for everything")
     parser.add_argument("--out", type=Path, help="directory of the JSON (benchmarks/results)")
     parser.add_argument(
-        "--directory", type=Path, action="append", default=[], help="for checkpoints; more than one: where there is room"
+        "--directory",
+        type=Path,
+        action="append",
+        default=[],
+        help="for checkpoints; more than one: where there is room",
     )
     parser.add_argument("--part", help=f"some of {','.join(part.name for part in PARTS)} (default: all)")
     parser.add_argument("--no-tests", action="store_true", help="measure only")
     parser.add_argument("--installed", action="store_true", help="measure the package that is installed, build none")
-    parser.add_argument("--memory-gib", type=float, default=0.0, help="of the machine, if its kernel shows less at first")
+    parser.add_argument(
+        "--memory-gib", type=float, default=0.0, help="of the machine, if its kernel shows less at first"
+    )
     parser.add_argument("--fake", action="store_true", help="on the fake driver of the tests, with tiny sizes")
     options = parser.parse_args(arguments)
     options.out = (options.out or (BUILD if options.fake else RESULTS)).resolve()
@@ -218,9 +224,7 @@ class Run:
             )
         )
         command = [sys.executable, "-m", "on_device.child", str(job)]
-        ended = processes.run(
-            command, seconds=limit, log=log, environment=self.environment(), cwd=self.scratch
-        )
+        ended = processes.run(command, seconds=limit, log=log, environment=self.environment(), cwd=self.scratch)
         self._remove_checkpoints()
         row.update(_outcome(result, ended.problem, log), seconds=ended.seconds)
         self.write()

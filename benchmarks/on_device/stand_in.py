@@ -32,7 +32,6 @@ class StandIn:
         from cuda import fake_torch
         from cuda.device import FakeDevices
         from cuda.fake_driver import FakeDriver
-
         from snapstone.bench import optimizer
 
         self._driver = FakeDriver()

@@ -59,5 +59,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     """A file that cannot be imported, or skips itself."""
     if not report.passed:
+        said = str(report.longrepr)[-_CHARACTERS:]
         _note({"begun": report.nodeid})
-        _note({"test": report.nodeid, "outcome": report.outcome, "when": "collect", "said": str(report.longrepr)[-_CHARACTERS:]})
+        _note({"test": report.nodeid, "outcome": report.outcome, "when": "collect", "said": said})

@@ -67,9 +67,7 @@ def _one(
             stats = ss.save(state, checkpoint_id=path, base=base, step=1, on_unchanged="ignore").stats
             called = known = time.perf_counter()
         else:
-            handle = ss.async_save(
-                state, checkpoint_id=path, base=base, step=1, fence=owner, on_unchanged="ignore"
-            )
+            handle = ss.async_save(state, checkpoint_id=path, base=base, step=1, fence=owner, on_unchanged="ignore")
             called = time.perf_counter()
             handle.staging_completion.result()
             known = time.perf_counter()
