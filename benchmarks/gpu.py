@@ -225,11 +225,11 @@ class Run:
         )
         command = [sys.executable, "-m", "on_device.child", str(job)]
         ended = processes.run(command, seconds=limit, log=log, environment=self.environment(), cwd=self.scratch)
-        self._remove_checkpoints()
+        self.remove_checkpoints()
         row.update(_outcome(result, ended.problem, log), seconds=ended.seconds)
         self.write()
 
-    def _remove_checkpoints(self) -> None:
+    def remove_checkpoints(self) -> None:
         """Of a process that could not do it itself."""
         for directory in self.directories:
             for path in directory.glob(f"{self.prefix}*"):
@@ -281,6 +281,8 @@ def main() -> int:
         """What was found stays."""
         processes.end_all()
         run.write()
+        run.remove_checkpoints()
+        shutil.rmtree(run.scratch, ignore_errors=True)
         os._exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):

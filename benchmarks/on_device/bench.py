@@ -89,7 +89,7 @@ class Bench:
                 found = self.results[name] = measure()
             except NoRoom as error:
                 self._missed(name, "not_run", str(error))
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # there are engines that end the process
                 traceback.print_exc()
                 self._missed(name, "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:600])
         gc.collect()

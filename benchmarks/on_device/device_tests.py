@@ -20,7 +20,7 @@ from .test_log import LOG_VARIABLE, entries
 __all__ = ["files", "run"]
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS_OF_ONE = 40  # pytest ends it; at the double of that, as in a call that does not return, we do
+SECONDS_OF_ONE = 25  # pytest ends it; at the double of that, as in a call that does not return, we do
 _OF_THE_FAKE = re.compile(r"^pytestmark = pytest\.mark\.skipif\(IS_REAL", re.MULTILINE)
 _FAILURES_MAX = 40
 _AT_A_TIME = 4

@@ -18,7 +18,10 @@ from typing import Any
 __all__ = ["gather", "graphics_card", "revision"]
 
 ROOT = Path(__file__).resolve().parents[2]
-_QUERY = "name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max,clocks.max.sm,clocks.max.memory"
+_QUERIES = (
+    "name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max,clocks.max.sm,clocks.max.memory",
+    "name,driver_version,memory.total",  # where one of the others is not known
+)
 
 
 def _said(command: list[str]) -> str | None:
@@ -31,10 +34,11 @@ def _said(command: list[str]) -> str | None:
 
 def graphics_card() -> dict[str, str] | None:
     """What nvidia-smi says of the first one."""
-    said = _said(["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader", "--id=0"])
-    if not said:
-        return None
-    return dict(zip(_QUERY.split(","), (field.strip() for field in said.splitlines()[0].split(",")), strict=False))
+    for query in _QUERIES:
+        said = _said(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"])
+        if said:
+            return dict(zip(query.split(","), map(str.strip, said.splitlines()[0].split(",")), strict=False))
+    return None
 
 
 def revision() -> str | None:

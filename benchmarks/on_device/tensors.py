@@ -14,13 +14,15 @@ from typing import Any
 import torch
 
 import snapstone as ss
+from snapstone import _native
 
 from .bench import Bench, gbps, spread
 
-__all__ = ["measure", "nbytes_of", "saved"]
+__all__ = ["SLACK_BYTES", "measure", "staging_bytes"]
 
 State = dict[str, torch.Tensor]
-SLACK_BYTES = 128 << 20  # of staging memory, beyond the state
+SLACK_BYTES = 128 << 20  # of staging memory, beyond what a state needs
+SLOT_BYTES = 1 << 20
 
 
 def measure(bench: Bench) -> None:
@@ -32,8 +34,15 @@ def measure(bench: Bench) -> None:
     bench.step("torch_pageable", lambda: _torch_pageable(bench, state), seconds=5)
 
 
-def nbytes_of(state: State) -> int:
+def _nbytes_of(state: State) -> int:
     return sum(tensor.nbytes for tensor in state.values())
+
+
+def staging_bytes(state: State) -> int:
+    """For all of it at once: the last chunk of every tensor takes a whole slot, but small tensors share them."""
+    small = _native.PACK_THRESHOLD_BYTES
+    sizes = [tensor.nbytes for tensor in state.values()]
+    return sum(size if size < small else -(-size // SLOT_BYTES) * SLOT_BYTES for size in sizes) + SLACK_BYTES
 
 
 def _many(bench: Bench) -> State:
@@ -42,7 +51,7 @@ def _many(bench: Bench) -> State:
     return {f"tensor.{number}": bench.random(nbytes) for number, nbytes in enumerate(sizes)}
 
 
-def saved(bench: Bench, state: State, directory: Path, **options: Any) -> dict[str, Any]:
+def _saved(bench: Bench, state: State, directory: Path, **options: Any) -> dict[str, Any]:
     """Seconds of one save, by when what came: the call returned, the stream was past the fence, the host knew, it was
     durable. `devices` and `device_copy` are what the engine says of it.
     """
@@ -70,12 +79,12 @@ def saved(bench: Bench, state: State, directory: Path, **options: Any) -> dict[s
 
 
 def _engine(bench: Bench, state: State) -> dict[str, Any]:
-    nbytes = nbytes_of(state)
-    budget = nbytes + SLACK_BYTES
-    bench.check_host_memory(2 * budget, "staging and files")
+    nbytes = _nbytes_of(state)
+    budget = staging_bytes(state)
+    bench.check_host_memory(budget + nbytes, "staging and files")
     directory = bench.place(2 * nbytes)
     ss.prepare(bench.device, budget)
-    saves = [saved(bench, state, directory, host_memory_budget=budget) for _ in range(bench.scale.saves + 1)]
+    saves = [_saved(bench, state, directory, host_memory_budget=budget) for _ in range(bench.scale.saves + 1)]
     steady = saves[1:]
     with bench.checkpoint(directory) as path:
         ss.save(state, checkpoint_id=path, host_memory_budget=budget)
@@ -110,11 +119,11 @@ def _file_system(directory: Path) -> str:
 def _calls(bench: Bench, parameters: int) -> dict[str, Any]:
     """Of the state of an AdamW: weights, two moments and a step count of each parameter."""
     optimizer, state = _adamw(bench, parameters)
-    budget = nbytes_of(state) + SLACK_BYTES
-    bench.check_host_memory(2 * budget, "staging and files")
-    directory = bench.place(2 * nbytes_of(state))
+    budget = staging_bytes(state)
+    bench.check_host_memory(budget + _nbytes_of(state), "staging and files")
+    directory = bench.place(2 * _nbytes_of(state))
     ss.prepare(bench.device, budget)
-    found: dict[str, Any] = {"tensors": len(state), "nbytes": nbytes_of(state)}
+    found: dict[str, Any] = {"tensors": len(state), "nbytes": _nbytes_of(state)}
     for name, fence in (("now", "now"), ("optimizer", optimizer)):
         saves = []
         for _ in range(bench.scale.saves + 1):
@@ -159,7 +168,7 @@ def _adamw(bench: Bench, parameters: int) -> tuple[torch.optim.Optimizer, State]
 
 def _torch_pinned(bench: Bench, state: State) -> dict[str, Any]:
     """`copy_(non_blocking=True)` of each, into memory that is there; and back."""
-    nbytes = nbytes_of(state)
+    nbytes = _nbytes_of(state)
     bench.check_host_memory(nbytes, "pinned memory")
     memory = bench.pinned(nbytes)
     pieces, at = [], 0
@@ -181,7 +190,7 @@ def _torch_pinned(bench: Bench, state: State) -> dict[str, Any]:
 
 
 def _torch_pageable(bench: Bench, state: State) -> dict[str, Any]:
-    nbytes = nbytes_of(state)
+    nbytes = _nbytes_of(state)
     bench.check_host_memory(nbytes, "memory for the copy")
     seconds = bench.repeated(lambda: [tensor.cpu() for tensor in state.values()], repeat=3)
     return {"nbytes": nbytes, "d2h_gbps": gbps(nbytes, seconds)}

@@ -20,17 +20,17 @@ from typing import Any
 
 import snapstone as ss
 from snapstone.bench.engines import Engine, Setting, engine_class
-from snapstone.bench.loop import Block, Saver, run_block, sync_file_system
+from snapstone.bench.loop import ENGINE_ERRORS, Block, Saver, run_block, sync_file_system
 from snapstone.bench.ranks import Ranks
 from snapstone.bench.workload import Plan, Workload, local_nbytes
 
 from .bench import Bench, NoRoom, spread
 from .engines import register_all
 from .scale import Training
+from .tensors import staging_bytes
 
 __all__ = ["measure"]
 
-SLACK_BYTES = 128 << 20
 OWN = "snapstone"
 # Of the state: an engine's copy in host memory and the file, which may be memory too; pinned memory in powers of two.
 HOST_COPIES = {"snapstone": 2.1, "dcp-pinned": 3.2}
@@ -95,25 +95,32 @@ class _Turns:
         self.workload.stand_in = bench.stand_in
         self.nbytes = local_nbytes(self.workload.state)
         self.savers: dict[str, Saver] = {}
-        self._turn_seconds = 0.0
+        self._seconds: dict[str, float] = {}  # of the last turn
 
     def run(self) -> None:
         self._describe(self._calibrate())
         self.bench.check_host_memory(int(2.1 * self.nbytes), "staging and files")
         self.directory = self.bench.place(int(1.1 * self.nbytes))
         begin = time.perf_counter()
-        ss.prepare(self.bench.device, self.nbytes + SLACK_BYTES)
+        ss.prepare(self.bench.device, staging_bytes(self.workload.state))
         self.bench.results["workload"]["prepare_seconds"] = time.perf_counter() - begin
         self.bench.write()
         for name in self._order():
             if not self._runs(name):
                 continue
-            if self.bench.left() < 1.5 * self._turn_seconds + 2:
-                break
+            if not self._has_time(name):
+                if not any(self._has_time(other) for other in self.training.engines if self._runs(other)):
+                    break
+                continue
             begin = time.perf_counter()
             self._guarded(name)
-            self._turn_seconds = max(self._turn_seconds, time.perf_counter() - begin)
+            self._seconds[name] = time.perf_counter() - begin
             self.bench.write()
+
+    def _has_time(self, name: str) -> bool:
+        """By its last turn; one that had none may take as long as the longest."""
+        seconds = self._seconds.get(name, max(self._seconds.values(), default=0.0))
+        return self.bench.left() > 1.3 * seconds + 1
 
     def _order(self) -> Iterator[str]:
         """Rounds without end, as long as an engine is left; the engine's own twice in each: most is asked of them."""
@@ -166,7 +173,7 @@ class _Turns:
                 self._turn(name, saver)
         except NoRoom as error:
             row.update(status="no room", reason=str(error))
-        except Exception as error:
+        except ENGINE_ERRORS as error:
             row.update(status="failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())}"[:600])
         self._clear()
 
@@ -242,7 +249,7 @@ class _Turns:
         for name, saver in self.savers.items():
             try:
                 saver.engine.close()
-            except Exception as error:
+            except ENGINE_ERRORS as error:
                 self.bench.problems.append(f"{name} did not close: {type(error).__name__}: {error}")
 
 

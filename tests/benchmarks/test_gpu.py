@@ -1,5 +1,5 @@
-"""`benchmarks/gpu.py` gets through on the fake driver: every part delivers what it is asked for, and one that goes wrong
-says so and loses nothing of the others.
+"""`benchmarks/gpu.py` gets through on the fake driver: every part delivers what it is asked for, and one that goes
+wrong says so and loses nothing of the others.
 """
 
 from __future__ import annotations
