@@ -3,6 +3,7 @@
 #include "bind/bind.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "pipeline/device_rates.h"
 
 namespace snapstone::bind {
 namespace {
@@ -65,6 +66,33 @@ std::vector<int> devices_in_use() {
   return found;
 }
 
+py::dict cuda_rates(std::int32_t device, std::uint64_t address, const std::vector<std::uint64_t>& sizes,
+                    std::uint64_t ring_bytes, std::uint64_t copy_bytes, int repeat) {
+  pipeline::DeviceRates rates;
+  {
+    py::gil_scoped_release release;
+    rates = pipeline::measure_device_rates(device, address, sizes, {ring_bytes, copy_bytes, repeat});
+  }
+  py::list rows;
+  for (const pipeline::DeviceRatesRow& row : rates.rows) {
+    py::dict entry;
+    entry["nbytes"] = row.nbytes;
+    entry["to_host"] = row.to_host;
+    entry["to_device"] = row.to_device;
+    entry["on_device"] = row.on_device;
+    entry["digest"] = row.digest;
+    rows.append(entry);
+  }
+  py::dict result;
+  result["ring_bytes"] = rates.ring_bytes;
+  result["reserve_seconds"] = rates.reserve_seconds;
+  result["register_seconds"] = rates.register_seconds;
+  result["refusal"] = rates.refusal;
+  result["no_kernels"] = rates.no_kernels;
+  result["rows"] = rows;
+  return result;
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& module) {
@@ -81,6 +109,13 @@ void bind_cuda(py::module_& module) {
       "cuda_load_kernels", [](int ordinal) { return cuda::Kernels::absence(Device::of(ordinal)); }, py::arg("ordinal"),
       py::call_guard<py::gil_scoped_release>(),
       "Loads what is launched on a device, if nobody has; empty, or why there are no kernels.");
+  module.def(
+      "cuda_rates", &cuda_rates, py::arg("device"), py::arg("address"), py::arg("sizes"),
+      py::arg("ring_bytes") = pipeline::DeviceRatesOptions{}.ring_bytes,
+      py::arg("copy_bytes") = pipeline::DeviceRatesOptions{}.copy_bytes,
+      py::arg("repeat") = pipeline::DeviceRatesOptions{}.repeat,
+      "Seconds of copies between a ring of its own and device memory at `address`, within the device, and of "
+      "digests, for each of `sizes`: see csrc/pipeline/device_rates.h. The memory is idle, and keeps its bytes.");
 }
 
 }  // namespace snapstone::bind

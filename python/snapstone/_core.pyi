@@ -32,6 +32,7 @@ __all__: list[str] = [
     "cuda_facts",
     "cuda_ignore_captures",
     "cuda_load_kernels",
+    "cuda_rates",
     "digest_hex",
     "digest_memory",
     "fault_arm",
@@ -406,6 +407,16 @@ def cuda_ignore_captures() -> bool:
 def cuda_load_kernels(ordinal: typing.SupportsInt | typing.SupportsIndex) -> str:
     """
     Loads what is launched on a device, if nobody has; empty, or why there are no kernels.
+def cuda_rates(
+    device: typing.SupportsInt | typing.SupportsIndex,
+    address: typing.SupportsInt | typing.SupportsIndex,
+    sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    ring_bytes: typing.SupportsInt | typing.SupportsIndex = 1073741824,
+    copy_bytes: typing.SupportsInt | typing.SupportsIndex = 33554432,
+    repeat: typing.SupportsInt | typing.SupportsIndex = 5,
+) -> dict:
+    """
+    Seconds of copies between a ring of its own and device memory at `address`, within the device, and of digests, for each of `sizes`: see csrc/pipeline/device_rates.h. The memory is idle, and keeps its bytes.
     """
 
 def digest_hex(data: bytes) -> str:

@@ -23,7 +23,7 @@ import snapstone as ss
 from cuda import fake_torch
 from cuda.device import Devices, FakeDevices
 from cuda.fake_driver import FakeDriver
-from cuda.states import KIB, Tensors, adamw, assert_same, assert_saved, host_copy, numbers, scribble, state_of
+from cuda.states import CODECS, KIB, Tensors, adamw, assert_same, assert_saved, host_copy, numbers, scribble, state_of
 from snapstone import _native
 
 __all__ = ["SCENARIOS", "Scenario"]
@@ -132,7 +132,7 @@ def _targets(state: Tensors) -> Tensors:
 def load_between(device: Devices, path: Path) -> None:
     host = {name: tensor.cpu() for name, tensor in _tensors(device, 40)[0].items()}
     host["strided"] = numbers(256 * 512, 50).reshape(256, 512)
-    for codec in (None, "zstd"):
+    for codec in CODECS:
         saved = path.with_name(f"{path.name}-{codec}")
         ss.save(host, checkpoint_id=saved, codec=codec)
         for _ in range(2):

@@ -18,6 +18,7 @@ import torch
 import snapstone as ss
 from cuda.device import Devices
 from cuda.states import (
+    CODECS,
     KIB,
     MIB,
     adamw,
@@ -311,7 +312,7 @@ def test_without_device_memory_the_caller_waits_for_the_file(
 
 
 @pytest.mark.parametrize("digest", ["host", "device", "auto"])
-@pytest.mark.parametrize("codec", [None, "zstd"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_digests_and_codecs(
     device: Devices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str, codec: str | None
 ) -> None:
