@@ -20,7 +20,6 @@ import snapstone as ss
 from cuda.device import Devices
 from cuda.left_out import calls_fail
 from cuda.states import KIB, Tensors, adamw, assert_same, assert_saved, host_copy, numbers, scribble, state_of
-from snapstone.config import PIPELINE_SLOTS
 
 __all__ = ["CHUNK_BYTES", "FAILING", "SCENARIOS", "Scenario"]
 
@@ -28,6 +27,7 @@ Scenario = Callable[[Devices, Path], None]
 
 CHUNK_BYTES = 64 * KIB  # SNAPSTONE_CHUNK_BYTES of whoever runs these
 BUDGET = 24 * CHUNK_BYTES
+LEAST = 8 * CHUNK_BYTES
 
 
 def _tensors(device: Devices, chunks: int, seed: int = 0) -> tuple[Tensors, Tensors]:
@@ -144,17 +144,17 @@ def save_after_one_that_was_given_up(device: Devices, path: Path) -> None:
 
 
 def save_from_a_device_that_fails(device: Devices, path: Path) -> None:
-    for rules in ("cuEventQuery:1+:errno=719", "cuEventRecord:4+:errno=719"):
+    for rules in ("", "cuEventQuery:1+:errno=719", "cuEventRecord:4+:errno=719"):
         state, _ = _tensors(device, 8)
-        device.delay(0.05)
+        device.delay(0.4 if rules else 0)
         state["large"].fill_(3)
         with calls_fail(rules), suppress(ss.CudaError):
             ss.save(state, checkpoint_id=path, host_memory_budget=BUDGET)
         shutil.rmtree(path, ignore_errors=True)
         state.clear()
-        gc.collect()
         _save_small({"a": numbers(20 * CHUNK_BYTES, 5)}, path)
         shutil.rmtree(path)
+        gc.collect()
 
 
 def save_behind_a_fence_that_fails(device: Devices, path: Path) -> None:
@@ -188,23 +188,23 @@ def _load_again(device: Devices, path: Path, host: Tensors) -> None:
 def load_between(device: Devices, path: Path) -> None:
     """As much as staging memory and scratch are used for more than once by it."""
     host = {
-        "large": numbers(2 * PIPELINE_SLOTS * CHUNK_BYTES + 17, 1),
+        "large": numbers(320 * CHUNK_BYTES + 17, 1),
         "strided": numbers(256 * 512, 50).reshape(256, 512),
         **{f"tiny.{i}": numbers(500 + i, 2 + i) for i in range(20)},
     }
-    ss.save(host, checkpoint_id=path)
+    ss.save(host, checkpoint_id=path, host_memory_budget=LEAST)
     _load_again(device, path, host)
 
 
 def load_what_is_coded(device: Devices, path: Path) -> None:
     host = {"large": numbers(20 * CHUNK_BYTES, 1), "strided": numbers(256 * 512, 50).reshape(256, 512)}
-    ss.save(host, checkpoint_id=path, codec="zstd")
+    ss.save(host, checkpoint_id=path, codec="zstd", host_memory_budget=LEAST)
     _load_again(device, path, host)
 
 
 def load_without_digests_of_the_device(device: Devices, path: Path) -> None:
     host = {"large": numbers(20 * CHUNK_BYTES, 1), "strided": numbers(256 * 512, 50).reshape(256, 512)}
-    ss.save(host, checkpoint_id=path)
+    ss.save(host, checkpoint_id=path, host_memory_budget=LEAST)
     with _environment("SNAPSTONE_DIGEST", "host"):
         _load_again(device, path, host)
 
@@ -214,18 +214,18 @@ def load_after_one_that_failed(device: Devices, path: Path) -> None:
     host = {"large": numbers(240 * CHUNK_BYTES, 3)}
     wrong = path.with_name(path.name + "-wrong")
     for where in (path, wrong):
-        ss.save(host, checkpoint_id=where)
+        ss.save(host, checkpoint_id=where, host_memory_budget=LEAST)
     data = wrong / "rank-00000.data"
     content = bytearray(data.read_bytes())
     content[-CHUNK_BYTES] ^= 1
     data.write_bytes(bytes(content))
     theirs = torch.cuda.Stream(device.cuda)
-    for _ in range(2):
-        with torch.cuda.stream(theirs):  # another's than the one that loads: nothing orders its end but the load
+    for digests in ("auto", "host"):
+        with torch.cuda.stream(theirs):
             target = torch.empty(len(host["large"]), dtype=torch.uint8, device=device.cuda)
         torch.cuda.current_stream(device.cuda).wait_stream(theirs)
-        device.delay(0.003)
-        with pytest.raises(ss.CorruptCheckpointError):
+        device.delay(0.3)
+        with _environment("SNAPSTONE_DIGEST", digests), pytest.raises(ss.CorruptCheckpointError):
             ss.load({"large": target}, checkpoint_id=wrong)
         del target
         gc.collect()
@@ -237,7 +237,7 @@ def load_after_one_that_failed(device: Devices, path: Path) -> None:
 
 def load_to_a_device_that_fails(device: Devices, path: Path) -> None:
     host = {"large": numbers(30 * CHUNK_BYTES, 3)}
-    ss.save(host, checkpoint_id=path)
+    ss.save(host, checkpoint_id=path, host_memory_budget=LEAST)
     for nth in range(2, 9):
         target = torch.empty(30 * CHUNK_BYTES, dtype=torch.uint8, device=device.cuda)
         device.delay(0.003)
@@ -248,6 +248,24 @@ def load_to_a_device_that_fails(device: Devices, path: Path) -> None:
         target = torch.empty(30 * CHUNK_BYTES, dtype=torch.uint8, device=device.cuda)
         ss.load({"large": target}, checkpoint_id=path)
         assert torch.equal(device.on_host(target), host["large"])
+
+
+def load_straight_to_a_device_that_fails(device: Devices, path: Path) -> None:
+    """What is still on its way to a target is neither the next load's nor anything else but what was saved."""
+    host = {"large": numbers(30 * CHUNK_BYTES, 3)}
+    ss.save(host, checkpoint_id=path, host_memory_budget=LEAST)
+    other = path.with_name(path.name + "-other")
+    ss.save({"large": torch.full_like(host["large"], 0x55)}, checkpoint_id=other, host_memory_budget=LEAST)
+    for nth in (2, 3):
+        target = torch.full_like(host["large"], 0xAA, device=device.cuda)
+        device.delay(0.6)
+        with _environment("SNAPSTONE_DIGEST", "host"):
+            with calls_fail(f"cuEventRecord:{nth}+:errno=719"), suppress(ss.CudaError):
+                ss.load({"large": target}, checkpoint_id=path)
+            ss.load({"large": torch.empty_like(host["large"])}, checkpoint_id=other)
+        found = device.on_host(target)
+        assert bool(((found == host["large"]) | (found == 0xAA)).all())
+    shutil.rmtree(other)
 
 
 SCENARIOS: tuple[Scenario, ...] = (
@@ -267,5 +285,6 @@ SCENARIOS: tuple[Scenario, ...] = (
 FAILING: tuple[Scenario, ...] = (
     save_from_a_device_that_fails,
     save_behind_a_fence_that_fails,
+    load_straight_to_a_device_that_fails,
     load_to_a_device_that_fails,
 )
