@@ -277,7 +277,7 @@ const cuda::Event& DeviceQueue::sources_event() {
   return *sources_event_;
 }
 
-bool DeviceQueue::digests_done() { return !digests_event_ || digests_event_->done(); }
+bool DeviceQueue::digests_done() { return !digests_event_ || digests_event_->done("save/digests"); }
 
 std::optional<codec::Digest> DeviceQueue::digest(std::uint32_t position) const {
   const std::uint32_t number = states_[position].digest;
@@ -294,7 +294,9 @@ bool DeviceQueue::drain(std::chrono::milliseconds patience) noexcept {
   for (int attempt = 0; attempt < 2 && !drained; ++attempt) {  // one call may fail and the device be well
     try {
       const cuda::Event all = record("save/drained");
-      while (!(drained = all.done()) && std::chrono::steady_clock::now() < end) std::this_thread::sleep_for(kDrainPoll);
+      while (!(drained = all.done("save/drained")) && std::chrono::steady_clock::now() < end) {
+        std::this_thread::sleep_for(kDrainPoll);
+      }
     } catch (...) {
     }
   }
@@ -303,9 +305,9 @@ bool DeviceQueue::drain(std::chrono::milliseconds patience) noexcept {
     scratch_.reset();
     DeviceWorkspace::give_back(std::move(workspace_));
   } else {
-    for (State& state : states_) orphan(std::move(state.buffer));
-    orphan(std::move(scratch_));
-    DeviceWorkspace::abandon(std::move(workspace_));
+    for (State& state : states_) orphan(std::move(state.buffer), "save/hung_buffers");
+    orphan(std::move(scratch_), "save/hung_buffers");
+    DeviceWorkspace::abandon(std::move(workspace_), "save/hung_workspace");
   }
   return drained;
 }

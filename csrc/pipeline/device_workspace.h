@@ -23,7 +23,7 @@ class DeviceWorkspace {
  public:
   static std::unique_ptr<DeviceWorkspace> lease(std::int32_t ordinal);
   static void give_back(std::unique_ptr<DeviceWorkspace> workspace) noexcept;
-  static void abandon(std::unique_ptr<DeviceWorkspace> workspace) noexcept;
+  static void abandon(std::unique_ptr<DeviceWorkspace> workspace, const char* why) noexcept;
 
   explicit DeviceWorkspace(cuda::Device& device) : stream_(device) {}
 

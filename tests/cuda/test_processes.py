@@ -142,3 +142,46 @@ library.fakecuda_counters.restype = ctypes.c_char_p
 assert "cuInit" not in json.loads(library.fakecuda_counters())
 """
     run(BEGIN + program, tmp_path / "c")
+
+
+def test_a_slow_link_holds_up_the_save_and_not_the_call(tmp_path: Path) -> None:
+    """0.5 s for the state's 3.8 MiB, each way."""
+    program = """
+import time
+begin = time.monotonic()
+handle = ss.async_save(state, checkpoint_id=path.with_name("d"), overwrite=True)
+called = time.monotonic() - begin
+scribble(state)
+handle.result()
+assert time.monotonic() - begin > 0.4
+assert called < 0.4, called
+host = {name: tensor.cpu() for name, tensor in state.items()}
+assert_saved(path.with_name("d"), {name: torch.ones_like(t) if t.dtype == torch.uint8 and name != "on_host" else t
+                                   for name, t in host.items()} | {"on_host": host["on_host"]})
+"""
+    run(ON_THE_FAKE.format(engine="") + program, tmp_path / "c", FAKECUDA_GBPS="0.008")
+
+
+def test_a_lost_device_fails_saves_and_loads_and_keeps_what_it_may_use(tmp_path: Path) -> None:
+    program = """
+state = {"large": state["large"], "small": state["small"]}
+driver.drain()
+driver.fail("work:3:719")
+try:
+    ss.save(state, checkpoint_id=path.with_name("d"))
+    raise AssertionError("saved from a lost device")
+except ss.CudaError as error:
+    assert (error.code, error.device) == (719, 0), error
+kept = {name: tensor.data_ptr() for name, tensor in state.items() if tensor.is_cuda and tensor.numel()}
+state.clear()
+import gc
+gc.collect()
+assert set(kept.values()) <= set(fake_torch._blocks), "memory was freed that copies may still read"
+with pytest.raises(ss.CudaError):
+    ss.load(targets, checkpoint_id=path)
+assert_saved(path, host)
+there = {"a": torch.arange(1000.0)}
+ss.save(there, checkpoint_id=path.with_name("e"))
+assert_saved(path.with_name("e"), there)
+"""
+    run(ON_THE_FAKE.format(engine="") + program, tmp_path / "c")

@@ -102,11 +102,11 @@ TEST_F(StreamTest, an_event_is_done_when_the_work_before_it_is) {
   SNAPSTONE_FAKE(fakecuda_mode)("lazy");  // what nobody waits for does not happen
   Stream stream(device());
   Event event(device());
-  EXPECT_TRUE(event.done()) << "never recorded";
+  EXPECT_TRUE(event.done("test/done")) << "never recorded";
   SNAPSTONE_FAKE(fakecuda_enqueue_delay)(0, stream.handle(), 10000);
   stream.record(event, "test");
   SNAPSTONE_FAKE(fakecuda_enqueue_delay)(0, stream.handle(), 10000);
-  EXPECT_FALSE(event.done());
+  EXPECT_FALSE(event.done("test/done"));
   event.synchronize();
   EXPECT_EQ(SNAPSTONE_FAKE(fakecuda_pending)(), 1u) << "what comes after it does not matter";
   await(event);

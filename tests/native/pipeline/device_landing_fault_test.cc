@@ -70,14 +70,16 @@ TEST_P(DeviceLoadSteps, none_can_be_left_out_unnoticed) {
     const ArmedFaults counted("");
     for (std::uint64_t seed = 0; seed < 5; ++seed) ASSERT_EQ(wrongs(testing::seed() + seed), "");
     for (const std::string& name : fault::seen_names()) {
-      if (name.starts_with("wait/") || name.starts_with("record/")) steps.insert(name);
+      if (name.find("/load/") != std::string::npos) steps.insert(name);
     }
   }
-  std::set<std::string> expected = {"record/load/mark", "wait/load/targets", "record/load/placed",
-                                    "record/load/drained"};
+  std::set<std::string> expected = {"record/load/mark",    "wait/load/targets", "record/load/placed",
+                                    "record/load/drained", "poll/load/placed",  "poll/load/drained",
+                                    "keep/load/slots"};
   if (GetParam().kernels) {
-    expected.merge(std::set<std::string>{"record/load/copied", "record/load/verified", "wait/load/scratch",
-                                         "record/load/landed", "wait/load/fence"});
+    expected.merge(std::set<std::string>{"record/load/copied", "record/load/verified", "poll/load/copied",
+                                         "poll/load/verified", "wait/load/scratch", "record/load/landed",
+                                         "wait/load/fence"});
   }
   EXPECT_EQ(steps, expected);
   // In processes of their own: the host may touch what it must not, and die of that.
