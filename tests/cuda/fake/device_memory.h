@@ -24,7 +24,8 @@ struct Block {
 
 class DeviceMemory {
  public:
-  DeviceMemory(int devices, std::uint64_t bytes_each);
+  // `gap_bytes`: at least, between blocks.
+  DeviceMemory(int devices, std::uint64_t bytes_each, std::uint64_t gap_bytes);
 
   // Null when there is no room. The bytes are whatever was there, or 0xCD.
   Block* allocate(int device, std::uint64_t nbytes);
@@ -50,6 +51,7 @@ class DeviceMemory {
   const Arena* arena_of(std::uint64_t address) const;
 
   std::uint64_t bytes_each_;
+  std::uint64_t gap_bytes_;
   std::vector<Arena> arenas_;
 };
 
