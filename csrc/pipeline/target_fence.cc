@@ -31,9 +31,14 @@ void TargetFence::fence(std::int32_t ordinal, cuda::StreamHandle stream) const {
   }
 }
 
-bool TargetFence::settled() const {
+bool TargetFence::settled() const noexcept {
   const std::lock_guard lock(mutex_);
-  return !lost_ && std::all_of(landed_.begin(), landed_.end(), [](const auto& landed) { return landed.second.done(); });
+  try {
+    return !lost_ &&
+           std::all_of(landed_.begin(), landed_.end(), [](const auto& landed) { return landed.second.done(); });
+  } catch (...) {  // a device that fails may still write
+    return false;
+  }
 }
 
 void TargetFence::hold_back(cuda::Stream& stream) const {
