@@ -1,7 +1,11 @@
 #include <pybind11/stl.h>
 
+#include <map>
+#include <mutex>
+
 #include "bind/bind.h"
 #include "cuda/device.h"
+#include "cuda/stream.h"
 
 namespace snapstone::bind {
 namespace {
@@ -64,6 +68,16 @@ std::vector<int> devices_in_use() {
   return found;
 }
 
+std::uintptr_t stream_for_torch(int ordinal) {
+  static std::mutex& mutex = *new std::mutex;
+  static auto& streams = *new std::map<int, cuda::Stream>;
+  Device& device = Device::of(ordinal);
+  const std::lock_guard lock(mutex);
+  auto found = streams.find(ordinal);
+  if (found == streams.end()) found = streams.emplace(ordinal, cuda::Stream(device)).first;
+  return reinterpret_cast<std::uintptr_t>(found->second.handle());
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& module) {
@@ -74,6 +88,9 @@ void bind_cuda(py::module_& module) {
              "Why CUDA cannot be used, empty when it can. Initialises CUDA.");
   module.def("cuda_devices_in_use", &devices_in_use, py::call_guard<py::gil_scoped_release>(),
              "Ordinals of the devices on which this process has a context, so that tensors may be there.");
+  module.def(
+      "cuda_stream", &stream_for_torch, py::arg("ordinal"), py::call_guard<py::gil_scoped_release>(),
+      "Handle of a stream that this process has for what torch copies for saves, and nobody else has; for good.");
 }
 
 }  // namespace snapstone::bind
