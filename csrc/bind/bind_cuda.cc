@@ -1,8 +1,12 @@
 #include <pybind11/stl.h>
 
+#include <map>
+#include <mutex>
+
 #include "bind/bind.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "cuda/stream.h"
 #include "pipeline/device_rates.h"
 
 namespace snapstone::bind {
@@ -93,6 +97,16 @@ py::dict cuda_rates(std::int32_t device, std::uint64_t address, const std::vecto
   return result;
 }
 
+std::uintptr_t stream_for_torch(int ordinal) {
+  static std::mutex& mutex = *new std::mutex;
+  static auto& streams = *new std::map<int, cuda::Stream>;
+  Device& device = Device::of(ordinal);
+  const std::lock_guard lock(mutex);
+  auto found = streams.find(ordinal);
+  if (found == streams.end()) found = streams.emplace(ordinal, cuda::Stream(device)).first;
+  return reinterpret_cast<std::uintptr_t>(found->second.handle());
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& module) {
@@ -116,6 +130,9 @@ void bind_cuda(py::module_& module) {
       py::arg("repeat") = pipeline::DeviceRatesOptions{}.repeat,
       "Seconds of copies between a ring of its own and device memory at `address`, within the device, and of "
       "digests, for each of `sizes`: see csrc/pipeline/device_rates.h. The memory is idle, and keeps its bytes.");
+  module.def(
+      "cuda_stream", &stream_for_torch, py::arg("ordinal"), py::call_guard<py::gil_scoped_release>(),
+      "Handle of a stream that this process has for what torch copies for saves, and nobody else has; for good.");
 }
 
 }  // namespace snapstone::bind

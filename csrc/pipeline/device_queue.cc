@@ -193,6 +193,22 @@ void DeviceQueue::gather_next_group(DeviceStats& stats) {
   if (next_group_ == groups_.size()) scratch_.reset();  // its chunks hold it
 }
 
+// Neighbours at both ends become one copy, if they are of one allocation: the driver refuses a copy that reaches from
+// one into another, adjacent as they may be.
+void DeviceQueue::join(std::vector<cuda::Copy>& copies, const cuda::Copy& copy, std::uint64_t source,
+                       std::uint64_t nbytes_max) {
+  if (!copies.empty() && joined_ == source) {
+    cuda::Copy& last = copies.back();
+    if (last.dst + last.nbytes == copy.dst && last.src + last.nbytes == copy.src &&
+        last.nbytes + copy.nbytes <= nbytes_max) {
+      last.nbytes += copy.nbytes;
+      return;
+    }
+  }
+  joined_ = source;
+  copies.push_back(copy);
+}
+
 void DeviceQueue::append_copies(std::uint32_t position, std::uint8_t* slot, std::vector<cuda::Copy>& copies,
                                 DeviceStats& stats) {
   State& state = states_[position];
@@ -202,45 +218,28 @@ void DeviceQueue::append_copies(std::uint32_t position, std::uint8_t* slot, std:
   }
   const auto target = reinterpret_cast<std::uintptr_t>(slot);
   if (state.address != 0 && (state.in_group || !chunk(position).packed)) {
-    append(copies, {target, state.address, raw_bytes(position)}, state.buffer.get(), options_.dma_bytes);
+    join(copies, {target, state.address, raw_bytes(position)}, state.buffer->address(), options_.dma_bytes);
     return;
   }
-  if (state.address == 0) --unread_;
+  bool any = false;  // a shared chunk may have nothing on this device
   for (const format::Piece& piece : pieces(position)) {
     if (!here(piece)) continue;
+    any = true;
     if (state.address != 0) {
-      append(copies, {target + piece.at, state.address + piece.at, nbytes_of(piece)}, state.buffer.get(),
-             options_.dma_bytes);
+      join(copies, {target + piece.at, state.address + piece.at, nbytes_of(piece)}, state.buffer->address(),
+           options_.dma_bytes);
     } else {
-      append_piece(copies, target + piece.at, piece, options_.dma_bytes);
+      join(copies, {target + piece.at, sources_.device_address(piece), nbytes_of(piece)}, piece.tensor,
+           options_.dma_bytes);
     }
   }
-}
-
-void DeviceQueue::append_piece(std::vector<cuda::Copy>& copies, std::uint64_t target, const format::Piece& piece,
-                               std::uint64_t nbytes_max) {
-  append(copies, {target, sources_.device_address(piece), nbytes_of(piece)}, &layout_.places[piece.tensor], nbytes_max);
-}
-
-// Neighbours at both ends become one copy, but only within a tensor or a buffer: allocations may lie next to each
-// other, and the driver refuses a copy that reaches from one into another.
-void DeviceQueue::append(std::vector<cuda::Copy>& copies, const cuda::Copy& copy, const void* owner,
-                         std::uint64_t nbytes_max) {
-  const bool same_owner = std::exchange(last_owner_, owner) == owner;
-  if (!copies.empty() && same_owner) {
-    cuda::Copy& last = copies.back();
-    if (last.dst + last.nbytes == copy.dst && last.src + last.nbytes == copy.src &&
-        last.nbytes + copy.nbytes <= nbytes_max) {
-      last.nbytes += copy.nbytes;
-      return;
-    }
-  }
-  copies.push_back(copy);
+  if (any && state.address == 0) --unread_;
 }
 
 void DeviceQueue::enqueue(std::vector<cuda::Copy>& copies) {
   cuda::copy_to_host(stream(), copies);
   copies.clear();
+  joined_ = kNothing;
 }
 
 bool DeviceQueue::put_aside(std::span<const std::uint32_t> positions, DeviceStats& stats) {
@@ -250,11 +249,12 @@ bool DeviceQueue::put_aside(std::span<const std::uint32_t> positions, DeviceStat
   if (!allocated) return false;
   const Buffer buffer = std::make_shared<cuda::DeviceBuffer>(std::move(*allocated));
   std::vector<cuda::Copy> copies;
+  joined_ = kNothing;
   std::uint64_t target = buffer->address();
   for (const std::uint32_t position : positions) {
     for (const format::Piece& piece : pieces(position)) {
       if (!here(piece)) continue;
-      append_piece(copies, target + piece.at, piece, UINT64_MAX);
+      join(copies, {target + piece.at, sources_.device_address(piece), nbytes_of(piece)}, piece.tensor, UINT64_MAX);
       stats.overflow_bytes += nbytes_of(piece);
     }
     states_[position].buffer = buffer;
@@ -262,6 +262,7 @@ bool DeviceQueue::put_aside(std::span<const std::uint32_t> positions, DeviceStat
     target += aligned(raw_bytes(position));
   }
   cuda::copy_on_device(stream(), copies);
+  joined_ = kNothing;
   unread_ -= positions.size();
   return true;
 }

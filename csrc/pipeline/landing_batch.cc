@@ -170,8 +170,8 @@ bool LandingBatch::add_to_targets(const Arrived& arrived) {
 
 // Registered if the driver agreed to that; copies out of it are slow if not.
 std::uint8_t* LandingBatch::bounce() {
-  if (workspace_->host_table() == nullptr) workspace_->reserve_table(capacity_ + kTableBytes);
-  if (workspace_->host_table() == nullptr) throw OsError(ENOMEM, "mmap", "", 0, capacity_);
+  if (workspace_->host_table_bytes() < capacity_) workspace_->reserve_table(capacity_ + kTableBytes);
+  if (workspace_->host_table_bytes() < capacity_) throw OsError(ENOMEM, "mmap", "", 0, capacity_);
   return workspace_->host_table();
 }
 

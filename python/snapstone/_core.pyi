@@ -33,6 +33,7 @@ __all__: list[str] = [
     "cuda_ignore_captures",
     "cuda_load_kernels",
     "cuda_rates",
+    "cuda_stream",
     "digest_hex",
     "digest_memory",
     "fault_arm",
@@ -195,10 +196,6 @@ class SaveJob:
         """
         uint32 array: by chunk of the layout the microseconds of encoding it, 0 if it was not; empty without a codec
         """
-    def enqueue(self, mark: CudaMark) -> None:
-        """
-        With sources on devices, before start(): enqueues their copies behind the mark, and does not wait.
-        """
     def fence(
         self, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex
     ) -> None:
@@ -210,7 +207,10 @@ class SaveJob:
         Raises the first failure, if any.
         """
     def stage_stats(self) -> dict: ...
-    def start(self) -> None: ...
+    def start(self, mark: CudaMark = None) -> None:
+        """
+        With sources on devices their copies are enqueued behind the mark first. Waits for nothing. One call, so that no signal leaves copies enqueued for a job that nobody ends.
+        """
     def trace_events(self) -> list: ...
     def wait(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool:
         """
@@ -240,6 +240,8 @@ class SaveJob:
     def snapshot_enqueued(self) -> bool: ...
     @property
     def staged(self) -> bool: ...
+    @property
+    def started(self) -> bool: ...
     @property
     def unreadable_references(self) -> int:
         """
@@ -338,6 +340,8 @@ class LoadJob:
         """
         Once finished: whether no device writes to a target any more. Targets live until then.
         """
+    @property
+    def started(self) -> bool: ...
 
 class Board:
     """
@@ -417,6 +421,9 @@ def cuda_rates(
 ) -> dict:
     """
     Seconds of copies between a ring of its own and device memory at `address`, within the device, and of digests, for each of `sizes`: see csrc/pipeline/device_rates.h. The memory is idle, and keeps its bytes.
+def cuda_stream(ordinal: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    Handle of a stream that this process has for what torch copies for saves, and nobody else has; for good.
     """
 
 def digest_hex(data: bytes) -> str:

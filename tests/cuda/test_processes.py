@@ -78,6 +78,26 @@ with pytest.raises(ValueError, match="CUDA 11.4"):
     run(ON_THE_FAKE.format(engine="engine=False") + program, tmp_path / "c", FAKECUDA_VERSION="11040")
 
 
+def test_without_a_driver_copies_to_the_host_follow_the_stream_that_made_the_values(tmp_path: Path) -> None:
+    program = """
+parameter = torch.nn.Parameter(torch.zeros(1000, device=device.cuda))
+optimizer = torch.optim.SGD([parameter], lr=1.0, foreach=False)
+parameter.grad = torch.ones_like(parameter)
+stream = torch.cuda.Stream(device.cuda)
+torch.cuda.synchronize()
+with torch.cuda.stream(stream):
+    device.delay(0.2, stream)
+    parameter.detach().fill_(5)
+    handle = ss.async_save({{"p": parameter}}, checkpoint_id=path.with_name("d"), fence=optimizer)
+    optimizer.step()
+handle.result()
+torch.cuda.synchronize()
+assert_saved(path.with_name("d"), {{"p": torch.full((1000,), 5.0)}})
+assert driver.violations() == []
+"""
+    run((ON_THE_FAKE + program).format(engine="engine=False"), tmp_path / "c", FAKECUDA_VERSION="11040")
+
+
 def test_a_first_save_that_nothing_was_prepared_for(tmp_path: Path) -> None:
     program = """
 assert stats["devices"]["late_bytes"] > 0 or stats["devices"]["overflow_bytes"] > 0, stats

@@ -126,6 +126,22 @@ def test_parameters_that_are_not_contiguous_are_saved_behind_a_fence(device: Dev
     assert torch.equal(device.on_host(parameter.detach()), matrix.t() - 1)
 
 
+def test_copies_behind_a_fence_take_one_stream_for_good(device: Devices, tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(64, 32, device=device.cuda).t())
+    optimizer = torch.optim.SGD([parameter], lr=1.0, foreach=False)
+    made: set[int] = set()
+    for step in range(3):
+        device.delay(0.005)
+        parameter.detach().copy_(torch.full((32, 64), float(step)))
+        handle = ss.async_save({"p": parameter}, checkpoint_id=tmp_path / f"c{step}", fence=optimizer)
+        optimizer.step()
+        handle.result()
+        assert_saved(tmp_path / f"c{step}", {"p": torch.full((32, 64), float(step))})
+        made.add(_native.cuda_stream(0))
+        assert devices._side_stream(0).cuda_stream in made
+    assert len(made) == 1
+
+
 def test_lazy_conjugation_and_negation_are_resolved_on_the_device(device: Devices, tmp_path: Path) -> None:
     host = torch.view_as_complex(torch.arange(200.0).reshape(100, 2))
     on_device = host.to(device.cuda)

@@ -150,6 +150,25 @@ TEST_P(DeviceLoadSteps, no_failing_call_of_the_driver_does_harm) {
   }
 }
 
+class DeviceLoadFaults : public DeviceLoadTest {};
+
+TEST_F(DeviceLoadFaults, whether_targets_are_free_is_no_error_on_a_device_that_fails) {
+  use_ring(16, true);
+  const Tensors tensors = some_tensors();
+  const Saved saved = save(tensors, "a");
+  const std::vector<DeviceBytes> targets = targets_like(tensors);
+  SNAPSTONE_FAKE(fakecuda_enqueue_delay)(0, caller(0), 100'000);
+  const auto job = load_job(plan_to(saved, targets), "a", options());
+  job->mark(0, caller(0));
+  run(job);
+  {
+    const ArmedFaults faults("cuEventQuery:1+:errno=719");
+    EXPECT_FALSE(job->settled());
+  }
+  SNAPSTONE_FAKE(fakecuda_drain)();
+  EXPECT_TRUE(job->settled());
+}
+
 class DeviceLoadLost : public DeviceLoadTest {};
 
 // In a process of its own: the device does not come back.
