@@ -142,7 +142,7 @@ class Measurement {
       const Clock::time_point begin = Clock::now();
       enqueue();
       stream_.record(end_, "rates/end");
-      while (!end_.done()) std::this_thread::yield();
+      while (!end_.done("rates/end")) std::this_thread::yield();
       if (i > 0) seconds.push_back(seconds_since(begin));
     }
     return seconds;

@@ -411,6 +411,8 @@ def cuda_ignore_captures() -> bool:
 def cuda_load_kernels(ordinal: typing.SupportsInt | typing.SupportsIndex) -> str:
     """
     Loads what is launched on a device, if nobody has; empty, or why there are no kernels.
+    """
+
 def cuda_rates(
     device: typing.SupportsInt | typing.SupportsIndex,
     address: typing.SupportsInt | typing.SupportsIndex,
@@ -421,6 +423,8 @@ def cuda_rates(
 ) -> dict:
     """
     Seconds of copies between a ring of its own and device memory at `address`, within the device, and of digests, for each of `sizes`: see csrc/pipeline/device_rates.h. The memory is idle, and keeps its bytes.
+    """
+
 def cuda_stream(ordinal: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
     Handle of a stream that this process has for what torch copies for saves, and nobody else has; for good.

@@ -44,8 +44,12 @@ def absence() -> str:
 
 @functools.cache
 def _side_stream(ordinal: int) -> torch.cuda.Stream:
-    """The same one each time: what torch allocates in a stream it keeps for that stream."""
-    return torch.cuda.Stream(ordinal)  # type: ignore[no-untyped-call]
+    """For what torch copies for saves. One for good: torch keeps memory by the stream that it was made for. And none of
+    torch's own, which it hands out again and again, to be captured too.
+    """
+    if absence():
+        return torch.cuda.Stream(ordinal)  # type: ignore[no-untyped-call]
+    return torch.cuda.ExternalStream(_native.cuda_stream(ordinal), device=ordinal)  # type: ignore[no-untyped-call]
 
 
 def _forget_in_child() -> None:
@@ -123,19 +127,6 @@ def mark_streams(ordinals: Iterable[int]) -> Any:
     return _native.CudaMark(current_streams(ordinals))
 
 
-@functools.cache
-def _side_stream(ordinal: int) -> torch.cuda.Stream:
-    """For what torch copies for saves. One for good: torch keeps memory by the stream that it was made for. And none of
-    torch's own, which it hands out again and again, to be captured too.
-    """
-    if absence():
-        return torch.cuda.Stream(ordinal)  # type: ignore[no-untyped-call, no-any-return]
-    return torch.cuda.ExternalStream(_native.cuda_stream(ordinal), device=ordinal)  # type: ignore[no-untyped-call]
-
-
-os.register_at_fork(after_in_child=_side_stream.cache_clear)
-
-
 class Marked:
     """A moment in the streams that were current on one thread, for what another thread does about it later."""
 
@@ -147,10 +138,11 @@ class Marked:
         if not _torch_has_begun():
             return
         if absence():  # torch copies to the host, and knows its own devices
+            has_context: Any = vars(torch._C)["_cuda_hasPrimaryContext"]  # a torch without CUDA has no such function
             self._events = {
                 ordinal: torch.cuda.current_stream(ordinal).record_event()
                 for ordinal in range(torch.cuda.device_count())
-                if torch._C._cuda_hasPrimaryContext(ordinal)
+                if has_context(ordinal)
             }
             return
         self._ordinals = _native.cuda_devices_in_use()

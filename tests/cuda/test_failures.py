@@ -12,7 +12,7 @@ import torch
 
 import snapstone as ss
 from cuda.device import Devices
-from cuda.states import assert_saved, bits, model, numbers, save, scribble
+from cuda.states import Tensors, assert_saved, bits, model, numbers, save, scribble
 from snapstone import CudaError, _native, orphans
 
 LAUNCH_FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED, which takes the device with it
@@ -66,6 +66,11 @@ def test_a_failing_call_fails_the_load_and_nothing_after_it(device: Devices, tmp
             assert torch.equal(bits(device.on_host(state[name])), bits(tensor)), name
 
 
+def load_often(state: Tensors, path: Path) -> None:
+    for _ in range(50):
+        ss.load(state, checkpoint_id=path)
+
+
 def test_a_device_that_goes_on_failing_is_nothing_to_tensors_of_the_host(device: Devices, tmp_path: Path) -> None:
     state, _ = model(device.cuda)
     host = {"a": numbers(3 << 20)}
@@ -74,8 +79,7 @@ def test_a_device_that_goes_on_failing_is_nothing_to_tensors_of_the_host(device:
     device.delay(0.05)
     _native.fault_arm("cuEventQuery:20+:errno=719")
     with pytest.raises(CudaError, match="LAUNCH_FAILED"):
-        for _ in range(50):
-            ss.load(state, checkpoint_id=tmp_path / "device")
+        load_often(state, tmp_path / "device")
     assert orphans._orphans
     for _ in range(2):
         target = {"a": torch.zeros(3 << 20, dtype=torch.uint8)}
