@@ -116,7 +116,7 @@ def _side_stream(ordinal: int) -> torch.cuda.Stream:
     torch's own, which it hands out again and again, to be captured too.
     """
     if absence():
-        return torch.cuda.Stream(ordinal)  # type: ignore[no-untyped-call, no-any-return]
+        return torch.cuda.Stream(ordinal)  # type: ignore[no-untyped-call]
     return torch.cuda.ExternalStream(_native.cuda_stream(ordinal), device=ordinal)  # type: ignore[no-untyped-call]
 
 
@@ -137,7 +137,7 @@ class Marked:
             self._events = {
                 ordinal: torch.cuda.current_stream(ordinal).record_event()
                 for ordinal in range(torch.cuda.device_count())
-                if torch._C._cuda_hasPrimaryContext(ordinal)
+                if torch._C._cuda_hasPrimaryContext(ordinal)  # type: ignore[attr-defined]
             }
             return
         self._ordinals = _native.cuda_devices_in_use()
