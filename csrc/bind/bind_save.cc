@@ -216,11 +216,11 @@ void bind_save(py::module_& module) {
       .def("device_stats", &device_stats)
       .def(
           "start",
-          [](const std::shared_ptr<SaveJob>& self, const std::shared_ptr<pipeline::ProducerMark>& mark) {
-            if (mark) self->enqueue(*mark);
+          [](const std::shared_ptr<SaveJob>& self, const std::optional<std::shared_ptr<pipeline::ProducerMark>>& mark) {
+            if (mark) self->enqueue(**mark);
             pipeline::Engine::instance().start(self);
           },
-          py::arg("mark") = nullptr, py::call_guard<py::gil_scoped_release>(),
+          py::arg("mark") = std::nullopt, py::call_guard<py::gil_scoped_release>(),
           "With sources on devices their copies are enqueued behind the mark first. Waits for nothing. One call, so "
           "that "
           "no signal leaves copies enqueued for a job that nobody ends.")

@@ -207,7 +207,7 @@ class SaveJob:
         Raises the first failure, if any.
         """
     def stage_stats(self) -> dict: ...
-    def start(self, mark: CudaMark = None) -> None:
+    def start(self, mark: CudaMark | None = None) -> None:
         """
         With sources on devices their copies are enqueued behind the mark first. Waits for nothing. One call, so that no signal leaves copies enqueued for a job that nobody ends.
         """

@@ -21,7 +21,7 @@ class _Orphan:
         self.is_free = is_free
 
 
-# Changed one by one, each time in one step: jobs end on several threads, and some in the middle of a collection.
+# Changed one by one, each time in one step: jobs end on several threads, some in the middle of a garbage collection.
 _orphans: set[_Orphan] = set()
 
 

@@ -482,10 +482,8 @@ def patch(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver | None = None) -> 
         runtime.driver.drain()
 
     for name, value in (
-        ("_lazy_init", lambda: None),
-        ("init", lambda: None),
-        ("is_available", lambda: True),
-        ("is_initialized", lambda: True),
+        *((name, lambda: None) for name in ("_lazy_init", "init")),
+        *((name, lambda: True) for name in ("is_available", "is_initialized")),
         ("device_count", lambda: 2),
         ("current_device", lambda: runtime.device),
         ("current_stream", runtime.current_stream),

@@ -124,41 +124,6 @@ TEST_F(DeviceSave, adjacent_chunks_are_one_copy) {
   expect_saved(*job, "a", state);
 }
 
-// In a process whose device has no room between allocations, as the driver's may have none.
-TEST_F(DeviceSave, DISABLED_no_copy_reaches_from_one_tensor_into_another) {
-  for (const double overflow_fraction : {0.0, 0.5}) {
-    for (const std::uint64_t slots : {8, 64}) {
-      use_ring_of(slots);
-      ring_->register_with(cuda::Device::of(0));
-      options_.device.overflow_fraction = overflow_fraction;
-      const std::string name = std::to_string(slots) + (overflow_fraction > 0 ? "-overflow" : "");
-      expect_right(std::vector<Where>(12, {0, 2 * kTestChunkBytes}), name);
-    }
-  }
-}
-
-TEST(DeviceSaveOfNeighbours, no_copy_reaches_from_one_tensor_into_another) {
-  const testing::ChildResult child =
-      testing::run_child("DeviceSave.DISABLED_no_copy_reaches_from_one_tensor_into_another", "FAKECUDA_GAP=0");
-  EXPECT_EQ(child.status, 0) << child.output;
-}
-
-// A chunk that two devices share is nothing to the third, whose last chunk is read long after it.
-TEST_F(DeviceSave, DISABLED_a_device_without_a_part_in_a_shared_chunk_is_waited_for) {
-  streams()[2] = SNAPSTONE_FAKE(fakecuda_stream)(2);
-  use_ring_of(4);
-  for (int round = 0; round < 5; ++round) {
-    expect_right({{0, 1000}, {1, 2000}, {2, 30 * kTestChunkBytes}}, std::to_string(round));
-  }
-  streams().erase(2);
-}
-
-TEST(DeviceSaveOfThree, a_device_without_a_part_in_a_shared_chunk_is_waited_for) {
-  const testing::ChildResult child = testing::run_child(
-      "DeviceSave.DISABLED_a_device_without_a_part_in_a_shared_chunk_is_waited_for", "FAKECUDA_DEVICES=3");
-  EXPECT_EQ(child.status, 0) << child.output;
-}
-
 // Values that nobody computes any more once the caller has gone on.
 TEST_F(DeviceSave, a_ring_that_is_ready_takes_the_whole_snapshot_at_the_call) {
   use_ring_of(400);
