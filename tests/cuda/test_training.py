@@ -44,16 +44,17 @@ def test_a_rate_cap_holds_the_copies_up_and_not_the_caller(
     device: Devices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SNAPSTONE_CHUNK_BYTES", str(64 * KIB))
-    host = {"a": numbers(2 * MIB)}
+    host = {"a": numbers(4 * MIB)}
     state = {name: tensor.to(device.cuda) for name, tensor in host.items()}
     optimizer = torch.optim.SGD([torch.nn.Parameter(state["a"].float())], lr=1.0)
     ss.save(state, checkpoint_id=tmp_path / "warm")
-    monkeypatch.setenv("SNAPSTONE_DMA_GBPS", "0.004")
+    monkeypatch.setenv("SNAPSTONE_DMA_BYTES", str(MIB))
+    monkeypatch.setenv("SNAPSTONE_DMA_GBPS", "0.006")
     begin = time.monotonic()
     handle = ss.async_save(state, checkpoint_id=tmp_path / "c", fence=optimizer)
     called = time.monotonic() - begin
     handle.result()
-    assert time.monotonic() - begin > 0.4, "2 MiB at 4 MB/s take 0.5 s"
+    assert time.monotonic() - begin > 0.4, "the last of 4 MiB begins after 3 MiB, at 6 MB/s"
     assert called < 0.4
     assert_saved(tmp_path / "c", host)
 
