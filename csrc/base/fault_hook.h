@@ -10,8 +10,8 @@
 // completions have a count for `short` to limit. For calls of the driver the errno is a CUresult.
 //
 // Steps without which results may be wrong, though no call fails, have names too, "KIND/NAME": the waits of streams
-// ("wait/save/producer"), records of events, what keeps memory alive. The ACTION skip leaves such a step out, and means
-// nothing for calls; '*' neither matches nor counts steps.
+// ("wait/save/producer"), records of events, looks at them (left out: it seems to be done), what keeps memory alive.
+// The ACTION skip leaves such a step out, and means nothing for calls; '*' neither matches nor counts steps.
 //     wait/save/producer:1+:skip
 // Threads: any.
 #pragma once

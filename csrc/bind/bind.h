@@ -55,6 +55,7 @@ void bind_job_methods(Class& cls) {
            return job.wait(std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1e3)));
          },
          py::arg("seconds"), py::call_guard<py::gil_scoped_release>(), "True when the job has ended within `seconds`.")
+      .def_property_readonly("started", &JobType::started)
       .def_property_readonly("finished", &JobType::finished)
       .def("rethrow", &JobType::rethrow, "Raises the first failure, if any.")
       .def("cancel", &JobType::cancel, py::call_guard<py::gil_scoped_release>())

@@ -1,7 +1,13 @@
 #include <pybind11/stl.h>
 
+#include <map>
+#include <mutex>
+
 #include "bind/bind.h"
 #include "cuda/device.h"
+#include "cuda/kernels.h"
+#include "cuda/stream.h"
+#include "pipeline/device_rates.h"
 
 namespace snapstone::bind {
 namespace {
@@ -64,6 +70,43 @@ std::vector<int> devices_in_use() {
   return found;
 }
 
+py::dict cuda_rates(std::int32_t device, std::uint64_t address, const std::vector<std::uint64_t>& sizes,
+                    std::uint64_t ring_bytes, std::uint64_t copy_bytes, int repeat) {
+  pipeline::DeviceRates rates;
+  {
+    py::gil_scoped_release release;
+    rates = pipeline::measure_device_rates(device, address, sizes, {ring_bytes, copy_bytes, repeat});
+  }
+  py::list rows;
+  for (const pipeline::DeviceRatesRow& row : rates.rows) {
+    py::dict entry;
+    entry["nbytes"] = row.nbytes;
+    entry["to_host"] = row.to_host;
+    entry["to_device"] = row.to_device;
+    entry["on_device"] = row.on_device;
+    entry["digest"] = row.digest;
+    rows.append(entry);
+  }
+  py::dict result;
+  result["ring_bytes"] = rates.ring_bytes;
+  result["reserve_seconds"] = rates.reserve_seconds;
+  result["register_seconds"] = rates.register_seconds;
+  result["refusal"] = rates.refusal;
+  result["no_kernels"] = rates.no_kernels;
+  result["rows"] = rows;
+  return result;
+}
+
+std::uintptr_t stream_for_torch(int ordinal) {
+  static std::mutex& mutex = *new std::mutex;
+  static auto& streams = *new std::map<int, cuda::Stream>;
+  Device& device = Device::of(ordinal);
+  const std::lock_guard lock(mutex);
+  auto found = streams.find(ordinal);
+  if (found == streams.end()) found = streams.emplace(ordinal, cuda::Stream(device)).first;
+  return reinterpret_cast<std::uintptr_t>(found->second.handle());
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& module) {
@@ -74,6 +117,22 @@ void bind_cuda(py::module_& module) {
              "Why CUDA cannot be used, empty when it can. Initialises CUDA.");
   module.def("cuda_devices_in_use", &devices_in_use, py::call_guard<py::gil_scoped_release>(),
              "Ordinals of the devices on which this process has a context, so that tensors may be there.");
+  module.def("cuda_ignore_captures", &cuda::ignore_captures, py::call_guard<py::gil_scoped_release>(),
+             "For good: what this thread allocates, asks or waits for does not end CUDA graph captures of others.");
+  module.def(
+      "cuda_load_kernels", [](int ordinal) { return cuda::Kernels::absence(Device::of(ordinal)); }, py::arg("ordinal"),
+      py::call_guard<py::gil_scoped_release>(),
+      "Loads what is launched on a device, if nobody has; empty, or why there are no kernels.");
+  module.def(
+      "cuda_rates", &cuda_rates, py::arg("device"), py::arg("address"), py::arg("sizes"),
+      py::arg("ring_bytes") = pipeline::DeviceRatesOptions{}.ring_bytes,
+      py::arg("copy_bytes") = pipeline::DeviceRatesOptions{}.copy_bytes,
+      py::arg("repeat") = pipeline::DeviceRatesOptions{}.repeat,
+      "Seconds of copies between a ring of its own and device memory at `address`, within the device, and of "
+      "digests, for each of `sizes`: see csrc/pipeline/device_rates.h. The memory is idle, and keeps its bytes.");
+  module.def(
+      "cuda_stream", &stream_for_torch, py::arg("ordinal"), py::call_guard<py::gil_scoped_release>(),
+      "Handle of a stream that this process has for what torch copies for saves, and nobody else has; for good.");
 }
 
 }  // namespace snapstone::bind

@@ -198,8 +198,6 @@ void bind_save(py::module_& module) {
           py::arg("name"), py::arg("rung"), py::arg("zstd_level"), py::arg("item_bytes"), py::arg("base"),
           py::arg("slots"), py::arg("eager"), py::arg("trace"), py::arg("differences") = std::nullopt,
           py::arg("devices") = std::nullopt, py::arg("device_options") = kDeviceDefaults)
-      .def("enqueue", &SaveJob::enqueue, py::arg("mark"), py::call_guard<py::gil_scoped_release>(),
-           "With sources on devices, before start(): enqueues their copies behind the mark, and does not wait.")
       .def(
           "wait_snapshot", [](SaveJob& self, double seconds) { return self.wait_snapshot(milliseconds(seconds)); },
           py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
@@ -217,8 +215,15 @@ void bind_save(py::module_& module) {
                              "Whether an ended job is known to read no memory of devices any more.")
       .def("device_stats", &device_stats)
       .def(
-          "start", [](const std::shared_ptr<SaveJob>& self) { pipeline::Engine::instance().start(self); },
-          py::call_guard<py::gil_scoped_release>())
+          "start",
+          [](const std::shared_ptr<SaveJob>& self, const std::optional<std::shared_ptr<pipeline::ProducerMark>>& mark) {
+            if (mark) self->enqueue(**mark);
+            pipeline::Engine::instance().start(self);
+          },
+          py::arg("mark") = std::nullopt, py::call_guard<py::gil_scoped_release>(),
+          "With sources on devices their copies are enqueued behind the mark first. Waits for nothing. One call, so "
+          "that "
+          "no signal leaves copies enqueued for a job that nobody ends.")
       .def(
           "wait_staged", [](SaveJob& self, double seconds) { return self.wait_staged(milliseconds(seconds)); },
           py::arg("seconds"), py::call_guard<py::gil_scoped_release>())

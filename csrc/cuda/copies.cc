@@ -2,6 +2,8 @@
 
 #include <vector>
 
+#include "cuda/host_registration.h"
+
 namespace snapstone::cuda {
 namespace {
 
@@ -36,27 +38,54 @@ struct Batch {
 };
 
 // No flags: PREFER_OVERLAP_WITH_COMPUTE moves copies within a device to the copy engine, at a tenth of the speed.
-void submit(const Driver& driver, const Stream& stream, Batch& batch) {
-  const int device = stream.device().ordinal();
+Result submit(const Driver& driver, const Stream& stream, Batch& batch) {
   BatchAttributes attributes{SourceAccessOrder::kStream, {}, {}, 0};
   std::size_t first = 0;
   const std::size_t count = batch.sizes.size();
   if (driver.cuMemcpyBatchAsync_v2) {
-    driver.cuMemcpyBatchAsync_v2.must(device, batch.targets.data(), batch.sources.data(), batch.sizes.data(), count,
-                                      &attributes, &first, 1, stream.handle());
+    return driver.cuMemcpyBatchAsync_v2(batch.targets.data(), batch.sources.data(), batch.sizes.data(), count,
+                                        &attributes, &first, 1, stream.handle());
+  }
+  std::size_t failed = 0;
+  return driver.cuMemcpyBatchAsync(batch.targets.data(), batch.sources.data(), batch.sizes.data(), count, &attributes,
+                                   &first, 1, &failed, stream.handle());
+}
+
+// Bytes that were copied before the refusal are copied again, which changes nothing: no copy reads what another writes.
+void submit_or_copy(const Driver& driver, const Stream& stream, Direction direction, Batch& batch) {
+  const Result result = submit(driver, stream, batch);
+  if (result == Result::kInvalidValue || result == Result::kNotSupported) {
+    for (std::size_t i = 0; i < batch.sizes.size(); ++i) {
+      copy_one(driver, stream, direction, {batch.targets[i], batch.sources[i], batch.sizes[i]});
+    }
   } else {
-    std::size_t failed = 0;
-    driver.cuMemcpyBatchAsync.must(device, batch.targets.data(), batch.sources.data(), batch.sizes.data(), count,
-                                   &attributes, &first, 1, &failed, stream.handle());
+    const char* const name =
+        driver.cuMemcpyBatchAsync_v2 ? driver.cuMemcpyBatchAsync_v2.name() : driver.cuMemcpyBatchAsync.name();
+    check(result, name, stream.device().ordinal());
   }
   batch.clear();
+}
+
+// Batches take addresses as the device sees them, where single copies translate those of the host.
+bool has_device_addresses(const Stream& stream, Direction direction, std::span<const Copy> copies) {
+  if (direction == Direction::kOnDevice) return true;
+  if (!stream.device().registered_host_pointers()) return false;
+  HostRegistration::Range range;
+  for (const Copy& copy : copies) {
+    if (copy.nbytes == 0) continue;
+    const std::uint64_t begin = direction == Direction::kToHost ? copy.dst : copy.src;
+    if (begin < range.begin || begin >= range.end) range = HostRegistration::around(begin);
+    if (begin >= range.end || range.end - begin < copy.nbytes) return false;
+  }
+  return true;
 }
 
 void copy_all(const Stream& stream, Direction direction, std::span<const Copy> copies) {
   const Driver& driver = Driver::require();
   const Scope scope(stream.device());
   const bool batched = (driver.cuMemcpyBatchAsync_v2 || driver.cuMemcpyBatchAsync) && copies.size() >= kBatchMin &&
-                       stream.handle() != nullptr;  // batches are refused on the legacy default stream
+                       stream.handle() != nullptr &&  // batches are refused on the legacy default stream
+                       has_device_addresses(stream, direction, copies);
   if (!batched) {
     for (const Copy& copy : copies) {
       if (copy.nbytes != 0) copy_one(driver, stream, direction, copy);
@@ -70,9 +99,18 @@ void copy_all(const Stream& stream, Direction direction, std::span<const Copy> c
     batch.targets.push_back(copy.dst);
     batch.sources.push_back(copy.src);
     batch.sizes.push_back(copy.nbytes);
-    if (batch.sizes.size() == kBatchMax) submit(driver, stream, batch);
+    if (batch.sizes.size() == kBatchMax) submit_or_copy(driver, stream, direction, batch);
   }
-  if (!batch.sizes.empty()) submit(driver, stream, batch);
+  if (!batch.sizes.empty()) submit_or_copy(driver, stream, direction, batch);
+}
+
+void copy_rows(const Stream& stream, const Copy2d& copy) {
+  std::vector<Copy> rows;
+  rows.reserve(copy.height);
+  for (std::uint64_t row = 0; row < copy.height; ++row) {
+    rows.push_back({copy.dst + row * copy.dst_pitch, copy.src + row * copy.src_pitch, copy.width_bytes});
+  }
+  copy_all(stream, Direction::kOnDevice, rows);
 }
 
 }  // namespace
@@ -109,7 +147,11 @@ void copy_2d(const Stream& stream, Direction direction, const Copy2d& copy) {
     arguments.dst_device = copy.dst;
   }
   const Scope scope(stream.device());
-  Driver::require().cuMemcpy2DAsync.must(stream.device().ordinal(), &arguments, stream.handle());
+  const Driver& driver = Driver::require();
+  const Result result = driver.cuMemcpy2DAsync(&arguments, stream.handle());
+  // Within a device the driver may refuse pitches other than those of its own allocations.
+  if (result == Result::kInvalidValue && direction == Direction::kOnDevice) return copy_rows(stream, copy);
+  check(result, driver.cuMemcpy2DAsync.name(), stream.device().ordinal());
 }
 
 }  // namespace snapstone::cuda

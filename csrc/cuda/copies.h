@@ -3,7 +3,8 @@
 // The bytes are read and written when the stream comes to them: source and target stay alive and untouched until an
 // event recorded after the copies is done. Copies of one call run in any order and beside each other: none reads what
 // another writes. Host memory that is not registered (host_registration.h) makes the call wait for its copy.
-// Many copies go to the driver in one call where it can take them (CUDA 12.8 on).
+// Many copies go to the driver in one call where it can take them (CUDA 12.8 on): all memory of the host is registered,
+// and has one address for both sides. A call that it refuses as a whole is made copy by copy.
 // Failure: CudaError; some of the copies may be enqueued then.
 #pragma once
 

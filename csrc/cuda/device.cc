@@ -46,6 +46,7 @@ Device::Device(int ordinal) : ordinal_(ordinal) {
   multiprocessors_ = attribute(kAttributeMultiprocessorCount);
   stream_ordered_memory_ =
       driver.cuMemAllocAsync && driver.cuMemFreeAsync && attribute(kAttributeMemoryPoolsSupported) != 0;
+  registered_host_pointers_ = attribute(kAttributeRegisteredHostPointers) != 0;
   std::size_t total = 0;
   driver.cuDeviceTotalMem.must(ordinal, &total, handle_);
   total_bytes_ = total;
@@ -94,6 +95,12 @@ Scope::~Scope() {
   driver->cuThreadExchangeStreamCaptureMode(&capture_mode_);
   ContextHandle popped = nullptr;
   driver->cuCtxPopCurrent(&popped);
+}
+
+bool ignore_captures() noexcept {
+  CaptureMode mode = CaptureMode::kRelaxed;
+  const Driver* const driver = Driver::get();
+  return driver != nullptr && driver->cuThreadExchangeStreamCaptureMode(&mode) == Result::kSuccess;
 }
 
 }  // namespace snapstone::cuda

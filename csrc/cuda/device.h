@@ -29,6 +29,8 @@ class Device {
   int multiprocessors() const noexcept { return multiprocessors_; }
   int numa_node() const noexcept { return numa_node_; }  // of the host, closest to the device; -1: unknown, or only one
   bool stream_ordered_memory() const noexcept { return stream_ordered_memory_; }  // cuMemAllocAsync works
+  // Whether registered memory of the host has one address for both; else only some calls translate it.
+  bool registered_host_pointers() const noexcept { return registered_host_pointers_; }
 
   std::uint64_t free_bytes();  // needs the context
   // Whether the primary context is there, by whomever: no memory of the device is in use otherwise. Makes none.
@@ -46,6 +48,7 @@ class Device {
   int multiprocessors_ = 0;
   int numa_node_ = -1;
   bool stream_ordered_memory_ = false;
+  bool registered_host_pointers_ = false;
   std::once_flag retained_;
   ContextHandle context_ = nullptr;
 };
@@ -64,6 +67,9 @@ class Scope {
   bool entered_;
   CaptureMode capture_mode_ = CaptureMode::kRelaxed;
 };
+
+// Lets this thread make those calls for good, outside of Scopes too. Returns whether that could be had.
+bool ignore_captures() noexcept;
 
 // Runs `free` in a Scope of `device`, for destructors: swallows what it throws, and does nothing in a forked child.
 template <class Free>

@@ -34,6 +34,7 @@ enum class Result : int {
   kNotSupported = 801,
   kStreamCaptureUnsupported = 900,
   kStreamCaptureIsolation = 905,
+  kStreamCaptureImplicit = 906,
   kUnknown = 999,
 };
 
@@ -49,6 +50,7 @@ using FunctionHandle = struct FunctionObject*;
 inline constexpr int kAttributeComputeCapabilityMajor = 75;
 inline constexpr int kAttributeComputeCapabilityMinor = 76;
 inline constexpr int kAttributeMultiprocessorCount = 16;
+inline constexpr int kAttributeRegisteredHostPointers = 91;  // CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
 inline constexpr int kAttributeMemoryPoolsSupported = 115;
 inline constexpr int kAttributeHostNumaId = 134;  // from 12.2 on
 

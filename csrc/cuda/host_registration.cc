@@ -1,9 +1,45 @@
 #include "cuda/host_registration.h"
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 
 namespace snapstone::cuda {
+namespace {
+
+// All that is registered.
+class Ranges {
+ public:
+  static Ranges& instance() {
+    static Ranges& only = *new Ranges;
+    return only;
+  }
+
+  void add(std::uint64_t begin, std::uint64_t nbytes) {
+    const std::lock_guard lock(mutex_);
+    ends_[begin] = begin + nbytes;
+  }
+
+  void remove(std::uint64_t begin) {
+    const std::lock_guard lock(mutex_);
+    ends_.erase(begin);
+  }
+
+  HostRegistration::Range around(std::uint64_t address) {
+    const std::lock_guard lock(mutex_);
+    auto found = ends_.upper_bound(address);
+    if (found == ends_.begin()) return {};
+    --found;
+    return address < found->second ? HostRegistration::Range{found->first, found->second} : HostRegistration::Range{};
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::uint64_t, std::uint64_t> ends_;  // by beginning
+};
+
+}  // namespace
 
 std::optional<HostRegistration> HostRegistration::of(Device& device, void* begin, std::uint64_t nbytes,
                                                      std::string* refusal) {
@@ -17,8 +53,12 @@ std::optional<HostRegistration> HostRegistration::of(Device& device, void* begin
     *refusal = error.what();
     return std::nullopt;
   }
-  return HostRegistration(device, begin, nbytes);
+  HostRegistration registration(device, begin, nbytes);
+  Ranges::instance().add(reinterpret_cast<std::uintptr_t>(begin), nbytes);
+  return registration;
 }
+
+HostRegistration::Range HostRegistration::around(std::uint64_t address) { return Ranges::instance().around(address); }
 
 HostRegistration::HostRegistration(Device& device, void* begin, std::uint64_t nbytes)
     : device_(&device), begin_(begin), nbytes_(nbytes) {}
@@ -34,7 +74,11 @@ HostRegistration& HostRegistration::operator=(HostRegistration&& other) noexcept
 }
 
 HostRegistration::~HostRegistration() {
-  if (begin_ != nullptr) release(*device_, [this](const Driver& driver) { driver.cuMemHostUnregister(begin_); });
+  if (begin_ == nullptr) return;
+  release(*device_, [this](const Driver& driver) {
+    Ranges::instance().remove(reinterpret_cast<std::uintptr_t>(begin_));
+    driver.cuMemHostUnregister(begin_);
+  });
 }
 
 }  // namespace snapstone::cuda

@@ -29,6 +29,13 @@ class HostRegistration {
   void* begin() const noexcept { return begin_; }
   std::uint64_t nbytes() const noexcept { return nbytes_; }
 
+  // The registered range that an address is in; empty where it is in none.
+  struct Range {
+    std::uint64_t begin = 0;
+    std::uint64_t end = 0;
+  };
+  static Range around(std::uint64_t address);
+
  private:
   HostRegistration(Device& device, void* begin, std::uint64_t nbytes);
 

@@ -74,7 +74,8 @@ Event::~Event() {
   }
 }
 
-bool Event::done() const {
+bool Event::done(const char* why) const {
+  if (fault::skipped("poll", why)) return true;
   const Scope scope(*device_);
   const Driver& driver = Driver::require();
   const Result result = driver.cuEventQuery(handle_);
@@ -128,7 +129,11 @@ void Stream::synchronize() const {
 bool Stream::capturing() const {
   const Scope scope(*device_);
   CaptureStatus status = CaptureStatus::kNone;
-  Driver::require().cuStreamIsCapturing.must(device_->ordinal(), handle_, &status);
+  const Driver& driver = Driver::require();
+  const Result result = driver.cuStreamIsCapturing(handle_, &status);
+  // Said of the legacy default stream while one that it waits for is captured: it can be given nothing then, either.
+  if (result == Result::kStreamCaptureImplicit) return true;
+  check(result, driver.cuStreamIsCapturing.name(), device_->ordinal());
   return status != CaptureStatus::kNone;
 }
 

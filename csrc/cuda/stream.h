@@ -2,8 +2,8 @@
 //
 // Streams made here have the highest priority and no ties with the legacy default stream. Borrowed ones are the
 // caller's (torch's current stream); they are waited on and recorded in, and never given copies.
-// Every wait and every record that order depends on has a name ("save/producer"), by which a test can leave it out:
-// fault_hook.h, wait/NAME and record/NAME.
+// Every wait, every record and every look at an event that order depends on has a name ("save/producer"), by which a
+// test can leave it out: fault_hook.h, wait/NAME, record/NAME and poll/NAME.
 //
 // Ownership: move-only. Destroying a Stream lets its work finish; destroying an Event is safe while others wait for it.
 // Threads:   any; an Event is recorded by one thread at a time.
@@ -23,8 +23,8 @@ class Event {
   ~Event();
 
   // Whether all work before the last record() has ended; true if there was none. Never blocks.
-  bool done() const;
-  // Blocks the thread until done(), for ends and errors; never on the step path.
+  bool done(const char* why) const;
+  // Blocks the thread until it is done, for ends and errors; never on the step path.
   void synchronize() const;
 
   Device& device() const noexcept { return *device_; }

@@ -17,19 +17,6 @@ constexpr std::uint64_t kScratchAlignBytes = 256;
 constexpr std::uint64_t kDigestBytes = sizeof(codec::Digest);
 constexpr std::chrono::microseconds kDrainPoll{50};
 
-// Neighbours at both ends become one copy.
-void append(std::vector<cuda::Copy>& copies, const cuda::Copy& copy, std::uint64_t nbytes_max) {
-  if (!copies.empty()) {
-    cuda::Copy& last = copies.back();
-    if (last.dst + last.nbytes == copy.dst && last.src + last.nbytes == copy.src &&
-        last.nbytes + copy.nbytes <= nbytes_max) {
-      last.nbytes += copy.nbytes;
-      return;
-    }
-  }
-  copies.push_back(copy);
-}
-
 std::uint64_t aligned(std::uint64_t nbytes) { return round_up(nbytes, kScratchAlignBytes); }
 
 }  // namespace
@@ -206,6 +193,22 @@ void DeviceQueue::gather_next_group(DeviceStats& stats) {
   if (next_group_ == groups_.size()) scratch_.reset();  // its chunks hold it
 }
 
+// Neighbours at both ends become one copy, if they are of one allocation: the driver refuses a copy that reaches from
+// one into another, adjacent as they may be.
+void DeviceQueue::join(std::vector<cuda::Copy>& copies, const cuda::Copy& copy, std::uint64_t source,
+                       std::uint64_t nbytes_max) {
+  if (!copies.empty() && joined_ == source) {
+    cuda::Copy& last = copies.back();
+    if (last.dst + last.nbytes == copy.dst && last.src + last.nbytes == copy.src &&
+        last.nbytes + copy.nbytes <= nbytes_max) {
+      last.nbytes += copy.nbytes;
+      return;
+    }
+  }
+  joined_ = source;
+  copies.push_back(copy);
+}
+
 void DeviceQueue::append_copies(std::uint32_t position, std::uint8_t* slot, std::vector<cuda::Copy>& copies,
                                 DeviceStats& stats) {
   State& state = states_[position];
@@ -215,20 +218,28 @@ void DeviceQueue::append_copies(std::uint32_t position, std::uint8_t* slot, std:
   }
   const auto target = reinterpret_cast<std::uintptr_t>(slot);
   if (state.address != 0 && (state.in_group || !chunk(position).packed)) {
-    append(copies, {target, state.address, raw_bytes(position)}, options_.dma_bytes);
+    join(copies, {target, state.address, raw_bytes(position)}, state.buffer->address(), options_.dma_bytes);
     return;
   }
-  if (state.address == 0) --unread_;
+  bool any = false;  // a shared chunk may have nothing on this device
   for (const format::Piece& piece : pieces(position)) {
     if (!here(piece)) continue;
-    const std::uint64_t source = state.address != 0 ? state.address + piece.at : sources_.device_address(piece);
-    append(copies, {target + piece.at, source, nbytes_of(piece)}, options_.dma_bytes);
+    any = true;
+    if (state.address != 0) {
+      join(copies, {target + piece.at, state.address + piece.at, nbytes_of(piece)}, state.buffer->address(),
+           options_.dma_bytes);
+    } else {
+      join(copies, {target + piece.at, sources_.device_address(piece), nbytes_of(piece)}, piece.tensor,
+           options_.dma_bytes);
+    }
   }
+  if (any && state.address == 0) --unread_;
 }
 
 void DeviceQueue::enqueue(std::vector<cuda::Copy>& copies) {
   cuda::copy_to_host(stream(), copies);
   copies.clear();
+  joined_ = kNothing;
 }
 
 bool DeviceQueue::put_aside(std::span<const std::uint32_t> positions, DeviceStats& stats) {
@@ -238,11 +249,12 @@ bool DeviceQueue::put_aside(std::span<const std::uint32_t> positions, DeviceStat
   if (!allocated) return false;
   const Buffer buffer = std::make_shared<cuda::DeviceBuffer>(std::move(*allocated));
   std::vector<cuda::Copy> copies;
+  joined_ = kNothing;
   std::uint64_t target = buffer->address();
   for (const std::uint32_t position : positions) {
     for (const format::Piece& piece : pieces(position)) {
       if (!here(piece)) continue;
-      append(copies, {target + piece.at, sources_.device_address(piece), nbytes_of(piece)}, UINT64_MAX);
+      join(copies, {target + piece.at, sources_.device_address(piece), nbytes_of(piece)}, piece.tensor, UINT64_MAX);
       stats.overflow_bytes += nbytes_of(piece);
     }
     states_[position].buffer = buffer;
@@ -250,6 +262,7 @@ bool DeviceQueue::put_aside(std::span<const std::uint32_t> positions, DeviceStat
     target += aligned(raw_bytes(position));
   }
   cuda::copy_on_device(stream(), copies);
+  joined_ = kNothing;
   unread_ -= positions.size();
   return true;
 }
@@ -265,7 +278,7 @@ const cuda::Event& DeviceQueue::sources_event() {
   return *sources_event_;
 }
 
-bool DeviceQueue::digests_done() { return !digests_event_ || digests_event_->done(); }
+bool DeviceQueue::digests_done() { return !digests_event_ || digests_event_->done("save/digests"); }
 
 std::optional<codec::Digest> DeviceQueue::digest(std::uint32_t position) const {
   const std::uint32_t number = states_[position].digest;
@@ -282,7 +295,9 @@ bool DeviceQueue::drain(std::chrono::milliseconds patience) noexcept {
   for (int attempt = 0; attempt < 2 && !drained; ++attempt) {  // one call may fail and the device be well
     try {
       const cuda::Event all = record("save/drained");
-      while (!(drained = all.done()) && std::chrono::steady_clock::now() < end) std::this_thread::sleep_for(kDrainPoll);
+      while (!(drained = all.done("save/drained")) && std::chrono::steady_clock::now() < end) {
+        std::this_thread::sleep_for(kDrainPoll);
+      }
     } catch (...) {
     }
   }
@@ -291,9 +306,9 @@ bool DeviceQueue::drain(std::chrono::milliseconds patience) noexcept {
     scratch_.reset();
     DeviceWorkspace::give_back(std::move(workspace_));
   } else {
-    for (State& state : states_) orphan(std::move(state.buffer));
-    orphan(std::move(scratch_));
-    DeviceWorkspace::abandon(std::move(workspace_));
+    for (State& state : states_) orphan(std::move(state.buffer), "save/hung_buffers");
+    orphan(std::move(scratch_), "save/hung_buffers");
+    DeviceWorkspace::abandon(std::move(workspace_), "save/hung_workspace");
   }
   return drained;
 }

@@ -77,6 +77,7 @@ class DeviceQueue {
 
  private:
   static constexpr std::uint32_t kNoDigest = UINT32_MAX;
+  static constexpr std::uint64_t kNothing = UINT64_MAX;
 
   struct State {
     cuda::DevicePointer address = 0;  // where the chunk's bytes are by now, 0: in the tensors
@@ -102,6 +103,7 @@ class DeviceQueue {
     return pieces_of(layout_, chunk(position).chunk);
   }
   bool here(const format::Piece& piece) const { return sources_.device_of(piece.tensor) == ordinal_; }
+  void join(std::vector<cuda::Copy>& copies, const cuda::Copy& copy, std::uint64_t source, std::uint64_t nbytes_max);
   void plan_kernels();
   std::vector<std::uint32_t> plan_groups();
   bool plan_table();
@@ -128,7 +130,8 @@ class DeviceQueue {
   std::uint64_t gather_items_at_ = 0;
   std::uint64_t zeros_at_ = 0;
   std::uint64_t digests_at_ = 0;
-  std::uint64_t unread_ = 0;  // chunks with bytes here that nothing enqueued so far reads
+  std::uint64_t joined_ = kNothing;  // what the last copy reads: a tensor's number, or a buffer's address
+  std::uint64_t unread_ = 0;         // chunks with bytes here that nothing enqueued so far reads
   std::optional<cuda::Event> digests_event_;
   std::optional<cuda::Event> sources_event_;
 };

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "base/clock.h"
+#include "base/fault_hook.h"
 #include "pipeline/orphans.h"
 
 namespace snapstone::pipeline {
@@ -108,7 +109,8 @@ std::optional<DeviceStage::Taken> DeviceStage::take(std::uint32_t position, Lane
 
 bool DeviceStage::ended(Batch& batch, LaneBooks& books) {
   if (batch.ended) return true;
-  if (!std::all_of(batch.events.begin(), batch.events.end(), [](const cuda::Event& event) { return event.done(); })) {
+  if (!std::all_of(batch.events.begin(), batch.events.end(),
+                   [](const cuda::Event& event) { return event.done("save/batch"); })) {
     return false;
   }
   batch.ended = true;
@@ -130,7 +132,7 @@ void DeviceStage::advance(LaneBooks& books) {
   note_reads();
   if (!all_read_ || sources_free_) return;
   for (const auto& entry : queues_) {
-    if (!entry.second->sources_event().done()) return;
+    if (!entry.second->sources_event().done("save/sources")) return;
   }
   note_sources_free(books);
 }
@@ -205,12 +207,12 @@ void DeviceStage::close() noexcept {
   for (const auto& entry : queues_) drained &= entry.second->drain(options_.drain_patience);
   const std::lock_guard lock(mutex_);
   for (Chunk& chunk : chunks_) {
-    if (!drained) chunk.slot.forfeit();
+    if (!drained && !fault::skipped("keep", "save/hung_slots")) chunk.slot.forfeit();
     chunk.slot = {};
   }
   for (Batch& batch : batches_) {
     if (drained) continue;
-    for (DeviceQueue::Buffer& buffer : batch.buffers) orphan(std::move(buffer));
+    for (DeviceQueue::Buffer& buffer : batch.buffers) orphan(std::move(buffer), "save/hung_buffers");
   }
   batches_.clear();
   drained_.store(drained, std::memory_order_release);

@@ -90,9 +90,10 @@ void DeviceStage::fill(Batch& batch, mem::Slot* spare, std::uint64_t leave) {
   const cuda::Scope scope(cuda::Device::of(device));
   copies_.clear();
   std::uint64_t nbytes = 0;
+  // A rate is kept from batch to batch, so that these are short then.
+  const std::uint64_t most = options_.dma_gbps > 0 ? options_.dma_bytes : options_.batch_bytes;
   const auto more = [&] {
-    return !all_enqueued() && nbytes < options_.batch_bytes && plan_.chunks[cursor_].device == device &&
-           !plan_.chunks[cursor_].shared;
+    return !all_enqueued() && nbytes < most && plan_.chunks[cursor_].device == device && !plan_.chunks[cursor_].shared;
   };
   while (more()) {
     std::vector<mem::Slot> run = slots_for(run_wanted(), spare, leave);

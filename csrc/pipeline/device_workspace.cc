@@ -49,11 +49,13 @@ void DeviceWorkspace::give_back(std::unique_ptr<DeviceWorkspace> workspace) noex
     const std::lock_guard lock(idle().mutex);
     idle().workspaces.push_back(std::move(workspace));
   } catch (...) {
-    abandon(std::move(workspace));
+    abandon(std::move(workspace), "workspace/unlisted");
   }
 }
 
-void DeviceWorkspace::abandon(std::unique_ptr<DeviceWorkspace> workspace) noexcept { orphan(std::move(workspace)); }
+void DeviceWorkspace::abandon(std::unique_ptr<DeviceWorkspace> workspace, const char* why) noexcept {
+  orphan(std::move(workspace), why);
+}
 
 bool DeviceWorkspace::reserve_table(std::uint64_t nbytes) {
   if (device_ && host_.nbytes() >= nbytes) return true;

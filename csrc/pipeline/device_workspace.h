@@ -23,7 +23,7 @@ class DeviceWorkspace {
  public:
   static std::unique_ptr<DeviceWorkspace> lease(std::int32_t ordinal);
   static void give_back(std::unique_ptr<DeviceWorkspace> workspace) noexcept;
-  static void abandon(std::unique_ptr<DeviceWorkspace> workspace) noexcept;
+  static void abandon(std::unique_ptr<DeviceWorkspace> workspace, const char* why) noexcept;
 
   explicit DeviceWorkspace(cuda::Device& device) : stream_(device) {}
 
@@ -33,7 +33,8 @@ class DeviceWorkspace {
   // Room for `nbytes` at either end; nothing of it may be in use. False where the host's end cannot be registered or
   // the device has no memory.
   bool reserve_table(std::uint64_t nbytes);
-  std::uint8_t* host_table() const { return host_.data(); }
+  std::uint8_t* host_table() const { return host_.data(); }  // null: there is none
+  std::uint64_t host_table_bytes() const { return host_.nbytes(); }
   cuda::DevicePointer device_table() const { return device_->address(); }
 
  private:

@@ -82,6 +82,7 @@ class Job {
 
   // Waits at most `timeout`; true when finished. rethrow() then throws the first failure, if any.
   bool wait(std::chrono::milliseconds timeout);
+  bool started() const noexcept { return started_; }
   bool finished() const noexcept { return finished_.load(std::memory_order_acquire); }
   void rethrow() const;
   void cancel() noexcept;
@@ -92,7 +93,10 @@ class Job {
   std::uint64_t bytes_done() const noexcept { return bytes_done_.load(std::memory_order_relaxed); }
 
   // Called by the engine: once before the lanes get the job, then by each lane.
-  void expect_lanes(int lanes) noexcept { lanes_left_ = lanes; }
+  void expect_lanes(int lanes) noexcept {
+    lanes_left_ = lanes;
+    started_ = true;
+  }
   void run_lane(Lane& lane) noexcept;
 
  protected:
@@ -112,6 +116,7 @@ class Job {
   const bool trace_;
   const std::int64_t process_id_;
   std::atomic<bool> stopped_{false};
+  std::atomic<bool> started_{false};
   std::atomic<bool> finished_{false};
   std::atomic<int> lanes_left_{0};
   std::atomic<std::uint64_t> bytes_done_{0};

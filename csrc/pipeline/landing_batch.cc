@@ -9,6 +9,7 @@
 
 #include "base/clock.h"
 #include "base/error.h"
+#include "base/fault_hook.h"
 #include "base/limits.h"
 
 namespace snapstone::pipeline {
@@ -108,7 +109,8 @@ bool LandingBatch::add_to_scratch(const Arrived& arrived) {
 }
 
 void LandingBatch::keep(const Arrived& arrived, std::uint64_t placed_bytes) {
-  landings_.push_back({arrived.chunk, arrived.slot, arrived.unverified, placed_bytes});
+  SharedSlot slot = fault::skipped("keep", "load/slots") ? nullptr : arrived.slot;
+  landings_.push_back({arrived.chunk, std::move(slot), arrived.unverified, placed_bytes});
 }
 
 void LandingBatch::add_kernel_work(const Placement& placement, std::uint64_t scratch) {
@@ -168,8 +170,8 @@ bool LandingBatch::add_to_targets(const Arrived& arrived) {
 
 // Registered if the driver agreed to that; copies out of it are slow if not.
 std::uint8_t* LandingBatch::bounce() {
-  if (workspace_->host_table() == nullptr) workspace_->reserve_table(capacity_ + kTableBytes);
-  if (workspace_->host_table() == nullptr) throw OsError(ENOMEM, "mmap", "", 0, capacity_);
+  if (workspace_->host_table_bytes() < capacity_) workspace_->reserve_table(capacity_ + kTableBytes);
+  if (workspace_->host_table_bytes() < capacity_) throw OsError(ENOMEM, "mmap", "", 0, capacity_);
   return workspace_->host_table();
 }
 
@@ -214,15 +216,15 @@ void LandingBatch::submit_to_targets(cuda::Stream& targets) {
 
 LandingBatch::Progress LandingBatch::advance(cuda::Stream& targets, const Mismatch& mismatch) {
   if (state_ == State::kVerifying) {
-    const bool verified = verified_.done();  // and copied, then
-    const bool copied = !copied_noted_ && (verified || copied_.done());
+    const bool verified = verified_.done("load/verified");  // and copied, then
+    const bool copied = !copied_noted_ && (verified || copied_.done("load/copied"));
     if (copied) note_copied();
     if (!verified) return {copied, 0};
     compare(mismatch);
     place_from_scratch(targets);
     return {true, placed_bytes()};
   }
-  if (state_ == State::kPlacing && placed_.done()) {
+  if (state_ == State::kPlacing && placed_.done("load/placed")) {
     if (!copied_noted_) note_copied();
     reset();
     return {true, 0};
@@ -301,14 +303,14 @@ void LandingBatch::give_up(const cuda::Event* landed, bool targets_drained, std:
   }
   if (!host_free) {
     for (const Landing& landing : landings_) {
-      if (landing.slot != nullptr) landing.slot->forfeit();
+      if (landing.slot != nullptr && !fault::skipped("keep", "load/hung_slots")) landing.slot->forfeit();
     }
   }
   reset();
   if (host_free && device_free) {
     DeviceWorkspace::give_back(std::move(workspace_));
   } else {
-    DeviceWorkspace::abandon(std::move(workspace_));
+    DeviceWorkspace::abandon(std::move(workspace_), "load/hung_workspace");
   }
 }
 
@@ -327,7 +329,7 @@ bool drained(cuda::Stream& stream, std::int64_t deadline_ns) noexcept {
     try {
       cuda::Event all(stream.device());
       stream.record(all, "load/drained");
-      while (!all.done()) {
+      while (!all.done("load/drained")) {
         if (now_ns() >= deadline_ns) return false;
         std::this_thread::sleep_for(kDrainPoll);
       }

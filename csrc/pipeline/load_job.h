@@ -62,7 +62,7 @@ class LoadJob : public Job {
 
   void mark(std::int32_t ordinal, cuda::StreamHandle stream) { fence_.mark(ordinal, stream); }
   void fence(std::int32_t ordinal, cuda::StreamHandle stream) const { fence_.fence(ordinal, stream); }
-  bool settled() const { return fence_.settled(); }
+  bool settled() const noexcept { return fence_.settled(); }
 
  protected:
   void work(Lane& lane, LaneBooks& books) override;

@@ -5,9 +5,12 @@
 #include <utility>
 #include <vector>
 
+#include "base/fault_hook.h"
+
 namespace snapstone::pipeline {
 
-void orphan(std::shared_ptr<void> object) noexcept {
+void orphan(std::shared_ptr<void> object, const char* why) noexcept {
+  if (fault::skipped("keep", why)) return;
   static std::mutex& mutex = *new std::mutex;
   static auto& orphans = *new std::vector<std::shared_ptr<void>>;
   try {

@@ -31,9 +31,14 @@ void TargetFence::fence(std::int32_t ordinal, cuda::StreamHandle stream) const {
   }
 }
 
-bool TargetFence::settled() const {
+bool TargetFence::settled() const noexcept {
   const std::lock_guard lock(mutex_);
-  return !lost_ && std::all_of(landed_.begin(), landed_.end(), [](const auto& landed) { return landed.second.done(); });
+  try {
+    return !lost_ && std::all_of(landed_.begin(), landed_.end(),
+                                 [](const auto& landed) { return landed.second.done("load/settled"); });
+  } catch (...) {
+    return false;  // of a device that does not answer nobody knows
+  }
 }
 
 void TargetFence::hold_back(cuda::Stream& stream) const {

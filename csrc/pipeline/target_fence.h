@@ -23,8 +23,9 @@ class TargetFence {
   void mark(std::int32_t ordinal, cuda::StreamHandle stream);
   // What is enqueued in `stream` from now on runs after all writes to targets on the device. Once the job has finished.
   void fence(std::int32_t ordinal, cuda::StreamHandle stream) const;
-  // Whether no device writes to a target any more; those must stay alive until then. Once the job has finished.
-  bool settled() const;
+  // Whether it is known that no device writes to a target any more; those must stay alive until then. Once the job has
+  // finished.
+  bool settled() const noexcept;
 
   // Makes a stream of the job's wait for the marks of its device.
   void hold_back(cuda::Stream& stream) const;

@@ -30,6 +30,10 @@ __all__: list[str] = [
     "cuda_absence",
     "cuda_devices_in_use",
     "cuda_facts",
+    "cuda_ignore_captures",
+    "cuda_load_kernels",
+    "cuda_rates",
+    "cuda_stream",
     "digest_hex",
     "digest_memory",
     "fault_arm",
@@ -192,10 +196,6 @@ class SaveJob:
         """
         uint32 array: by chunk of the layout the microseconds of encoding it, 0 if it was not; empty without a codec
         """
-    def enqueue(self, mark: CudaMark) -> None:
-        """
-        With sources on devices, before start(): enqueues their copies behind the mark, and does not wait.
-        """
     def fence(
         self, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex
     ) -> None:
@@ -207,7 +207,10 @@ class SaveJob:
         Raises the first failure, if any.
         """
     def stage_stats(self) -> dict: ...
-    def start(self) -> None: ...
+    def start(self, mark: CudaMark | None = None) -> None:
+        """
+        With sources on devices their copies are enqueued behind the mark first. Waits for nothing. One call, so that no signal leaves copies enqueued for a job that nobody ends.
+        """
     def trace_events(self) -> list: ...
     def wait(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool:
         """
@@ -237,6 +240,8 @@ class SaveJob:
     def snapshot_enqueued(self) -> bool: ...
     @property
     def staged(self) -> bool: ...
+    @property
+    def started(self) -> bool: ...
     @property
     def unreadable_references(self) -> int:
         """
@@ -335,6 +340,8 @@ class LoadJob:
         """
         Once finished: whether no device writes to a target any more. Targets live until then.
         """
+    @property
+    def started(self) -> bool: ...
 
 class Board:
     """
@@ -394,6 +401,33 @@ def cuda_devices_in_use() -> list[int]:
 def cuda_facts() -> dict:
     """
     What csrc/cuda found: available, reason (why not), driver_version (13000 for 13.0), devices, and whether the driver has its optional calls. Initialises CUDA.
+    """
+
+def cuda_ignore_captures() -> bool:
+    """
+    For good: what this thread allocates, asks or waits for does not end CUDA graph captures of others.
+    """
+
+def cuda_load_kernels(ordinal: typing.SupportsInt | typing.SupportsIndex) -> str:
+    """
+    Loads what is launched on a device, if nobody has; empty, or why there are no kernels.
+    """
+
+def cuda_rates(
+    device: typing.SupportsInt | typing.SupportsIndex,
+    address: typing.SupportsInt | typing.SupportsIndex,
+    sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    ring_bytes: typing.SupportsInt | typing.SupportsIndex = 1073741824,
+    copy_bytes: typing.SupportsInt | typing.SupportsIndex = 33554432,
+    repeat: typing.SupportsInt | typing.SupportsIndex = 5,
+) -> dict:
+    """
+    Seconds of copies between a ring of its own and device memory at `address`, within the device, and of digests, for each of `sizes`: see csrc/pipeline/device_rates.h. The memory is idle, and keeps its bytes.
+    """
+
+def cuda_stream(ordinal: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    Handle of a stream that this process has for what torch copies for saves, and nobody else has; for good.
     """
 
 def digest_hex(data: bytes) -> str:

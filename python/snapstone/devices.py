@@ -37,10 +37,27 @@ __all__ = [
 @functools.cache
 def absence() -> str:
     """Why jobs cannot reach CUDA memory; empty when they can. Asked only by those who have a CUDA tensor."""
+    if torch.version.hip:  # whose tensors say that they are on CUDA
+        return "this torch is for ROCm"
     return str(_native.cuda_absence())
 
 
-os.register_at_fork(after_in_child=absence.cache_clear)
+@functools.cache
+def _side_stream(ordinal: int) -> torch.cuda.Stream:
+    """For what torch copies for saves. One for good: torch keeps memory by the stream that it was made for. And none of
+    torch's own, which it hands out again and again, to be captured too.
+    """
+    if absence():
+        return torch.cuda.Stream(ordinal)  # type: ignore[no-untyped-call]
+    return torch.cuda.ExternalStream(_native.cuda_stream(ordinal), device=ordinal)  # type: ignore[no-untyped-call]
+
+
+def _forget_in_child() -> None:
+    absence.cache_clear()
+    _side_stream.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def is_reached(tensor: torch.Tensor) -> bool:
@@ -115,19 +132,37 @@ class Marked:
 
     def __init__(self) -> None:
         # The driver is asked only where torch has begun with it: a process without it must stay able to fork.
-        in_use = _torch_has_begun() and not absence()
-        self._ordinals: list[int] = _native.cuda_devices_in_use() if in_use else []
-        self._mark = mark_streams(self._ordinals) if self._ordinals else None
+        self._mark: Any = None
+        self._ordinals: list[int] = []
+        self._events: dict[int, Any] = {}
+        if not _torch_has_begun():
+            return
+        if absence():  # torch copies to the host, and knows its own devices
+            has_context: Any = vars(torch._C)["_cuda_hasPrimaryContext"]  # a torch without CUDA has no such function
+            self._events = {
+                ordinal: torch.cuda.current_stream(ordinal).record_event()
+                for ordinal in range(torch.cuda.device_count())
+                if has_context(ordinal)
+            }
+            return
+        self._ordinals = _native.cuda_devices_in_use()
+        if self._ordinals:
+            self._mark = mark_streams(self._ordinals)
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """What torch does on this thread follows the mark, beside what other threads' streams do meanwhile."""
-        if self._mark is None:
-            yield
-            return
+        """What torch does on this thread follows the mark, beside what other threads' streams do meanwhile, captures
+        of graphs included. For a thread that does nothing else.
+        """
+        if self._mark is not None:
+            _native.cuda_ignore_captures()  # torch's allocator calls cudaMalloc, which would end them
         with ExitStack() as stack:
+            for ordinal, event in self._events.items():
+                stream = _side_stream(ordinal)
+                stream.wait_event(event)
+                stack.enter_context(torch.cuda.stream(stream))
             for ordinal in self._ordinals:
-                stream = torch.cuda.Stream(ordinal)  # type: ignore[no-untyped-call]
+                stream = _side_stream(ordinal)
                 self._mark.hold_back(ordinal, stream.cuda_stream)
                 stack.enter_context(torch.cuda.stream(stream))
             yield

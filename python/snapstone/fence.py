@@ -57,11 +57,16 @@ os.register_at_fork(after_in_child=_forget_in_child)
 def _hold(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for held in _held.get(optimizer, ()):
         if not held.staged.done():
-            wait_for_futures([held.enqueued])
+            _wait(held.enqueued, "save/enqueued")
             try:
                 held.fence()
             except CudaError:  # the streams do not wait, so the host does
-                wait_for_futures([held.staged])
+                _wait(held.staged, "save/staged")
+
+
+def _wait(future: Future[None], why: str) -> None:
+    if not _native.fault_skipped("wait", why):
+        wait_for_futures([future])
 
 
 class OptimizerFence:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import _native, devices, garbage, index, manifest, plan, tensors
+from . import _native, devices, garbage, index, manifest, orphans, plan, tensors
 from .catalog import Catalog, Listing
 from .config import PIPELINE_SLOTS, DeviceOptions
 from .errors import (
@@ -38,7 +38,6 @@ __all__ = ["Reader", "run_job"]
 
 _DRAIN_SECONDS = 1.0  # after a failure, for requests that the kernel still has
 _CPU = torch.device("cpu")
-_orphans: list[Any] = []  # (job, what it fills)
 _POLL_SECONDS = 0.1  # between looks at Ctrl-C, the deadline and the progress callback
 
 
@@ -50,9 +49,9 @@ def run_job(
     The job writes into `targets`. If kernel or devices do not give up its memory soon after a failure, both are kept
     until they do: leaking memory is better than freeing what is still written to.
     """
-    _orphans[:] = [orphan for orphan in _orphans if not (orphan[0].finished and orphan[0].settled)]
     deadline = time.monotonic() + timeout_seconds
     try:
+        orphans.sweep()
         while not job.wait(_POLL_SECONDS):
             on_progress(job.bytes_done)
             if time.monotonic() >= deadline:
@@ -66,8 +65,11 @@ def run_job(
 
 def _let_go(job: Any, targets: Any) -> None:
     job.cancel()
-    if not (job.wait(_DRAIN_SECONDS) and job.settled):
-        _orphans.append((job, targets))
+    orphans.let_go(job, targets, _is_free, _DRAIN_SECONDS)
+
+
+def _is_free(job: Any) -> bool:
+    return _native.fault_skipped("keep", "load/hung_targets") or bool(job.finished and job.settled)
 
 
 class Reader:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _native, devices, tensors
+from . import _native, devices, orphans, tensors
 from .config import DeviceOptions
 from .errors import CheckpointError
 from .stall import learn_copy_rate, predict_device_stall
@@ -47,6 +47,9 @@ class Sources:
             on_device = self.ordinals != tensors.HOST
             self._devices = np.unique(self.ordinals[on_device]).tolist()
             self._nbytes = sum(self._shards[position].item.nbytes for position in np.flatnonzero(on_device))
+            if options.digest == "device":  # else a first save does without them, rather than load them here
+                for ordinal in self._devices:
+                    _native.cuda_load_kernels(ordinal)
             self._mark = devices.mark_streams(self._devices)
         elif any(shard.tensor.is_cuda for shard in shards):
             trace.stats["cuda_unused"] = devices.absence() or "no memory on the device for a copy"
@@ -76,13 +79,14 @@ class Sources:
         """Enqueues the copies from devices, as far as there is memory for them, and starts the job."""
         self._job = job
         self._begin = time.monotonic()
-        if self._devices:
-            job.enqueue(self._mark)
-            del self._mark
-            self._predict_stall()
-            if _native.fault_skipped("keep", "save/sources"):
-                self._shards = []
-        job.start()
+        if not self._devices:
+            job.start()
+            return
+        job.start(self._mark)
+        del self._mark
+        self._predict_stall()
+        if _native.fault_skipped("keep", "save/sources"):
+            self._shards = []
 
     def _predict_stall(self) -> None:
         stats = self._job.device_stats()
@@ -134,11 +138,11 @@ class Sources:
         """Lets go of the tensors, at the latest when nothing reads them any more; for what may be read for ever, never.
         The job has ended, or been cancelled.
         """
-        job, shards = self._job, self._shards
+        job = self._job
+        if job is not None and job.started:
+            orphans.let_go(job, self._shards, _is_free, DRAIN_SECONDS)
         self._shards = []
-        if job is not None and not (job.wait(DRAIN_SECONDS) and job.device_drained):
-            _orphans.append((job, shards))
-        _orphans[:] = [orphan for orphan in _orphans if not (orphan[0].finished and orphan[0].device_drained)]
 
 
-_orphans: list[Any] = []
+def _is_free(job: Any) -> bool:
+    return _native.fault_skipped("keep", "save/hung_sources") or bool(job.finished and job.device_drained)

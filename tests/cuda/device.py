@@ -7,7 +7,7 @@ so.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
@@ -32,6 +32,10 @@ class Devices:
 
     def capturing(self, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
         """While it is entered, a CUDA graph is captured from the stream, which is the current one."""
+        raise NotImplementedError
+
+    def graph(self, step: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
+        """The step, captured from the stream into a CUDA graph: what is returned replays it in the current stream."""
         raise NotImplementedError
 
     def on_host(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -60,9 +64,15 @@ class FakeDevices(Devices):
             finally:
                 self.fake.capture(False, stream=handle, device=ordinal)
 
+    def graph(self, step: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
+        """The fake replays nothing: the step enqueues its work again."""
+        with self.capturing(stream):
+            pass
+        return step
+
 
 class RealDevices(Devices):
-    _CYCLES_PER_SECOND = 1_500_000_000
+    _CYCLES_PER_SECOND = 2_600_000_000  # more than devices have: a delay takes at least as long as was said
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
@@ -78,3 +88,9 @@ class RealDevices(Devices):
     def capturing(self, stream: torch.cuda.Stream) -> Iterator[None]:
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
             yield
+
+    def graph(self, step: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+        return graph.replay

@@ -201,7 +201,7 @@ class _Runtime:
 
     def __init__(self, driver: FakeDriver | None) -> None:
         self.driver = driver or FakeDriver()
-        self._contexts: dict[int, Any] = {}
+        self.contexts: dict[int, Any] = {}
         self._local = threading.local()
 
     @classmethod
@@ -217,11 +217,11 @@ class _Runtime:
 
     @contextmanager
     def context(self, ordinal: int) -> Iterator[None]:
-        if ordinal not in self._contexts:
+        if ordinal not in self.contexts:
             context = ctypes.c_void_p()
             self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(ordinal))
-            self._contexts[ordinal] = context
-        self.call("cuCtxPushCurrent_v2", self._contexts[ordinal])
+            self.contexts[ordinal] = context
+        self.call("cuCtxPushCurrent_v2", self.contexts[ordinal])
         try:
             yield
         finally:
@@ -482,10 +482,8 @@ def patch(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver | None = None) -> 
         runtime.driver.drain()
 
     for name, value in (
-        ("_lazy_init", lambda: None),
-        ("init", lambda: None),
-        ("is_available", lambda: True),
-        ("is_initialized", lambda: True),
+        *((name, lambda: None) for name in ("_lazy_init", "init")),
+        *((name, lambda: True) for name in ("is_available", "is_initialized")),
         ("device_count", lambda: 2),
         ("current_device", lambda: runtime.device),
         ("current_stream", runtime.current_stream),
@@ -494,6 +492,8 @@ def patch(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver | None = None) -> 
         ("device", runtime.use_device),
         ("synchronize", synchronize),
         ("Stream", FakeStream),
+        ("ExternalStream", lambda handle, device=None: FakeStream(device, handle=handle)),
         ("Event", FakeEvent),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda ordinal: ordinal in runtime.contexts, raising=False)

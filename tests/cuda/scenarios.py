@@ -1,38 +1,33 @@
-"""Saves and loads that between them need every wait, record and keep-alive of the engine; run by test_steps.py.
+"""Saves and loads that between them need every wait, record, poll and keep-alive of the engine; for test_steps.py.
 
-As a program it leaves out one step after the other: `python -m cuda.scenarios KIND/NAME...` on the fake driver. Of each
-it prints what went wrong for the lack of it, or nothing. It may die of what the host touches then.
+Each is a whole use of the engine, as trainers make them, that is right in any order of work which is allowed. Those in
+`FAILING` meet calls of the driver that fail, and leave behind what the devices may use for ever.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import gc
-import json
 import os
 import shutil
-import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 import snapstone as ss
-from cuda import fake_torch
-from cuda.device import Devices, FakeDevices
-from cuda.fake_driver import FakeDriver
-from cuda.states import KIB, Tensors, adamw, assert_same, assert_saved, host_copy, numbers, scribble, state_of
-from snapstone import _native
+from cuda.device import Devices
+from cuda.left_out import calls_fail
+from cuda.states import CODECS, KIB, Tensors, adamw, assert_same, assert_saved, host_copy, numbers, scribble, state_of
 
-__all__ = ["SCENARIOS", "Scenario"]
+__all__ = ["CHUNK_BYTES", "FAILING", "SCENARIOS", "Scenario"]
 
 Scenario = Callable[[Devices, Path], None]
 
 CHUNK_BYTES = 64 * KIB  # SNAPSTONE_CHUNK_BYTES of whoever runs these
 BUDGET = 24 * CHUNK_BYTES
-SECONDS_MAX = 60
+LEAST = 8 * CHUNK_BYTES
 
 
 def _tensors(device: Devices, chunks: int, seed: int = 0) -> tuple[Tensors, Tensors]:
@@ -51,6 +46,26 @@ def _tensors(device: Devices, chunks: int, seed: int = 0) -> tuple[Tensors, Tens
     return state, host
 
 
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _save_small(host: Tensors, path: Path) -> None:
+    """With no more staging memory than the other saves here have."""
+    shutil.rmtree(path, ignore_errors=True)
+    ss.save(host, checkpoint_id=path, host_memory_budget=BUDGET)
+    assert_saved(path, host)
+
+
 def save_now(device: Devices, path: Path) -> None:
     state, host = _tensors(device, 8)
     handle = ss.async_save(state, checkpoint_id=path, host_memory_budget=BUDGET)
@@ -60,10 +75,12 @@ def save_now(device: Devices, path: Path) -> None:
 
 
 def save_what_is_freed(device: Devices, path: Path) -> None:
+    """What the save holds is its own, and nobody's stream waits for it."""
+    optimizer = adamw(device.cuda, count=1, nbytes=4 * KIB)
     state, host = _tensors(device, 8)
-    handle = ss.async_save(state, checkpoint_id=path, host_memory_budget=BUDGET)
+    device.delay(0.003)
+    handle = ss.async_save(state, checkpoint_id=path, fence=optimizer, host_memory_budget=BUDGET)
     state.clear()
-    torch.full((8 * CHUNK_BYTES + 17,), 7, dtype=torch.uint8, device=device.cuda)
     handle.result()
     assert_saved(path, host)
 
@@ -76,10 +93,15 @@ def save_more_than_fits(device: Devices, path: Path) -> None:
     assert_saved(path, host)
 
 
+def save_at_the_speed_of_the_disk(device: Devices, path: Path) -> None:
+    with _environment("SNAPSTONE_HBM_FRACTION", "0"):
+        save_more_than_fits(device, path)
+
+
 def save_behind_a_step(device: Devices, path: Path) -> None:
     transposed = torch.nn.Parameter(torch.empty(16, 8, device=device.cuda).t())
     matrix = numbers(128).float().reshape(16, 8).t()
-    optimizer = adamw(device.cuda)
+    optimizer = adamw(device.cuda, count=2, nbytes=32 * KIB)
     optimizer.add_param_group({"params": [transposed]})
     state = {**state_of(optimizer, torch.arange(100.0).to(device.cuda)), "transposed": transposed}
     expected = host_copy(device, state)
@@ -106,6 +128,8 @@ def save_what_changed(device: Devices, path: Path) -> None:
     scribble(state)
     assert_saved(path, host)
     assert saved.stats["chunks"] - saved.stats["unchanged_chunks"] == 1
+    packed = sum(len(tensor) for name, tensor in host.items() if name.startswith("tiny"))
+    assert saved.stats["devices"]["copied_bytes"] < 3 * CHUNK_BYTES + packed, "what did not change was copied"
 
 
 def save_after_one_that_was_given_up(device: Devices, path: Path) -> None:
@@ -116,109 +140,151 @@ def save_after_one_that_was_given_up(device: Devices, path: Path) -> None:
     handle.cancel()
     handle.upload_completion.exception()
     state.clear()
-    host = {"a": numbers(20 * CHUNK_BYTES, 5)}
-    shutil.rmtree(path, ignore_errors=True)
-    ss.save(host, checkpoint_id=path, host_memory_budget=BUDGET)
-    assert_saved(path, host)
+    _save_small({"a": numbers(20 * CHUNK_BYTES, 5)}, path)
 
 
-def _targets(state: Tensors) -> Tensors:
-    targets = {name: torch.empty_like(tensor) for name, tensor in state.items()}
-    wide = torch.empty(256, 1024, dtype=torch.uint8, device=state["large"].device)
-    targets["strided"] = wide[:, 100:612]
-    return targets
+def save_from_a_device_that_fails(device: Devices, path: Path) -> None:
+    for rules in ("", "cuEventQuery:1+:errno=719", "cuEventRecord:4+:errno=719"):
+        state, _ = _tensors(device, 8)
+        device.delay(0.4 if rules else 0)
+        state["large"].fill_(3)
+        with calls_fail(rules), suppress(ss.CudaError):
+            ss.save(state, checkpoint_id=path, host_memory_budget=BUDGET)
+        shutil.rmtree(path, ignore_errors=True)
+        state.clear()
+        _save_small({"a": numbers(20 * CHUNK_BYTES, 5)}, path)
+        shutil.rmtree(path)
+        gc.collect()
+
+
+def save_behind_a_fence_that_fails(device: Devices, path: Path) -> None:
+    for nth in range(1, 5):
+        optimizer = adamw(device.cuda, count=1, nbytes=32 * KIB)
+        state = state_of(optimizer, torch.arange(100.0).to(device.cuda))
+        device.delay(0.003)
+        with calls_fail(f"cuStreamWaitEvent:{nth}:errno=999"):
+            handle = ss.async_save(state, checkpoint_id=path / str(nth), fence=optimizer, host_memory_budget=BUDGET)
+            optimizer.step()
+            assert isinstance(handle.upload_completion.exception(), ss.CudaError | None)
+
+
+def _load_again(device: Devices, path: Path, host: Tensors) -> None:
+    """Loads that follow each other as closely as they may, between other uses of the targets."""
+    loaded = []
+    for _ in range(2):
+        targets = {name: torch.empty_like(tensor, device=device.cuda) for name, tensor in host.items()}
+        wide = torch.empty(256, 1024, dtype=torch.uint8, device=device.cuda)
+        targets["strided"] = wide[:, 100:612]
+        device.delay(0.005)
+        scribble(targets)
+        ss.load(targets, checkpoint_id=path)
+        loaded.append({name: tensor.clone() for name, tensor in targets.items()})
+        scribble(targets)
+    for copies in loaded:
+        for name, tensor in host.items():
+            assert torch.equal(device.on_host(copies[name]), tensor), name
 
 
 def load_between(device: Devices, path: Path) -> None:
-    host = {name: tensor.cpu() for name, tensor in _tensors(device, 40)[0].items()}
-    host["strided"] = numbers(256 * 512, 50).reshape(256, 512)
-    for codec in (None, "zstd"):
-        saved = path.with_name(f"{path.name}-{codec}")
-        ss.save(host, checkpoint_id=saved, codec=codec)
-        for _ in range(2):
-            targets = _targets(_tensors(device, 40)[0])
-            device.delay(0.003)
-            scribble(targets)
-            ss.load(targets, checkpoint_id=saved)
-            copies = {name: tensor.clone() for name, tensor in targets.items()}
-            scribble(targets)
-            for name, tensor in host.items():
-                assert torch.equal(device.on_host(copies[name]), tensor), name
-        shutil.rmtree(saved)
+    """As much as staging memory and scratch are used for more than once by it."""
+    host = {
+        "large": numbers(320 * CHUNK_BYTES + 17, 1),
+        "strided": numbers(256 * 512, 50).reshape(256, 512),
+        **{f"tiny.{i}": numbers(500 + i, 2 + i) for i in range(20)},
+    }
+    ss.save(host, checkpoint_id=path, host_memory_budget=LEAST)
+    _load_again(device, path, host)
+
+
+def load_what_is_coded(device: Devices, path: Path) -> None:
+    host = {"large": numbers(20 * CHUNK_BYTES, 1), "strided": numbers(256 * 512, 50).reshape(256, 512)}
+    ss.save(host, checkpoint_id=path, codec=CODECS[-1], host_memory_budget=LEAST)
+    _load_again(device, path, host)
+
+
+def load_without_digests_of_the_device(device: Devices, path: Path) -> None:
+    host = {"large": numbers(20 * CHUNK_BYTES, 1), "strided": numbers(256 * 512, 50).reshape(256, 512)}
+    ss.save(host, checkpoint_id=path, host_memory_budget=LEAST)
+    with _environment("SNAPSTONE_DIGEST", "host"):
+        _load_again(device, path, host)
 
 
 def load_after_one_that_failed(device: Devices, path: Path) -> None:
-    host = {"large": numbers(60 * CHUNK_BYTES, 3)}
+    """After much of it was written, by another stream than the one that the memory is of."""
+    host = {"large": numbers(240 * CHUNK_BYTES, 3)}
     wrong = path.with_name(path.name + "-wrong")
     for where in (path, wrong):
-        ss.save(host, checkpoint_id=where)
+        ss.save(host, checkpoint_id=where, host_memory_budget=LEAST)
     data = wrong / "rank-00000.data"
     content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[-CHUNK_BYTES] ^= 1
     data.write_bytes(bytes(content))
-    for _ in range(3):
-        target = torch.empty(60 * CHUNK_BYTES, dtype=torch.uint8, device=device.cuda)
-        with pytest.raises(ss.CorruptCheckpointError):
+    theirs = torch.cuda.Stream(device.cuda)
+    for digests in ("auto", "host"):
+        with torch.cuda.stream(theirs):
+            target = torch.empty(len(host["large"]), dtype=torch.uint8, device=device.cuda)
+        torch.cuda.current_stream(device.cuda).wait_stream(theirs)
+        device.delay(0.3)
+        with _environment("SNAPSTONE_DIGEST", digests), pytest.raises(ss.CorruptCheckpointError):
             ss.load({"large": target}, checkpoint_id=wrong)
+        del target
+        gc.collect()
+        target = torch.empty(len(host["large"]), dtype=torch.uint8, device=device.cuda)
         ss.load({"large": target}, checkpoint_id=path)
         assert torch.equal(device.on_host(target), host["large"])
     shutil.rmtree(wrong)
 
 
+def load_to_a_device_that_fails(device: Devices, path: Path) -> None:
+    host = {"large": numbers(30 * CHUNK_BYTES, 3)}
+    ss.save(host, checkpoint_id=path, host_memory_budget=LEAST)
+    for nth in range(2, 9):
+        target = torch.empty(30 * CHUNK_BYTES, dtype=torch.uint8, device=device.cuda)
+        device.delay(0.003)
+        with calls_fail(f"cuEventRecord:{nth}+:errno=719"), suppress(ss.CudaError):
+            ss.load({"large": target}, checkpoint_id=path)
+        del target
+        gc.collect()
+        target = torch.empty(30 * CHUNK_BYTES, dtype=torch.uint8, device=device.cuda)
+        ss.load({"large": target}, checkpoint_id=path)
+        assert torch.equal(device.on_host(target), host["large"])
+
+
+def load_straight_to_a_device_that_fails(device: Devices, path: Path) -> None:
+    """What is still on its way to a target is neither the next load's nor anything else but what was saved."""
+    host = {"large": numbers(30 * CHUNK_BYTES, 3)}
+    ss.save(host, checkpoint_id=path, host_memory_budget=LEAST)
+    other = path.with_name(path.name + "-other")
+    ss.save({"large": torch.full_like(host["large"], 0x55)}, checkpoint_id=other, host_memory_budget=LEAST)
+    for nth in (2, 3):
+        target = torch.full_like(host["large"], 0xAA, device=device.cuda)
+        device.delay(0.6)
+        with _environment("SNAPSTONE_DIGEST", "host"):
+            with calls_fail(f"cuEventRecord:{nth}+:errno=719"), suppress(ss.CudaError):
+                ss.load({"large": target}, checkpoint_id=path)
+            ss.load({"large": torch.empty_like(host["large"])}, checkpoint_id=other)
+        found = device.on_host(target)
+        assert bool(((found == host["large"]) | (found == 0xAA)).all())
+    shutil.rmtree(other)
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     save_now,
+    save_behind_a_step,
     save_what_is_freed,
     save_more_than_fits,
-    save_behind_a_step,
+    save_at_the_speed_of_the_disk,
     save_what_changed,
     save_after_one_that_was_given_up,
-    load_between,
+    load_without_digests_of_the_device,
     load_after_one_that_failed,
+    load_what_is_coded,
+    load_between,
 )
 
-
-def _trouble(fake: FakeDriver, devices: Devices, scenario: Scenario, step: str, seed: int) -> str:
-    """What went wrong without the step; empty if nothing did."""
-    fake.reset()
-    fake.seed(seed)
-    _native.fault_arm(f"{step}:1+:skip")
-    trouble = ""
-    with tempfile.TemporaryDirectory() as directory:
-        try:
-            scenario(devices, Path(directory) / "c")
-        except BaseException as error:
-            trouble = f"{type(error).__name__}: {error}"[:200]
-        _native.fault_disarm()
-        try:
-            ss.wait()
-        except Exception as error:
-            trouble = trouble or repr(error)[:200]
-    gc.collect()
-    fake.drain()
-    return trouble or "; ".join(fake.violations()[:1])
-
-
-def main(steps: list[str]) -> None:
-    fake = FakeDriver()
-    fake_torch.install()
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        fake_torch.patch(monkeypatch)
-        devices = FakeDevices(fake)
-        for step in steps:
-            print(json.dumps({"step": step}), flush=True)
-            faulthandler.dump_traceback_later(SECONDS_MAX, exit=True)
-            found = next(
-                (
-                    f"{scenario.__name__}, seed {seed}: {trouble}"
-                    for seed in range(4)
-                    for scenario in SCENARIOS
-                    if (trouble := _trouble(fake, devices, scenario, step, seed))
-                ),
-                "",
-            )
-            print(json.dumps({"step": step, "trouble": found}), flush=True)
-    os._exit(0)  # what a step kept alive for ever must not be taken down now
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+FAILING: tuple[Scenario, ...] = (
+    save_from_a_device_that_fails,
+    save_behind_a_fence_that_fails,
+    load_straight_to_a_device_that_fails,
+    load_to_a_device_that_fails,
+)

@@ -12,6 +12,7 @@ from cuda.device import Devices
 from snapstone import _native
 
 __all__ = [
+    "CODECS",
     "KIB",
     "MIB",
     "Tensors",
@@ -29,6 +30,9 @@ __all__ = [
 ]
 
 KIB, MIB = 1 << 10, 1 << 20
+
+# Those that this build has: zstd may have been missing where it was built.
+CODECS = (None, "zstd") if _native.zstd_compiled_in() else (None,)
 
 Tensors = dict[str, torch.Tensor]
 

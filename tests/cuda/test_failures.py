@@ -5,6 +5,7 @@ engine that goes on.
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import snapstone as ss
 from cuda.device import Devices
 from cuda.states import assert_saved, bits, model, numbers, save, scribble
-from snapstone import CudaError, _native
+from snapstone import CudaError, _native, orphans
 
 LAUNCH_FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED, which takes the device with it
 
@@ -64,6 +65,31 @@ def test_a_failing_call_fails_the_load_and_nothing_after_it(device: Devices, tmp
         ss.load(state, checkpoint_id=tmp_path / "c")
         for name, tensor in host.items():
             assert torch.equal(bits(device.on_host(state[name])), bits(tensor)), name
+
+
+def test_a_device_that_goes_on_failing_is_nothing_to_tensors_of_the_host(device: Devices, tmp_path: Path) -> None:
+    state = {"a": numbers(20 << 20).to(device.cuda)}  # several batches: some write while others fail
+    host = {"a": numbers(3 << 20)}
+    ss.save(state, checkpoint_id=tmp_path / "device")
+    ss.save(host, checkpoint_id=tmp_path / "host")
+    for nth in range(1, 200):  # until a load fails that is writing to its targets
+        device.delay(0.02)
+        _native.fault_arm(f"cuEventQuery:{nth}+:errno=719")
+        with suppress(CudaError):
+            ss.load(state, checkpoint_id=tmp_path / "device")
+        if orphans._orphans:
+            break
+    assert orphans._orphans
+    for _ in range(2):
+        target = {"a": torch.zeros(3 << 20, dtype=torch.uint8)}
+        ss.load(target, checkpoint_id=tmp_path / "host")
+        assert torch.equal(target["a"], host["a"])
+    ss.save(host, checkpoint_id=tmp_path / "again")
+    assert_saved(tmp_path / "again", host)
+    _native.fault_disarm()
+    torch.cuda.synchronize()
+    ss.load(target, checkpoint_id=tmp_path / "host")  # lets go of what the failed load was to fill
+    assert not orphans._orphans
 
 
 def test_an_optimizer_steps_on_when_the_save_fails(device: Devices, tmp_path: Path) -> None:

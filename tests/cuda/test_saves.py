@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 import snapstone as ss
 from cuda.device import Devices
 from cuda.states import (
+    CODECS,
     KIB,
     MIB,
     adamw,
@@ -30,7 +32,7 @@ from cuda.states import (
     scribble,
     state_of,
 )
-from snapstone import _native
+from snapstone import _native, devices
 
 
 def test_a_save_holds_what_the_stream_had_made_of_the_state(device: Devices, tmp_path: Path) -> None:
@@ -124,6 +126,22 @@ def test_parameters_that_are_not_contiguous_are_saved_behind_a_fence(device: Dev
     assert torch.equal(device.on_host(parameter.detach()), matrix.t() - 1)
 
 
+def test_copies_behind_a_fence_take_one_stream_for_good(device: Devices, tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(64, 32, device=device.cuda).t())
+    optimizer = torch.optim.SGD([parameter], lr=1.0, foreach=False)
+    made: set[int] = set()
+    for step in range(3):
+        device.delay(0.005)
+        parameter.detach().copy_(torch.full((32, 64), float(step)))
+        handle = ss.async_save({"p": parameter}, checkpoint_id=tmp_path / f"c{step}", fence=optimizer)
+        optimizer.step()
+        handle.result()
+        assert_saved(tmp_path / f"c{step}", {"p": torch.full((32, 64), float(step))})
+        made.add(_native.cuda_stream(0))
+        assert devices._side_stream(0).cuda_stream in made
+    assert len(made) == 1
+
+
 def test_lazy_conjugation_and_negation_are_resolved_on_the_device(device: Devices, tmp_path: Path) -> None:
     host = torch.view_as_complex(torch.arange(200.0).reshape(100, 2))
     on_device = host.to(device.cuda)
@@ -165,6 +183,88 @@ def test_a_capture_may_begin_while_a_save_is_under_way(device: Devices, tmp_path
     handle = ss.async_save(state, checkpoint_id=tmp_path / "c")
     with device.capturing(stream):
         handle.result()
+    assert_saved(tmp_path / "c", host)
+
+
+def test_a_save_prepared_in_the_background_leaves_captures_of_other_threads_alone(
+    device: Devices, tmp_path: Path
+) -> None:
+    """It has torch copy what is not contiguous, for which torch may allocate memory, which ends captures."""
+    matrix = numbers(3000).float().reshape(60, -1)
+    parameter = torch.nn.Parameter(matrix.to(device.cuda).t())
+    optimizer = torch.optim.SGD([parameter], lr=1.0, foreach=False)
+    torch.cuda.synchronize()
+    captured, done = threading.Event(), threading.Event()
+    failures: list[BaseException] = []
+
+    def capture() -> None:
+        try:
+            with device.capturing(torch.cuda.Stream(device.cuda)):
+                captured.set()
+                done.wait(60)
+        except BaseException as failure:
+            failures.append(failure)
+        finally:
+            captured.set()
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    try:
+        captured.wait(60)
+        ss.async_save({"p": parameter}, checkpoint_id=tmp_path / "c", fence=optimizer).result()
+    finally:
+        done.set()
+        thread.join()
+    assert failures == []
+    assert_saved(tmp_path / "c", {"p": matrix.t()})
+
+
+def test_background_saves_copy_in_the_same_stream_each_time(device: Devices, tmp_path: Path) -> None:
+    """So that what torch keeps of the memory of one save is there for the next."""
+    parameter = torch.nn.Parameter(numbers(KIB).float().reshape(32, -1).to(device.cuda).t())
+    optimizer = torch.optim.SGD([parameter], lr=1.0, foreach=False)
+    streams = set()
+    stream_of = torch.cuda.stream
+
+    def seen(stream: torch.cuda.Stream | None) -> AbstractContextManager[None]:
+        streams.add(stream)
+        return stream_of(stream)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "stream", seen)
+        for turn in range(3):
+            ss.async_save({"p": parameter}, checkpoint_id=tmp_path / f"c{turn}", fence=optimizer).result()
+    assert len({stream for stream in streams if stream is not None and stream.device == device.cuda}) == 1
+
+
+def test_tensors_that_lie_next_to_each_other_are_copied_one_by_one(
+    device: Devices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Allocations of their own may, and the driver refuses a copy out of two of them."""
+    monkeypatch.setenv("SNAPSTONE_CHUNK_BYTES", str(MIB))
+    ss.prepare(device.cuda, 32 * MIB)
+    host = {str(i): numbers(2 * MIB, i) for i in range(8)}
+    state = {name: tensor.to(device.cuda) for name, tensor in host.items()}
+    ss.save(state, checkpoint_id=tmp_path / "sync")
+    assert_saved(tmp_path / "sync", host)
+    handle = ss.async_save(state, checkpoint_id=tmp_path / "now", host_memory_budget=8 * MIB)
+    scribble(state)
+    handle.result()
+    assert_saved(tmp_path / "now", host)
+
+
+def test_a_torch_for_other_devices_copies_to_the_host_itself(device: Devices, tmp_path: Path) -> None:
+    """Tensors of torch for ROCm say that they are on CUDA."""
+    state, host = model(device.cuda)
+    devices.absence.cache_clear()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.version, "hip", "6.4")
+            saved = ss.save(state, checkpoint_id=tmp_path / "c")
+            ss.load(state, checkpoint_id=tmp_path / "c")
+    finally:
+        devices.absence.cache_clear()
+    assert "ROCm" in saved.stats["cuda_unused"]
     assert_saved(tmp_path / "c", host)
 
 
@@ -228,7 +328,7 @@ def test_without_device_memory_the_caller_waits_for_the_file(
 
 
 @pytest.mark.parametrize("digest", ["host", "device", "auto"])
-@pytest.mark.parametrize("codec", [None, "zstd"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_digests_and_codecs(
     device: Devices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str, codec: str | None
 ) -> None:

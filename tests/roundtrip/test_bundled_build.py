@@ -6,11 +6,10 @@ Each test runs a process that imports that extension instead of the installed on
 
 from __future__ import annotations
 
+import importlib
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -19,37 +18,24 @@ import torch
 import snapstone as ss
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+building = importlib.import_module("on_device.building")
 LIBRARIES = ("xxhash", "zstd", "uring")
 
 pytestmark = pytest.mark.timeout(600)
 
 
-def tool(name: str) -> str | None:
-    """``name`` beside the interpreter, where pip puts it, or in PATH."""
-    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-
-
 @pytest.fixture(scope="session")
 def bundled() -> Path:
-    """A directory with the package and the extension that was built without libraries, for PYTHONPATH."""
-    cmake, ninja = tool("cmake"), tool("ninja")
-    if cmake is None or ninja is None:
-        pytest.skip("cmake or ninja is not installed")
+    """A directory with the package and the extension that was built without libraries, for PYTHONPATH: made as
+    ``benchmarks/gpu.py`` makes its own."""
+    if building.tool("cmake") is None:
+        pytest.skip("cmake is not installed")
     build = ROOT / "build" / "bundled"
-    configure = [cmake, "-G", "Ninja", "-S", ROOT, "-B", build, f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DSNAPSTONE_WITHOUT=xxhash;zstd;liburing"]
-    for command in (configure, [cmake, "--build", build, "--target", "_core"]):
+    for command in building.commands(build, without=("xxhash", "zstd", "liburing")):
         done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    package = build / "python" / "snapstone"
-    shutil.rmtree(package, ignore_errors=True)
-    shutil.copytree(ROOT / "python" / "snapstone", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copy(build / extension_name(), package)
-    return package.parent
-
-
-def extension_name() -> str:
-    return "_core" + str(sysconfig.get_config_var("EXT_SUFFIX"))
+    return building.assemble(build)
 
 
 def run(bundled: Path, code: str, *arguments: object) -> str:
@@ -76,7 +62,7 @@ USE_STATE = "import sys, torch, snapstone as ss\nfrom roundtrip.test_bundled_bui
 
 
 def test_links_none_of_the_libraries_and_says_so(bundled: Path) -> None:
-    extension = bundled / "snapstone" / extension_name()
+    extension = bundled / "snapstone" / building.extension_name()
     needed = subprocess.run(["ldd", extension], capture_output=True, text=True, check=True).stdout
     assert [name for name in LIBRARIES if f"lib{name}" in needed] == []
     shown = run(bundled, "import snapstone._core as c; print(c.__file__, c.zstd_compiled_in(), c.uring_compiled_in())")

@@ -23,6 +23,7 @@ from snapstone.errors import IncompatibleCheckpointError
 from snapstone.plan import Box, boxes_of_runs, check_tiling
 from snapstone.tensors import (
     LocalShard,
+    Memory,
     _dimension_runs,
     check_target,
     describe,
@@ -55,10 +56,10 @@ def test_a_description_follows_what_has_the_name_now() -> None:
 
 def test_strides_are_given_in_bytes_and_only_where_needed() -> None:
     tensor = torch.zeros(4, 6, dtype=torch.float64)
-    assert memory_of(tensor) == (tensor.data_ptr(), 8, (4, 6), None)
-    assert memory_of(tensor.t()) == (tensor.data_ptr(), 8, (6, 4), (8, 48))
-    assert memory_of(tensor[1:, ::2]) == (tensor.data_ptr() + 48, 8, (3, 3), (48, 16))
-    assert memory_of(tensor[2]) == (tensor.data_ptr() + 96, 8, (6,), None)
+    assert memory_of(tensor) == Memory(tensor.data_ptr(), 8, (4, 6), None)
+    assert memory_of(tensor.t()) == Memory(tensor.data_ptr(), 8, (6, 4), (8, 48))
+    assert memory_of(tensor[1:, ::2]) == Memory(tensor.data_ptr() + 48, 8, (3, 3), (48, 16))
+    assert memory_of(tensor[2]) == Memory(tensor.data_ptr() + 96, 8, (6,), None)
 
 
 def test_ties_are_equal_views_of_equal_memory() -> None:

@@ -67,6 +67,10 @@ MODELS: Final[Mapping[str, Shape]] = {
         Shape("llama-8b", layers=32, width=4096, heads=32, key_heads=8, hidden=14336, vocabulary=128256),
         Shape("llama-70b", layers=80, width=8192, heads=64, key_heads=8, hidden=28672, vocabulary=128256),
         Shape("llama-405b", layers=126, width=16384, heads=128, key_heads=8, hidden=53248, vocabulary=128256),
+        # Of no publication: bfloat16 training has this much state.
+        Shape("bf16-1gb", layers=7, width=768, heads=12, key_heads=12, hidden=2048, vocabulary=16384),
+        Shape("bf16-8gb", layers=17, width=1536, heads=12, key_heads=12, hidden=4096, vocabulary=32768),
+        Shape("bf16-32gb", layers=27, width=2560, heads=20, key_heads=20, hidden=6912, vocabulary=32768),
     )
 }
 

@@ -133,9 +133,9 @@ class Workload:
         self.optimizer.zero_grad(set_to_none=True)
 
     def synchronize(self) -> None:
-        """Waits for the device, so that a clock read next has the step in it."""
+        """Waits for the step, so that a clock read next has it in it; not for copies that run beside it."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
 
     def change_plan(self, on: bool) -> None:
         """Adds a tensor to the state, or takes it away again: what ranks agreed on before no longer holds."""

@@ -91,13 +91,18 @@ FAKECUDA_CONTROL int fakecuda_write(std::uint64_t address, const void* source, s
 FAKECUDA_CONTROL std::uint64_t fakecuda_alloc(int device, std::uint64_t nbytes, void* stream) {
   World& world = World::get();
   const World::Lock lock(world.mutex);
-  if (nbytes == 0 || world.find_stream(stream, device) == nullptr) return 0;
+  const Stream* const owner = world.find_stream(stream, device);
+  if (nbytes == 0 || owner == nullptr) return 0;
   std::vector<std::uint64_t>& free = cache()[{device, stream, nbytes}];
   if (!free.empty()) {
     const std::uint64_t address = free.back();
     free.pop_back();
     world.memory->block_of(address)->freed = false;
     return address;
+  }
+  // Calls cudaMalloc; with care only for a stream that is captured itself.
+  if (world.captures != 0 && !owner->capturing && capture_mode() == snapstone::cuda::CaptureMode::kGlobal) {
+    world.report.violation("torch allocates while a graph is captured");
   }
   Block* const block = world.memory->allocate(device, nbytes);
   if (block == nullptr) return 0;

@@ -14,6 +14,7 @@ int fakecuda_write(std::uint64_t address, const void* source, std::uint64_t nbyt
 
 // Memory as torch's allocator hands it out: what is freed is given again at once, to the same stream, whatever other
 // streams still do with it. Freeing puts 0xDE there, as the stream's next work: what the next owner would do.
+// Memory that was not freed before ends captures of other streams, unless the thread has said that it is careful.
 // 0: none left.
 std::uint64_t fakecuda_alloc(int device, std::uint64_t nbytes, void* stream);
 void fakecuda_free(std::uint64_t address);

@@ -122,6 +122,9 @@ class Submission {
     return true;
   }
 
+  // The device is given the addresses of a batch as they are.
+  bool has_device_addresses() const { return registered_ && (work_->link_bytes == 0 || world_.options.host_pointers); }
+
   Result submit(World::Lock& lock) {
     if (transfers_.empty()) return Result::kSuccess;
     if (stream_.capturing) {
@@ -195,6 +198,11 @@ Result copy_batch(const char* name, DevicePointer* targets, DevicePointer* sourc
       const Transfer transfer = line(targets[i], sources[i], sizes[i]);
       if (sizes[i] == 0) return Result::kInvalidValue;
       if (!submission.add(transfer, kind_of(world, transfer))) return Result::kInvalidValue;
+    }
+    if (!submission.has_device_addresses()) {
+      world.report.violation("a batch with addresses of the host that devices do not know");
+      world.lose(stream->device, static_cast<int>(Result::kIllegalAddress));
+      return Result::kSuccess;
     }
     world.report.count("batches");
     return submission.submit(lock);

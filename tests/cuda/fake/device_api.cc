@@ -141,6 +141,9 @@ FAKECUDA_API Result cuDeviceGetAttribute(int* value, int attribute, DeviceHandle
       case snapstone::cuda::kAttributeMemoryPoolsSupported:
         *value = world.options.pools ? 1 : 0;
         return Result::kSuccess;
+      case snapstone::cuda::kAttributeRegisteredHostPointers:
+        *value = world.options.host_pointers ? 1 : 0;
+        return Result::kSuccess;
       case snapstone::cuda::kAttributeHostNumaId:
         if (world.options.version < 12020) return Result::kInvalidValue;
         *value = world.options.numa_node;

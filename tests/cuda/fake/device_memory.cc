@@ -12,7 +12,7 @@ namespace fakecuda {
 namespace {
 
 constexpr std::uint64_t kAlignment = 512;  // as cuMemAlloc's
-constexpr std::uint64_t kGap = 512;        // between blocks, so that one cannot be overrun into the next
+constexpr std::uint64_t kPage = 2 << 20;   // whole ones lie next to each other, as they do on devices
 constexpr std::uint64_t kFillMax = 4ull << 20;
 constexpr int kFresh = 0xCD;
 constexpr int kReleased = 0xDF;
@@ -21,7 +21,8 @@ std::uint64_t round_up(std::uint64_t value, std::uint64_t unit) { return (value 
 
 }  // namespace
 
-DeviceMemory::DeviceMemory(int devices, std::uint64_t bytes_each) : bytes_each_(bytes_each) {
+DeviceMemory::DeviceMemory(int devices, std::uint64_t bytes_each, std::uint64_t gap_bytes)
+    : bytes_each_(bytes_each), gap_bytes_(gap_bytes) {
   for (int i = 0; i < devices; ++i) {
     Arena arena;
     arena.nbytes = 2 * round_up(bytes_each, 4096);  // room for gaps and fragments
@@ -39,14 +40,18 @@ DeviceMemory::DeviceMemory(int devices, std::uint64_t bytes_each) : bytes_each_(
   }
 }
 
+std::uint64_t DeviceMemory::room_of(std::uint64_t nbytes) const {
+  return nbytes % kPage == 0 ? nbytes : round_up(nbytes, kAlignment) + gap_bytes_;
+}
+
 Block* DeviceMemory::allocate(int device, std::uint64_t nbytes) {
   Arena& arena = arenas_[static_cast<std::size_t>(device)];
   if (nbytes > bytes_each_ - arena.used) return nullptr;
-  const std::uint64_t room = round_up(nbytes, kAlignment) + kGap;
+  const std::uint64_t room = room_of(nbytes);
   std::uint64_t begin = arena.begin;  // the first gap that is large enough: what was freed last is often reused first
   for (const auto& [at, block] : arena.blocks) {
     if (at - begin >= room) break;
-    begin = round_up(block.end(), kAlignment) + kGap;
+    begin = at + room_of(block.nbytes);
   }
   if (begin + room > arena.begin + arena.nbytes) return nullptr;
   arena.used += nbytes;

@@ -24,7 +24,8 @@ struct Block {
 
 class DeviceMemory {
  public:
-  DeviceMemory(int devices, std::uint64_t bytes_each);
+  // `gap_bytes`: at least, between blocks.
+  DeviceMemory(int devices, std::uint64_t bytes_each, std::uint64_t gap_bytes);
 
   // Null when there is no room. The bytes are whatever was there, or 0xCD.
   Block* allocate(int device, std::uint64_t nbytes);
@@ -48,8 +49,11 @@ class DeviceMemory {
   };
 
   const Arena* arena_of(std::uint64_t address) const;
+  // What a block takes up, with the gap behind it.
+  std::uint64_t room_of(std::uint64_t nbytes) const;
 
   std::uint64_t bytes_each_;
+  std::uint64_t gap_bytes_;
   std::vector<Arena> arenas_;
 };
 

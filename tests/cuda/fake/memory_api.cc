@@ -51,12 +51,14 @@ FAKECUDA_API Result cuMemAlloc_v2(DevicePointer* address, std::size_t nbytes) {
   });
 }
 
-// Waits for the whole device, as the driver may.
+// Waits for the whole device, as the driver may; who counts on that is told off.
 FAKECUDA_API Result cuMemFree_v2(DevicePointer address) {
   return call("cuMemFree_v2", Needs::kUncapturedContext, [&](World& world, World::Lock& lock) {
     Block* const block = owned_block(world, address);
     if (block == nullptr) return bad(world, "cuMemFree_v2 of what is not allocated: " + hex(address));
     block->freed = true;
+    const std::string other = world.pending({block->begin, block->nbytes, true});
+    if (!other.empty()) world.report.violation("device memory is freed before " + other + " has ended");
     world.report.count("device_syncs");
     world.drain(lock);
     world.memory->release(address);

@@ -91,10 +91,12 @@ Options Options::from_environment() {
   options.late_us = static_cast<std::uint64_t>(number_of("FAKECUDA_LATE_US", 300));
   options.gbps = number_of("FAKECUDA_GBPS", 0);
   options.devices = static_cast<int>(number_of("FAKECUDA_DEVICES", 2));
+  options.gap_bytes = static_cast<std::uint64_t>(number_of("FAKECUDA_GAP", 512));
   options.memory_bytes = static_cast<std::uint64_t>(number_of("FAKECUDA_MEMORY", 4.0 * (1ull << 30)));
   options.compute_capability = static_cast<int>(number_of("FAKECUDA_CC", 90));
   options.numa_node = static_cast<int>(number_of("FAKECUDA_NUMA", -1));
   options.pools = number_of("FAKECUDA_POOLS", 1) != 0;
+  options.host_pointers = number_of("FAKECUDA_HOST_POINTERS", 1) != 0;
   options.version = static_cast<int>(number_of("FAKECUDA_VERSION", 13000));
   options.guard = number_of("FAKECUDA_GUARD", 1) != 0;
   options.fail_rules = parse_fail_rules(text_of("FAKECUDA_FAIL", ""));

@@ -6,7 +6,10 @@
 //   FAKECUDA_LATE_US   how late at most work of a stream begins in chaos; default 300
 //   FAKECUDA_GBPS      speed of each direction of each device's link; default 0: unlimited
 //   FAKECUDA_DEVICES   default 2; FAKECUDA_MEMORY, bytes of each, default 4 GiB; FAKECUDA_CC, default 90;
-//                      FAKECUDA_NUMA, node of all of them, default -1; FAKECUDA_POOLS=0: no stream-ordered memory
+//                      FAKECUDA_NUMA, node of all of them, default -1; FAKECUDA_POOLS=0: no stream-ordered memory;
+//                      FAKECUDA_HOST_POINTERS=0: registered memory has another address for devices (WSL)
+//   FAKECUDA_GAP       bytes between allocations, default 512, so that one cannot be overrun into the next; 0:
+//                      adjacent, as the driver's may be
 //   FAKECUDA_VERSION   default 13000
 //   FAKECUDA_HIDE      symbols that the library does not have, separated by commas
 //   FAKECUDA_FAIL      CALL:NTH[+]:CODE, separated by ';': the call fails with that CUresult. CALL "work" counts what
@@ -40,9 +43,11 @@ struct Options {
   double gbps = 0;
   int devices = 2;
   std::uint64_t memory_bytes = 4ull << 30;
+  std::uint64_t gap_bytes = 512;
   int compute_capability = 90;
   int numa_node = -1;
   bool pools = true;
+  bool host_pointers = true;
   int version = 13000;
   bool guard = true;
   std::vector<FailRule> fail_rules;

@@ -36,7 +36,7 @@ World::World() : options(Options::from_environment()), random(options.seed) {
 
 void World::start() {
   if (initialised) return;
-  memory = std::make_unique<DeviceMemory>(options.devices, options.memory_bytes);
+  memory = std::make_unique<DeviceMemory>(options.devices, options.memory_bytes, options.gap_bytes);
   host = std::make_unique<HostMemory>(options.guard);
   const auto devices = static_cast<std::size_t>(options.devices);
   lost_.resize(devices);

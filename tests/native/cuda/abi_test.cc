@@ -38,7 +38,11 @@ static_assert(static_cast<int>(SourceAccessOrder::kStream) == CU_MEMCPY_SRC_ACCE
 static_assert(kAttributeComputeCapabilityMajor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
 static_assert(kAttributeComputeCapabilityMinor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
 static_assert(kAttributeMultiprocessorCount == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+static_assert(kAttributeRegisteredHostPointers == CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM);
 static_assert(kAttributeMemoryPoolsSupported == CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED);
+#if CUDA_VERSION >= 12020
+static_assert(kAttributeHostNumaId == CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID);
+#endif
 static_assert(kFunctionAttributeMaxDynamicSharedSizeBytes == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
 static_assert(kStreamNonBlocking == CU_STREAM_NON_BLOCKING && kEventDisableTiming == CU_EVENT_DISABLE_TIMING);
 static_assert(kHostRegisterPortable == CU_MEMHOSTREGISTER_PORTABLE);
@@ -49,6 +53,8 @@ static_assert(static_cast<int>(MemoryType::kDevice) == CU_MEMORYTYPE_DEVICE);
 static_assert(static_cast<int>(Result::kNotReady) == CUDA_ERROR_NOT_READY);
 static_assert(static_cast<int>(Result::kOutOfMemory) == CUDA_ERROR_OUT_OF_MEMORY);
 static_assert(static_cast<int>(Result::kStubLibrary) == CUDA_ERROR_STUB_LIBRARY);
+static_assert(static_cast<int>(Result::kNotSupported) == CUDA_ERROR_NOT_SUPPORTED);
+static_assert(static_cast<int>(Result::kStreamCaptureImplicit) == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
 static_assert(static_cast<int>(Result::kStreamCaptureIsolation) == CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
 
 // Two types that are passed alike: integers of one size (enumerations too), or pointers.
@@ -79,33 +85,35 @@ constexpr bool matches<Function<Ours...>, CUresult (*)(Theirs...)> = [] {
           cuDeviceGet, PFN_cuDeviceGet_v2000) each(cuDeviceGetName, PFN_cuDeviceGetName_v2000)                         \
           each(cuDeviceGetPCIBusId, PFN_cuDeviceGetPCIBusId_v4010) each(                                               \
               cuDeviceGetAttribute, PFN_cuDeviceGetAttribute_v2000) each(cuDeviceTotalMem, PFN_cuDeviceTotalMem_v3020) \
-              each(cuDevicePrimaryCtxRetain, PFN_cuDevicePrimaryCtxRetain_v7000) each(                                 \
-                  cuCtxPushCurrent, PFN_cuCtxPushCurrent_v4000) each(cuCtxPopCurrent, PFN_cuCtxPopCurrent_v4000)       \
-                  each(cuCtxGetStreamPriorityRange, PFN_cuCtxGetStreamPriorityRange_v5050)                             \
-                      each(cuThreadExchangeStreamCaptureMode, PFN_cuThreadExchangeStreamCaptureMode_v10010) each(      \
-                          cuMemGetInfo, PFN_cuMemGetInfo_v3020) each(cuMemAlloc, PFN_cuMemAlloc_v3020)                 \
-                          each(cuMemFree, PFN_cuMemFree_v3020) each(cuMemAllocAsync, PFN_cuMemAllocAsync_v11020) each( \
-                              cuMemFreeAsync, PFN_cuMemFreeAsync_v11020) each(cuMemHostRegister,                       \
-                                                                              PFN_cuMemHostRegister_v6050)             \
-                              each(cuMemHostUnregister, PFN_cuMemHostUnregister_v4000) each(                           \
-                                  cuMemcpyDtoHAsync, PFN_cuMemcpyDtoHAsync_v3020)                                      \
-                                  each(cuMemcpyHtoDAsync, PFN_cuMemcpyHtoDAsync_v3020) each(                           \
-                                      cuMemcpyDtoDAsync, PFN_cuMemcpyDtoDAsync_v3020) each(cuMemcpy2DAsync,            \
-                                                                                           PFN_cuMemcpy2DAsync_v3020)  \
-                                      each(cuStreamCreateWithPriority, PFN_cuStreamCreateWithPriority_v5050) each(     \
-                                          cuStreamDestroy, PFN_cuStreamDestroy_v4000)                                  \
-                                          each(cuStreamWaitEvent, PFN_cuStreamWaitEvent_v3020) each(                   \
-                                              cuStreamSynchronize, PFN_cuStreamSynchronize_v2000)                      \
-                                              each(cuStreamIsCapturing, PFN_cuStreamIsCapturing_v10000) each(          \
-                                                  cuEventCreate, PFN_cuEventCreate_v2000)                              \
-                                                  each(cuEventDestroy, PFN_cuEventDestroy_v4000) each(                 \
-                                                      cuEventRecord, PFN_cuEventRecord_v2000)                          \
-                                                      each(cuEventQuery, PFN_cuEventQuery_v2000) each(                 \
-                                                          cuEventSynchronize, PFN_cuEventSynchronize_v2000)            \
-                                                          each(cuModuleLoadData, PFN_cuModuleLoadData_v2000) each(     \
-                                                              cuModuleGetFunction, PFN_cuModuleGetFunction_v2000)      \
-                                                              each(cuFuncSetAttribute, PFN_cuFuncSetAttribute_v9000)   \
-                                                                  each(cuLaunchKernel, PFN_cuLaunchKernel_v4000)
+              each(cuDevicePrimaryCtxRetain, PFN_cuDevicePrimaryCtxRetain_v7000)                                       \
+                  each(cuDevicePrimaryCtxGetState, PFN_cuDevicePrimaryCtxGetState_v7000) each(                         \
+                      cuCtxPushCurrent, PFN_cuCtxPushCurrent_v4000) each(cuCtxPopCurrent, PFN_cuCtxPopCurrent_v4000)   \
+                      each(cuCtxGetStreamPriorityRange, PFN_cuCtxGetStreamPriorityRange_v5050) each(                   \
+                          cuThreadExchangeStreamCaptureMode, PFN_cuThreadExchangeStreamCaptureMode_v10010)             \
+                          each(cuMemGetInfo, PFN_cuMemGetInfo_v3020) each(cuMemAlloc, PFN_cuMemAlloc_v3020) each(      \
+                              cuMemFree, PFN_cuMemFree_v3020) each(cuMemAllocAsync, PFN_cuMemAllocAsync_v11020)        \
+                              each(cuMemFreeAsync, PFN_cuMemFreeAsync_v11020) each(                                    \
+                                  cuMemHostRegister, PFN_cuMemHostRegister_v6050) each(cuMemHostUnregister,            \
+                                                                                       PFN_cuMemHostUnregister_v4000)  \
+                                  each(cuMemcpyDtoHAsync, PFN_cuMemcpyDtoHAsync_v3020) each(                           \
+                                      cuMemcpyHtoDAsync, PFN_cuMemcpyHtoDAsync_v3020)                                  \
+                                      each(cuMemcpyDtoDAsync, PFN_cuMemcpyDtoDAsync_v3020) each(                       \
+                                          cuMemcpy2DAsync, PFN_cuMemcpy2DAsync_v3020)                                  \
+                                          each(cuStreamCreateWithPriority, PFN_cuStreamCreateWithPriority_v5050) each( \
+                                              cuStreamDestroy, PFN_cuStreamDestroy_v4000)                              \
+                                              each(cuStreamWaitEvent, PFN_cuStreamWaitEvent_v3020) each(               \
+                                                  cuStreamSynchronize, PFN_cuStreamSynchronize_v2000)                  \
+                                                  each(cuStreamIsCapturing, PFN_cuStreamIsCapturing_v10000) each(      \
+                                                      cuEventCreate, PFN_cuEventCreate_v2000)                          \
+                                                      each(cuEventDestroy, PFN_cuEventDestroy_v4000) each(             \
+                                                          cuEventRecord, PFN_cuEventRecord_v2000)                      \
+                                                          each(cuEventQuery, PFN_cuEventQuery_v2000) each(             \
+                                                              cuEventSynchronize, PFN_cuEventSynchronize_v2000)        \
+                                                              each(cuModuleLoadData, PFN_cuModuleLoadData_v2000) each( \
+                                                                  cuModuleGetFunction, PFN_cuModuleGetFunction_v2000)  \
+                                                                  each(cuFuncSetAttribute,                             \
+                                                                       PFN_cuFuncSetAttribute_v9000)                   \
+                                                                      each(cuLaunchKernel, PFN_cuLaunchKernel_v4000)
 
 // The toolkit's macros turn names into those of the ABI; then they must go, or they would rename Driver's members.
 #define SNAPSTONE_TEXT(name) #name

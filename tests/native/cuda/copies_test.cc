@@ -151,6 +151,25 @@ TEST_F(CopiesTest, rows_are_copied_alone) {
   }
 }
 
+// The driver's documentation: "cuMemcpy2DAsync() may fail for pitches not computed by cuMemAllocPitch()".
+TEST_F(CopiesTest, a_pitch_that_the_driver_refuses_within_a_device_is_copied_row_by_row) {
+  constexpr std::uint64_t kRows = 20;
+  Stream stream(device());
+  const auto from = DeviceBuffer::allocate(stream, kRows * 111);
+  const auto to = DeviceBuffer::allocate(stream, kRows * 77);
+  const std::vector<std::uint8_t> bytes = pattern(kRows * 111, 8);
+  SNAPSTONE_FAKE(fakecuda_enqueue_write)(0, stream.handle(), from->address(), bytes.data(), bytes.size());
+  {
+    const ArmedFaults faults("cuMemcpy2DAsync_v2:1:errno=1");
+    copy_2d(stream, Direction::kOnDevice, {to->address(), 77, from->address(), 111, 70, kRows});
+  }
+  stream.synchronize();
+  const std::vector<std::uint8_t> found = bytes_at(to->address(), kRows * 77);
+  for (std::uint64_t row = 0; row < kRows; ++row) {
+    EXPECT_TRUE(std::equal(found.data() + row * 77, found.data() + row * 77 + 70, bytes.data() + row * 111)) << row;
+  }
+}
+
 TEST_F(CopiesTest, columns_of_one_matrix_may_be_written_by_streams_that_know_nothing_of_each_other) {
   Stream left(device());
   Stream right(device());
@@ -180,6 +199,43 @@ TEST_F(CopiesTest, unregistered_memory_is_copied_at_once_and_right) {
   copy_to_host(stream, std::vector<Copy>{{host.address(), buffer->address(), 1 << 20}});
   EXPECT_TRUE(same(host.data(), bytes)) << "no event was asked";
   EXPECT_EQ(fake_counter("unregistered_copies"), 1u);
+}
+
+// A batch is given to the device as it is: what is not registered, or not as a whole, has to be translated by the
+// driver.
+TEST_F(CopiesTest, batches_hold_registered_memory_alone) {
+  Stream stream(device());
+  const HostPages loose(8192);
+  RegisteredPages registered(device(), 8192);
+  const auto buffer = DeviceBuffer::allocate(stream, 8192);
+  const std::vector<std::uint8_t> bytes = pattern(8192, 4);
+  SNAPSTONE_FAKE(fakecuda_enqueue_write)(0, stream.handle(), buffer->address(), bytes.data(), bytes.size());
+  copy_to_host(stream, std::vector<Copy>{{registered.address(), buffer->address(), 4096},
+                                         {loose.address(), buffer->address() + 4096, 4096}});
+  stream.synchronize();
+  EXPECT_TRUE(std::equal(bytes.begin(), bytes.begin() + 4096, registered.data()));
+  EXPECT_TRUE(std::equal(bytes.begin() + 4096, bytes.end(), loose.data()));
+  EXPECT_EQ(fake_counter("batches"), 0u);
+  copy_to_host(stream, std::vector<Copy>{{registered.address(), buffer->address(), 4096},
+                                         {registered.address() + 4096, buffer->address() + 4096, 4096}});
+  stream.synchronize();
+  EXPECT_EQ(fake_counter("batches"), 1u);
+}
+
+TEST(CopiesAlone, no_batch_holds_the_host_where_registered_memory_has_two_addresses) {
+  const testing::ChildResult child = testing::run_child("CopiesChild.DISABLED_round_trip", "FAKECUDA_HOST_POINTERS=0");
+  EXPECT_NE(child.output.find("v1<0> v2<1> single<"), std::string::npos) << "within the device alone\n" << child.output;
+  EXPECT_EQ(child.output.find("single<0>"), std::string::npos) << child.output;
+  EXPECT_EQ(child.status, 0);
+}
+
+TEST_F(CopiesTest, a_batch_that_the_driver_refuses_is_copied_one_by_one) {
+  for (const char* const refusal : {"1", "801"}) {
+    const ArmedFaults faults(std::string("cuMemcpyBatchAsync_v2:1+:errno=") + refusal);
+    shuffled_round_trip(device(), 300);
+    EXPECT_GT(fake_counter("cuMemcpyDtoHAsync_v2"), 0u);
+    EXPECT_EQ(fake_counter("batches"), 0u);
+  }
 }
 
 TEST_F(CopiesTest, a_refused_copy_is_an_error_with_the_name_of_its_call) {

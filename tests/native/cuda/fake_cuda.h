@@ -84,7 +84,7 @@ class RegisteredPages : public HostPages {
 };
 
 inline void await(const cuda::Event& event) {
-  while (!event.done()) std::this_thread::sleep_for(std::chrono::microseconds(20));
+  while (!event.done("test/done")) std::this_thread::sleep_for(std::chrono::microseconds(20));
 }
 
 inline std::vector<std::uint8_t> pattern(std::uint64_t nbytes, std::uint64_t salt) {

@@ -170,7 +170,7 @@ TEST_F(FakeTest, lazy_work_waits_until_somebody_waits) {
   stream_.record(event, "test");
   std::this_thread::sleep_for(std::chrono::milliseconds(5));
   EXPECT_EQ(SNAPSTONE_FAKE(fakecuda_pending)(), 2u);
-  EXPECT_FALSE(event.done()) << "the first answer is always no";
+  EXPECT_FALSE(event.done("test/done")) << "the first answer is always no";
   await(event);
   EXPECT_EQ(SNAPSTONE_FAKE(fakecuda_pending)(), 0u);
 }
@@ -298,7 +298,7 @@ TEST(FakeChild, DISABLED_slow_link) {
   SNAPSTONE_FAKE(fakecuda_enqueue_delay)(0, compute.handle(), 1000);
   compute.record(computed, "test");
   await(computed);
-  EXPECT_FALSE(copied.done()) << "the link holds up nobody else";
+  EXPECT_FALSE(copied.done("test/done")) << "the link holds up nobody else";
   stream.synchronize();
   other.synchronize();
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;

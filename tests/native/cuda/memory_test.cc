@@ -120,5 +120,12 @@ TEST(DeviceBufferAlone, works_without_stream_ordered_memory) {
   }
 }
 
+TEST(DeviceBufferAlone, without_stream_ordered_memory_it_waits_for_its_stream) {
+  const testing::ChildResult child =
+      testing::run_child("DeviceBufferChild.DISABLED_no_pools",
+                         "FAKECUDA_POOLS=0 FAKECUDA_LATE_US=3000 'SNAPSTONE_FAULT=wait/buffer/freed:1+:skip'");
+  EXPECT_NE(child.status, 0) << "nothing notices the lack of the wait";
+}
+
 }  // namespace
 }  // namespace snapstone::cuda

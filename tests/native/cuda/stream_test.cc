@@ -102,11 +102,11 @@ TEST_F(StreamTest, an_event_is_done_when_the_work_before_it_is) {
   SNAPSTONE_FAKE(fakecuda_mode)("lazy");  // what nobody waits for does not happen
   Stream stream(device());
   Event event(device());
-  EXPECT_TRUE(event.done()) << "never recorded";
+  EXPECT_TRUE(event.done("test/done")) << "never recorded";
   SNAPSTONE_FAKE(fakecuda_enqueue_delay)(0, stream.handle(), 10000);
   stream.record(event, "test");
   SNAPSTONE_FAKE(fakecuda_enqueue_delay)(0, stream.handle(), 10000);
-  EXPECT_FALSE(event.done());
+  EXPECT_FALSE(event.done("test/done"));
   event.synchronize();
   EXPECT_EQ(SNAPSTONE_FAKE(fakecuda_pending)(), 1u) << "what comes after it does not matter";
   await(event);
@@ -180,6 +180,18 @@ TEST_F(StreamTest, the_legacy_default_stream_can_be_waited_for) {
   side.record(event, "test");
   await(event);
   EXPECT_TRUE(same(pages_.data(), bytes));
+}
+
+// As the driver says of the legacy default stream while a stream that it waits for is captured.
+TEST_F(StreamTest, a_default_stream_beside_a_capture_of_one_with_ties_counts_as_captured) {
+  const Stream training = Stream::borrowed(device(), nullptr);
+  EXPECT_FALSE(training.capturing());
+  {
+    const ArmedFaults faults("cuStreamIsCapturing:1:errno=906");
+    EXPECT_TRUE(training.capturing());
+  }
+  const ArmedFaults faults("cuStreamIsCapturing:1:errno=901");
+  EXPECT_THROW(training.capturing(), CudaError);
 }
 
 TEST_F(StreamTest, polling_does_not_break_a_capture_on_another_thread) {

@@ -131,6 +131,23 @@ TEST_F(DeviceFault, a_device_that_does_not_answer_keeps_the_memory_and_nobody_el
   EXPECT_FALSE(try_save("after"));
 }
 
+// What a hung device may use is kept: without that, the same test fails.
+TEST_F(DeviceFault, nothing_that_a_device_without_an_answer_may_use_is_let_go) {
+  const std::string name = "DeviceFault.a_device_that_does_not_answer_keeps_the_memory_and_nobody_else";
+  for (const std::string environment : {"", "FAKECUDA_POOLS=0 "}) {
+    const testing::ChildResult whole = testing::run_child(name, environment + "SNAPSTONE_FAULT=");
+    ASSERT_EQ(whole.status, 0) << environment << whole.output;
+  }
+  // Without pools, freeing waits for the device.
+  for (const std::string without :
+       {"keep/save/hung_slots", "keep/save/hung_workspace", "FAKECUDA_POOLS=0 keep/save/hung_buffers"}) {
+    const auto at = without.find("keep");
+    const testing::ChildResult child =
+        testing::run_child(name, without.substr(0, at) + "SNAPSTONE_FAULT=" + without.substr(at) + ":1+:skip");
+    EXPECT_NE(child.status, 0) << "nothing notices the lack of " << without;
+  }
+}
+
 // A fault takes the device with it, for the rest of the process.
 TEST_F(DeviceFault, DISABLED_lost_device) {
   ring_->register_with(cuda::Device::of(0));

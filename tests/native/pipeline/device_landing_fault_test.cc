@@ -70,14 +70,16 @@ TEST_P(DeviceLoadSteps, none_can_be_left_out_unnoticed) {
     const ArmedFaults counted("");
     for (std::uint64_t seed = 0; seed < 5; ++seed) ASSERT_EQ(wrongs(testing::seed() + seed), "");
     for (const std::string& name : fault::seen_names()) {
-      if (name.starts_with("wait/") || name.starts_with("record/")) steps.insert(name);
+      if (name.find("/load/") != std::string::npos) steps.insert(name);
     }
   }
-  std::set<std::string> expected = {"record/load/mark", "wait/load/targets", "record/load/placed",
-                                    "record/load/drained"};
+  std::set<std::string> expected = {"record/load/mark",    "wait/load/targets", "record/load/placed",
+                                    "record/load/drained", "poll/load/placed",  "poll/load/drained",
+                                    "keep/load/slots"};
   if (GetParam().kernels) {
-    expected.merge(std::set<std::string>{"record/load/copied", "record/load/verified", "wait/load/scratch",
-                                         "record/load/landed", "wait/load/fence"});
+    expected.merge(std::set<std::string>{"record/load/copied", "record/load/verified", "poll/load/copied",
+                                         "poll/load/verified", "wait/load/scratch", "record/load/landed",
+                                         "wait/load/fence"});
   }
   EXPECT_EQ(steps, expected);
   // In processes of their own: the host may touch what it must not, and die of that.
@@ -146,6 +148,25 @@ TEST_P(DeviceLoadSteps, no_failing_call_of_the_driver_does_harm) {
       }
     }
   }
+}
+
+class DeviceLoadFaults : public DeviceLoadTest {};
+
+TEST_F(DeviceLoadFaults, whether_targets_are_free_is_no_error_on_a_device_that_fails) {
+  use_ring(16, true);
+  const Tensors tensors = some_tensors();
+  const Saved saved = save(tensors, "a");
+  const std::vector<DeviceBytes> targets = targets_like(tensors);
+  SNAPSTONE_FAKE(fakecuda_enqueue_delay)(0, caller(0), 100'000);
+  const auto job = load_job(plan_to(saved, targets), "a", options());
+  job->mark(0, caller(0));
+  run(job);
+  {
+    const ArmedFaults faults("cuEventQuery:1+:errno=719");
+    EXPECT_FALSE(job->settled());
+  }
+  SNAPSTONE_FAKE(fakecuda_drain)();
+  EXPECT_TRUE(job->settled());
 }
 
 class DeviceLoadLost : public DeviceLoadTest {};

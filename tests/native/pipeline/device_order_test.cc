@@ -95,7 +95,8 @@ TEST_F(DeviceOrder, DISABLED_scenario) { scenario(1, 8); }
 
 constexpr const char* kSteps[] = {"wait/save/producer",  "wait/save/fence",     "record/save/mark",
                                   "record/save/batch",   "record/save/sources", "record/save/digests",
-                                  "record/save/drained", "keep/save/buffers"};
+                                  "record/save/drained", "poll/save/batch",     "poll/save/sources",
+                                  "poll/save/digests",   "poll/save/drained",   "keep/save/buffers"};
 
 TEST_F(DeviceOrder, no_step_can_be_left_out) {
   if (cuda::Kernels::of(cuda::Device::of(0)) == nullptr) GTEST_SKIP() << "no kernels";

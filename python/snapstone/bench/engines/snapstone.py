@@ -29,6 +29,10 @@ class Snapstone(Engine):
     syncs = True
     more: ClassVar[Mapping[str, Any]] = {}
 
+    @property
+    def fence(self) -> Any:
+        return self.setting.optimizer
+
     def save(self, state: Mapping[str, Any], directory: Path, step: int) -> Pending | None:
         from ... import async_save
 
@@ -36,12 +40,19 @@ class Snapstone(Engine):
             state,
             checkpoint_id=directory,
             step=step,
-            fence=self.setting.optimizer,
+            fence=self.fence,
             process_group=self.setting.group,
-            host_memory_budget=self.setting.nbytes_of_rank + (64 << 20),
+            host_memory_budget=self.budget(state),
             **self.more,
         )
-        return future_pending(handle.staging_completion, handle.upload_completion)
+        # On a device streams wait for the copies, as the fence has told them to; the training thread waits for nothing.
+        staged = handle.staging_completion if self.setting.device == "cpu" else None
+        return future_pending(staged, handle.upload_completion)
+
+    def budget(self, state: Mapping[str, Any]) -> int:
+        """On a device, a MiB for the last chunk of every tensor besides, which takes a whole slot."""
+        slots = len(state) if self.setting.device == "cuda" else 0
+        return self.setting.nbytes_of_rank + ((64 + slots) << 20)
 
     def load(self, state: dict[str, Any], directory: Path) -> None:
         from ... import load
