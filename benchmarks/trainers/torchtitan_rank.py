@@ -42,7 +42,8 @@ def measure(trainer: Any) -> None:
         manager.close()
     trainer.checkpointer = disabled
     if dist.get_rank() == 0:
-        nbytes = sum(one.nbytes for one in trainer.model_parts[0].state_dict().values())
+        # Of parameters: state_dict() gathers fused ones, on all ranks together.
+        nbytes = sum(one.numel() * one.element_size() for one in trainer.model_parts[0].parameters())
         Path(job["result"]).write_text(json.dumps({"rounds": rounds, "model_nbytes": nbytes}))
     trainer.config.training.steps = trainer.step
 

@@ -65,7 +65,7 @@ def main() -> int:
         with Job(folder, *arguments, engine=None, ranks=options.ranks, env=env) as ranks:
             statuses = ranks.wait(options.limit)
             if any(statuses):
-                print(ranks.log(), file=sys.stderr)
+                print(f"{ranks.log()}\nranks ended with {statuses}", file=sys.stderr)
                 return 1
         measured = json.loads(result.read_text())
         found = document(
