@@ -30,6 +30,10 @@ class Devices:
         """Work for a stream (default: the current one) that takes this long, as training does."""
         raise NotImplementedError
 
+    def held(self) -> AbstractContextManager[None]:
+        """While it is entered, the current stream of `cuda` does nothing; a device does for a second."""
+        raise NotImplementedError
+
     def capturing(self, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
         """While it is entered, a CUDA graph is captured from the stream, which is the current one."""
         raise NotImplementedError
@@ -53,6 +57,15 @@ class FakeDevices(Devices):
     def delay(self, seconds: float, stream: torch.cuda.Stream | None = None) -> None:
         stream = stream or torch.cuda.current_stream(self.cuda)
         self.fake.enqueue_delay(seconds, stream=stream.cuda_stream or None, device=stream.device.index)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        stream = torch.cuda.current_stream(self.cuda)
+        self.fake.enqueue_hold(stream=stream.cuda_stream or None, device=stream.device.index)
+        try:
+            yield
+        finally:
+            self.fake.let_go()
 
     @contextmanager
     def capturing(self, stream: torch.cuda.Stream) -> Iterator[None]:
@@ -83,6 +96,11 @@ class RealDevices(Devices):
     def delay(self, seconds: float, stream: torch.cuda.Stream | None = None) -> None:
         with torch.cuda.stream(stream):
             torch.cuda._sleep(int(seconds * self._CYCLES_PER_SECOND))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self.delay(1)
+        yield
 
     @contextmanager
     def capturing(self, stream: torch.cuda.Stream) -> Iterator[None]:

@@ -117,6 +117,8 @@ class FakeDriver:
             ("enqueue_fill", number, [number, handle, size, number, size]),
             ("enqueue_copy", number, [number, handle, *[size] * 6]),
             ("enqueue_delay", number, [number, handle, size]),
+            ("enqueue_hold", number, [number, handle]),
+            ("let_go", None, []),
             ("host_access", number, [handle, size, number]),
             ("capture", number, [number, handle, number]),
             ("drain", None, []),
@@ -172,6 +174,13 @@ class FakeDriver:
     def enqueue_delay(self, seconds: float, *, stream: int | None = None, device: int = 0) -> None:
         """Work of the training that takes this long and touches nothing."""
         self._done(self.library.fakecuda_enqueue_delay(device, stream, round(seconds * 1e6)))
+
+    def enqueue_hold(self, *, stream: int | None = None, device: int = 0) -> None:
+        """Work that does not end before `let_go` or a drain."""
+        self._done(self.library.fakecuda_enqueue_hold(device, stream))
+
+    def let_go(self) -> None:
+        self.library.fakecuda_let_go()
 
     def host_access(self, address: int, nbytes: int, *, write: bool) -> bool:
         """Whether the host may touch these bytes of its own now; where it may not, that is a violation."""

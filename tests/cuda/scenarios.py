@@ -10,7 +10,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -134,8 +134,8 @@ def save_what_changed(device: Devices, path: Path) -> None:
 
 def save_after_one_that_was_given_up(device: Devices, path: Path) -> None:
     state, _ = _tensors(device, 20)
-    device.delay(0.01)
-    state["large"].add_(1)
+    device.delay(0.3)
+    state["large"].fill_(1)
     handle = ss.async_save(state, checkpoint_id=path, host_memory_budget=BUDGET)
     handle.cancel()
     handle.upload_completion.exception()
@@ -146,13 +146,13 @@ def save_after_one_that_was_given_up(device: Devices, path: Path) -> None:
 def save_from_a_device_that_fails(device: Devices, path: Path) -> None:
     for rules in ("", "cuEventQuery:1+:errno=719", "cuEventRecord:4+:errno=719"):
         state, _ = _tensors(device, 8)
-        device.delay(0.4 if rules else 0)
-        state["large"].fill_(3)
-        with calls_fail(rules), suppress(ss.CudaError):
-            ss.save(state, checkpoint_id=path, host_memory_budget=BUDGET)
-        shutil.rmtree(path, ignore_errors=True)
-        state.clear()
-        _save_small({"a": numbers(20 * CHUNK_BYTES, 5)}, path)
+        with device.held() if rules else nullcontext():
+            state["large"].fill_(3)
+            with calls_fail(rules), suppress(ss.CudaError):
+                ss.save(state, checkpoint_id=path, host_memory_budget=BUDGET)
+            shutil.rmtree(path, ignore_errors=True)
+            state.clear()
+            _save_small({"a": numbers(20 * CHUNK_BYTES, 5)}, path)
         shutil.rmtree(path)
         gc.collect()
 
@@ -161,7 +161,7 @@ def save_behind_a_fence_that_fails(device: Devices, path: Path) -> None:
     for nth in range(1, 5):
         optimizer = adamw(device.cuda, count=1, nbytes=32 * KIB)
         state = state_of(optimizer, torch.arange(100.0).to(device.cuda))
-        device.delay(0.003)
+        device.delay(0.2)
         with calls_fail(f"cuStreamWaitEvent:{nth}:errno=999"):
             handle = ss.async_save(state, checkpoint_id=path / str(nth), fence=optimizer, host_memory_budget=BUDGET)
             optimizer.step()
@@ -210,8 +210,8 @@ def load_without_digests_of_the_device(device: Devices, path: Path) -> None:
 
 
 def load_after_one_that_failed(device: Devices, path: Path) -> None:
-    """After much of it was written, by another stream than the one that the memory is of."""
-    host = {"large": numbers(240 * CHUNK_BYTES, 3)}
+    """After some of it was written, by another stream than the one that the memory is of."""
+    host = {"large": numbers(100 * CHUNK_BYTES, 3)}
     wrong = path.with_name(path.name + "-wrong")
     for where in (path, wrong):
         ss.save(host, checkpoint_id=where, host_memory_budget=LEAST)
@@ -224,7 +224,7 @@ def load_after_one_that_failed(device: Devices, path: Path) -> None:
         with torch.cuda.stream(theirs):
             target = torch.empty(len(host["large"]), dtype=torch.uint8, device=device.cuda)
         torch.cuda.current_stream(device.cuda).wait_stream(theirs)
-        device.delay(0.3)
+        device.delay(0.05)
         with _environment("SNAPSTONE_DIGEST", digests), pytest.raises(ss.CorruptCheckpointError):
             ss.load({"large": target}, checkpoint_id=wrong)
         del target
@@ -233,6 +233,32 @@ def load_after_one_that_failed(device: Devices, path: Path) -> None:
         ss.load({"large": target}, checkpoint_id=path)
         assert torch.equal(device.on_host(target), host["large"])
     shutil.rmtree(wrong)
+
+
+def load_that_is_interrupted(device: Devices, path: Path) -> None:
+    """While targets are still to be written, by another stream than the one that their memory is of."""
+    host = {"large": numbers(30 * CHUNK_BYTES, 3)}
+    ss.save(host, checkpoint_id=path, host_memory_budget=LEAST)
+    theirs = torch.cuda.Stream(device.cuda)
+
+    def interrupt(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    for digests in ("auto", "host"):
+        with torch.cuda.stream(theirs):
+            target = torch.empty(len(host["large"]), dtype=torch.uint8, device=device.cuda)
+        torch.cuda.current_stream(device.cuda).wait_stream(theirs)
+        # Where the host computes digests, the end of the load waits for what its memory goes to.
+        with (
+            device.held() if digests == "auto" else nullcontext(device.delay(0.5)),
+            _environment("SNAPSTONE_DIGEST", digests),
+        ):
+            with suppress(KeyboardInterrupt):
+                ss.load({"large": target}, checkpoint_id=path, progress=interrupt)
+            del target
+            gc.collect()
+        torch.cuda.synchronize()
 
 
 def load_to_a_device_that_fails(device: Devices, path: Path) -> None:
@@ -256,10 +282,9 @@ def load_straight_to_a_device_that_fails(device: Devices, path: Path) -> None:
     ss.save(host, checkpoint_id=path, host_memory_budget=LEAST)
     other = path.with_name(path.name + "-other")
     ss.save({"large": torch.full_like(host["large"], 0x55)}, checkpoint_id=other, host_memory_budget=LEAST)
-    for nth in (2, 3):
+    for nth in (2, 2):
         target = torch.full_like(host["large"], 0xAA, device=device.cuda)
-        device.delay(0.6)
-        with _environment("SNAPSTONE_DIGEST", "host"):
+        with device.held(), _environment("SNAPSTONE_DIGEST", "host"):
             with calls_fail(f"cuEventRecord:{nth}+:errno=719"), suppress(ss.CudaError):
                 ss.load({"large": target}, checkpoint_id=path)
             ss.load({"large": torch.empty_like(host["large"])}, checkpoint_id=other)
@@ -278,6 +303,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     save_after_one_that_was_given_up,
     load_without_digests_of_the_device,
     load_after_one_that_failed,
+    load_that_is_interrupted,
     load_what_is_coded,
     load_between,
 )

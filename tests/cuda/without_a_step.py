@@ -65,7 +65,7 @@ def _try_step(step: str, report: Path) -> NoReturn:
     fake_torch.install()
     with pytest.MonkeyPatch.context() as monkeypatch:
         fake_torch.patch(monkeypatch)
-        monkeypatch.setattr(reader, "PIPELINE_SLOTS", 4)  # fewer than there are requests
+        monkeypatch.setattr(reader, "PIPELINE_SLOTS", 8)  # fewer than there are requests
         devices = FakeDevices(fake)
         first = int(os.environ.get("FAKECUDA_SEED", "0"))
         found = next(

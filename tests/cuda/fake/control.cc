@@ -164,6 +164,24 @@ FAKECUDA_CONTROL int fakecuda_enqueue_delay(int device, void* handle, std::uint6
   return 0;
 }
 
+FAKECUDA_CONTROL int fakecuda_enqueue_hold(int device, void* handle) {
+  World& world = World::get();
+  const World::Lock lock(world.mutex);
+  Stream* const stream = world.find_stream(handle, device);
+  if (stream == nullptr) return -1;
+  auto work = std::make_unique<Work>();
+  work->what = "a hold";
+  work->held = true;
+  world.enqueue(*stream, std::move(work));
+  return 0;
+}
+
+FAKECUDA_CONTROL void fakecuda_let_go() {
+  World& world = World::get();
+  const World::Lock lock(world.mutex);
+  world.let_go();
+}
+
 FAKECUDA_CONTROL int fakecuda_enqueue_copy(int device, void* handle, std::uint64_t target, std::uint64_t source,
                                            std::uint64_t width, std::uint64_t rows, std::uint64_t target_pitch,
                                            std::uint64_t source_pitch) {

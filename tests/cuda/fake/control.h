@@ -27,6 +27,9 @@ void* fakecuda_stream(int device);
 int fakecuda_enqueue_write(int device, void* stream, std::uint64_t address, const void* source, std::uint64_t nbytes);
 int fakecuda_enqueue_fill(int device, void* stream, std::uint64_t address, int byte, std::uint64_t nbytes);
 int fakecuda_enqueue_delay(int device, void* stream, std::uint64_t microseconds);
+// And nothing until fakecuda_let_go(), which drains do, too.
+int fakecuda_enqueue_hold(int device, void* stream);
+void fakecuda_let_go();
 // `rows` rows of `width` bytes from device memory to device memory of the same device, `pitch` bytes apart.
 int fakecuda_enqueue_copy(int device, void* stream, std::uint64_t target, std::uint64_t source, std::uint64_t width,
                           std::uint64_t rows, std::uint64_t target_pitch, std::uint64_t source_pitch);

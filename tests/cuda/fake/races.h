@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -27,15 +28,26 @@ class Races {
   std::string add(const Access& access, const Clock& clock, std::size_t stream, std::uint64_t sequence,
                   const std::string& what);
   // What the host, which has seen `seen`, would race with by this access.
-  std::string against_host(const Access& access, const Clock& seen) const;
+  std::string against_host(const Access& access, const Clock& seen);
   // Forgets all of these bytes: they are another allocation's from now on.
   void forget(std::uint64_t begin, std::uint64_t end);
-  void clear() { buckets_.clear(); }
+  void clear() {
+    buckets_.clear();
+    pages_.clear();
+  }
 
  private:
   static constexpr unsigned kBucketShift = 23;
+  static constexpr unsigned kPageShift = 12;
 
+  static bool small(const Access& access);
+  template <class Each>
+  void each_list(std::uint64_t begin, std::uint64_t end, Each&& each);
+
+  // An access is in the list of every place that it reaches into: of pages if it is no longer than one, which there may
+  // be very many of, else of buckets.
   std::unordered_map<std::uint64_t, std::vector<Past>> buckets_;
+  std::map<std::uint64_t, std::vector<Past>> pages_;
 };
 
 }  // namespace fakecuda

@@ -126,7 +126,15 @@ void World::wait_for(Lock& lock, const Place& place) {
   changed.wait(lock, [&] { return reached(place); });
 }
 
+void World::let_go() {
+  for (const auto& stream : streams_) {
+    for (const auto& work : stream->queue) work->held = false;
+  }
+  changed.notify_all();
+}
+
 void World::drain(Lock& lock) {
+  let_go();
   for (std::size_t i = 0; i < streams_.size(); ++i) {
     Stream& stream = *streams_[i];
     wait_for(lock, {&stream, stream.enqueued});
@@ -191,7 +199,7 @@ int World::injected(const std::string& call) {
 // The worker -------------------------------------------------------------------------------------------------------
 
 bool World::runnable(const Stream& stream) const {
-  return !stream.queue.empty() && lost(stream.device) == 0 &&
+  return !stream.queue.empty() && lost(stream.device) == 0 && !stream.queue.front()->held &&
          (!stream.queue.front()->after || reached(*stream.queue.front()->after));
 }
 

@@ -51,6 +51,7 @@ struct Work {
   int link = -1;  // 2 * device + direction
   std::uint64_t link_bytes = 0;
   std::chrono::nanoseconds duration{0};
+  bool held = false;  // does not end before it is let go
   // Filled by World:
   std::uint64_t sequence = 0;
   std::uint64_t order = 0;  // among all work
@@ -107,7 +108,8 @@ class World {
     return place.stream == nullptr || place.stream->completed >= place.sequence || lost(place.stream->device) != 0;
   }
   void demand(const Place& place);
-  void drain(Lock& lock);  // all streams of all devices
+  void drain(Lock& lock);  // all streams of all devices; lets go of what is held
+  void let_go();
   // Work that has not ended and conflicts with this access; empty: none.
   std::string pending(const Access& access) const;
   bool pending_in_host(const Access& access) const;  // the same among registered host memory alone
