@@ -69,9 +69,10 @@ def test_no_step_is_without_a_name() -> None:
     table = {"csrc/cuda/driver.h", "csrc/cuda/driver.cc", "csrc/cuda/driver_types.h"}
     users = {path for path, text in sources() if ordering.search(text)} - table
     assert users == {"csrc/cuda/stream.cc", "csrc/cuda/device_buffer.cc"}
-    # What torch copies for ranks that read for each other, and for dcp.Stager, is not the engine's.
+    # What torch copies for ranks that read for each other, for dcp.Stager, and without a driver is not the engine's.
     assert {path for path, text in sources() if synchronizing.search(text)} == {
         "python/snapstone/dcp/snapshot.py",
+        "python/snapstone/devices.py",
         "python/snapstone/fabric.py",
     }
 
