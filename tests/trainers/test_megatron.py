@@ -22,9 +22,9 @@ from trainers.megatron_cpu import Training, use_megatron
 from trainers.packages import MEGATRON_VERSIONS, ROOT, unpacked
 
 NEWEST = MEGATRON_VERSIONS[-1]
-SECONDS = 110.0
+SECONDS = 240.0
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 def _directory(root: str, iteration: int, rank: int) -> str:
@@ -214,8 +214,8 @@ def _whole(path: str) -> dict[str, bytes]:
 
 def _four_ranks(rank: int, version: str, root: str) -> None:
     use_megatron(version)
-    _relay(rank, root, 1, [(2, 1), (1, 1), (2, 2), (4, 1), (1, 2), (2, 1)])
-    _relay(rank, root, 11, [(1, 1, 2), (1, 1, 4), (1, 2, 2), (1, 1, 2)], experts=4)
+    _relay(rank, root, 1, [(2, 1), (1, 2), (4, 1), (2, 1)])
+    _relay(rank, root, 11, [(1, 1, 4), (1, 2, 2)], experts=4)
 
 
 def test_tensor_pipeline_and_expert_parallel_sizes_can_change_at_each_load(tmp_path: Path) -> None:

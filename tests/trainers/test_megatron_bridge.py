@@ -31,7 +31,7 @@ CUT = {
     "is_empty_async_queue",
 }
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 
 def _bridge() -> types.ModuleType:
@@ -139,7 +139,7 @@ class State:
 
 
 def test_bridge_saves_and_loads_through_the_manager_that_its_factory_makes(tmp_path: Path) -> None:
-    values(run_ranks(2, _manage, str(tmp_path), timeout=100))
+    values(run_ranks(2, _manage, str(tmp_path), timeout=240))
 
 
 def test_another_bridge_is_refused_by_name(tmp_path: Path) -> None:
