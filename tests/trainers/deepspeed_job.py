@@ -20,6 +20,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.comm import torch as comm_torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from snapstone import _native
@@ -175,8 +176,8 @@ def policies(engine: Any, stage: int, directory: Path) -> dict[str, Any]:
     _native.fault_disarm()
     found["latest"] = Path(where, "latest").read_text()
 
-    engine.save_16bit_model(where, "whole.bin") if stage == 1 else None
-    if stage == 1:
+    if stage == 1:  # for stage 3 DeepSpeed would have to be told to gather
+        engine.save_16bit_model(where, "whole.bin")
         found["whole"] = not is_stub(Path(where, "whole.bin")) and len(torch.load(Path(where, "whole.bin")))
     found["twice"] = raised(lambda: attach(engine), ValueError)
 
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    comm_torch.build_shm_op = lambda: None  # an extra that DeepSpeed compiles, for half a minute, at its first use
     deepspeed.init_distributed(dist_backend="gloo")
     if options.what == "killed":
         killed(options.stage, options.dir)

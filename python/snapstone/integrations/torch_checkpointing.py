@@ -288,9 +288,9 @@ def export(directory: str | os.PathLike[str], into: str | os.PathLike[str]) -> N
         if storage.isdir(source):
             export(source, target)
         else:
-            with storage.stream_read(source, base_storage.ReadArgs(pre_read_full_file=False)) as stream:
-                with open(target, "xb") as file:
-                    shutil.copyfileobj(stream, file, _SEGMENT_BYTES)
+            unread = base_storage.ReadArgs(pre_read_full_file=False)
+            with storage.stream_read(source, unread) as stream, open(target, "xb") as file:
+                shutil.copyfileobj(stream, file, _SEGMENT_BYTES)
 
 
 def _parent(path: str | os.PathLike[str]) -> str:
