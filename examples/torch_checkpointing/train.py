@@ -47,9 +47,7 @@ def main() -> None:
         print(f"step {step} loss {loss.item():.6f}")
         if step % 10 == 0:
             job = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rng": capture_rng()}
-            future = manager.save(
-                f"{options.dir}/step-{step:06d}", {"job": {**trained, "step": step, "rng": capture_rng()}}
-            )
+            future = manager.save(f"{options.dir}/step-{step:06d}", {"job": job})
     if future is not None:
         future.result()
     manager.close()

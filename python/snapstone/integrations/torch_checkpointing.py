@@ -257,15 +257,16 @@ class _ReadStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fills the buffer as far as the file reaches."""
-        view = memoryview(buffer).cast("B")
-        wanted = max(0, min(len(view), self.size - self._at))
-        done = 0
-        while done < wanted:
-            index, start = divmod(self._at + done, self._segment_bytes)
-            stop = min(self._segment_bytes, start + wanted - done)
-            piece = self._opened.get_slice(f"bytes.{index:08d}")[start:stop]
-            view[done : done + len(piece)] = memoryview(piece.numpy())
-            done += len(piece)
+        # Released whatever happens: the caller closes the mapping under it, which it cannot while a traceback holds it.
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            wanted = max(0, min(len(view), self.size - self._at))
+            done = 0
+            while done < wanted:
+                index, start = divmod(self._at + done, self._segment_bytes)
+                stop = min(self._segment_bytes, start + wanted - done)
+                piece = self._opened.get_slice(f"bytes.{index:08d}")[start:stop]
+                view[done : done + len(piece)] = memoryview(piece.numpy())
+                done += len(piece)
         self._at += done
         return done
 
