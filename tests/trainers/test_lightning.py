@@ -25,8 +25,8 @@ from snapstone.integrations import lightning as integration
 from snapstone.integrations import versions
 from snapstone.integrations.lightning import CheckpointIO
 from snapstone.integrations.lightning_base.hooks import Hooks
-from snapstone.integrations.lightning_base.packing import pack, unpack
 from snapstone.integrations.lightning_base.saves import Saves
+from snapstone.integrations.packing import pack, unpack
 from trainers.lightning_job import Batches, Module, digest
 
 

@@ -2,7 +2,6 @@
 
 | module | holds |
 |---|---|
-| `packing` | a checkpoint dictionary as one text and named tensors, and back |
 | `saves` | the saves of one trainer: what is in flight, what waits for it, errors |
 | `directory` | a checkpoint directory as the dictionary that Lightning expects of a file |
 | `checkpoint_io` | `CheckpointIO` without its base class |

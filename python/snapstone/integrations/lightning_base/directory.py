@@ -20,7 +20,7 @@ import snapstone as ss
 
 from ...errors import IncompatibleCheckpointError
 from ...run_directory import is_checkpoint
-from .packing import pack, unpack
+from ..packing import pack, unpack
 
 __all__ = ["STATE_DICT", "export", "is_directory", "optimizer_key", "packed_state", "read", "rest_of", "unpacked_rest"]
 

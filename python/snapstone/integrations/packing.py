@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ... import values
-from ...errors import CorruptCheckpointError, IncompatibleCheckpointError
+from .. import values
+from ..errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 __all__ = ["Packed", "pack", "unpack"]
 
