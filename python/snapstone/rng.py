@@ -31,7 +31,8 @@ def capture_rng(*, rank: int | None = None, world_size: int | None = None) -> di
         rank, world_size: whose they are (default: those of torch.distributed, or the only one of one).
 
     Returns:
-        {"rank-R-of-W": generators}, of tensors (uint8, int64) and numbers: saved without pickle, by any engine.
+        A dict of one entry, named rank-R-of-W, that holds tensors (uint8, int64) and numbers. Any engine saves it, and
+        none needs pickle for it.
     """
     return {_key(*_place(rank, world_size)): _generators()}
 
