@@ -44,7 +44,7 @@ _FILE = "torch_checkpointing"
 
 
 @dataclass
-class StorageConfig(base_storage.StorageConfig):  # type: ignore[misc]
+class StorageConfig(base_storage.StorageConfig):
     """For `storage_config=` of savers, loaders and `CheckpointManagerConfig`. Pickles, so that saver processes get it.
 
     Args:
@@ -64,7 +64,7 @@ class StorageConfig(base_storage.StorageConfig):  # type: ignore[misc]
         return Storage(self)
 
 
-class Storage(LocalFileSystemStorage):  # type: ignore[misc]
+class Storage(LocalFileSystemStorage):
     """Files that are complete and durable once they are written, and verified when they are read.
 
     Reading raises CorruptCheckpointError for a wrong byte, named by file and chunk, IncompleteCheckpointError for what
@@ -81,7 +81,7 @@ class Storage(LocalFileSystemStorage):  # type: ignore[misc]
 
     def write(self, path: Path, data: Any) -> None:
         with self.stream_write(path) as stream:
-            stream.write(data)  # type: ignore[attr-defined]
+            stream.write(data)
 
     def stream_read(self, path: Path, read_args: base_storage.ReadArgs | None = None) -> io.RawIOBase:
         if not is_checkpoint(os.fspath(path)):
@@ -265,7 +265,7 @@ class _ReadStream(io.RawIOBase):
                 index, start = divmod(self._at + done, self._segment_bytes)
                 stop = min(self._segment_bytes, start + wanted - done)
                 piece = self._opened.get_slice(f"bytes.{index:08d}")[start:stop]
-                view[done : done + len(piece)] = memoryview(piece.numpy())
+                view[done : done + len(piece)] = piece.numpy().data
                 done += len(piece)
         self._at += done
         return done
