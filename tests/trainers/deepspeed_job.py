@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import random
 from collections.abc import Callable
@@ -20,7 +21,6 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.comm import torch as comm_torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from snapstone import _native
@@ -52,7 +52,7 @@ def make(stage: int) -> Any:
         torch.nn.Linear(16, 33),
         torch.nn.Dropout(0.5),
         torch.nn.ReLU(),
-        torch.nn.BatchNorm1d(33),
+        torch.nn.LayerNorm(33),
         torch.nn.Linear(33, 16),
     )
     config = {
@@ -204,7 +204,8 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    comm_torch.build_shm_op = lambda: None  # an extra that DeepSpeed compiles, for half a minute, at its first use
+    # An extra that DeepSpeed compiles, for half a minute, at its first use.
+    vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
     deepspeed.init_distributed(dist_backend="gloo")
     if options.what == "killed":
         killed(options.stage, options.dir)

@@ -77,11 +77,14 @@ def test_a_manager_saves_and_loads_and_every_file_is_a_verified_checkpoint(tmp_p
     assert all(ss.verify(Path(path, file)) for file in files)
     assert not (tmp_path / "tmp_one").exists()
     export(path, tmp_path / "plain")
-    assert same(manager_of(LocalFileSystemStorageConfig(), **ITEMS).load(str(tmp_path / "plain"), state()), state())
+    assert same(
+        manager_of(LocalFileSystemStorageConfig(use_direct_io=False), **ITEMS).load(str(tmp_path / "plain"), state()),
+        state(),
+    )
 
 
 def test_a_stock_checkpoint_from_before_the_switch_loads(tmp_path: Path) -> None:
-    manager_of(LocalFileSystemStorageConfig(), **ITEMS).save(str(tmp_path / "stock"), state())
+    manager_of(LocalFileSystemStorageConfig(use_direct_io=False), **ITEMS).save(str(tmp_path / "stock"), state())
     manager = manager_of(StorageConfig(), **ITEMS)
     assert same(manager.load(str(tmp_path / "stock"), dict.fromkeys(state())), state())
 
