@@ -77,7 +77,6 @@ class FakeDevices(Devices):
             finally:
                 self.fake.capture(False, stream=handle, device=ordinal)
 
-
     def graph(self, step: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
         """The fake replays nothing: the step enqueues its work again."""
         with self.capturing(stream):

@@ -125,9 +125,7 @@ def test_states_of_two_trainers_share_a_link(device: Devices, tmp_path: Path) ->
     first, first_host = model(device.cuda, seed=1)
     second, second_host = model(device.other, seed=2)
     ss.save(first, checkpoint_id=tmp_path / "base")
-    handles = [
-        ss.async_save(state, checkpoint_id=tmp_path / name) for name, state in (("a", first), ("b", second))
-    ]
+    handles = [ss.async_save(state, checkpoint_id=tmp_path / name) for name, state in (("a", first), ("b", second))]
     scribble(first)
     scribble(second)
     target = {name: torch.empty_like(tensor) for name, tensor in first.items() if tensor.is_cuda}

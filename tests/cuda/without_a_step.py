@@ -1,6 +1,6 @@
-"""Leaves out one step of the engine after the other: `python -m cuda.without_a_step KIND/NAME...` on the fake driver. Of
-each it prints what went wrong for the lack of it, or nothing; in a process of its own, which may die of what the host
-touches then.
+"""Leaves out one step of the engine after the other: `python -m cuda.without_a_step KIND/NAME...` on the fake driver.
+Of each it prints what went wrong for the lack of it, or nothing; in a process of its own, which may die of what the
+host touches then.
 """
 
 from __future__ import annotations
