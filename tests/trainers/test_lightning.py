@@ -80,6 +80,17 @@ class Descent(Module):
         self.log("tested", 1.0)
 
 
+def test_a_link_to_an_earlier_save_does_not_come_in_place_of_one_to_a_later(tmp_path: Path) -> None:
+    saves = Saves()
+    _native.fault_arm("renameat2:1:delay=700")  # the earlier save is committed after the later one
+    for name in ("earlier", "later"):
+        saves.save({"a": torch.zeros(10)}, tmp_path / name, step=1, no_dist=True, lead=True)
+        saves.link(tmp_path / name, tmp_path / "last")
+    saves.wait()
+    assert (tmp_path / "earlier").is_dir()
+    assert os.readlink(tmp_path / "last") == "later"
+
+
 CASES: dict[str, dict[str, Any]] = {
     "newest": {"save_top_k": 1},
     "best-2": {"save_top_k": 2, "monitor": "score"},

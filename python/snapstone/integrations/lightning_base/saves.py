@@ -45,6 +45,10 @@ class _Deferred:
     after: int
     path: str
     target: str | None = None
+    number: int = 0  # of a link, in the order of the calls
+
+    def is_older_link(self, other: _Deferred) -> bool:
+        return self.target is not None and self.path == other.path and self.number < other.number
 
 
 @dataclass(slots=True)
@@ -71,6 +75,7 @@ class Saves:
         self.foreground = False  # the trainer is not running, so that nobody would wait for a save
         self._lock = threading.Lock()
         self._count = 0  # saves begun
+        self._links = 0
         self._running: dict[int, _Running] = {}
         self._failed: set[int] = set()
         self._deferred: list[_Deferred] = []
@@ -131,7 +136,8 @@ class Saves:
         with self._lock:
             after = max((number for number, one in self._writing() if one.path == wanted), default=0)
             if after or os.path.lexists(wanted):
-                self._deferred.append(_Deferred(after, _absolute(path), wanted))
+                self._links += 1
+                self._deferred.append(_Deferred(after, _absolute(path), wanted, self._links))
         self._run_deferred()
 
     def exists(self, path: str | os.PathLike[str], on_disk: bool) -> bool:
@@ -204,6 +210,10 @@ class Saves:
             written = {one.path for _, one in self._writing()}
             ready = [one for one in self._deferred if self._is_durable(one.after) and one.path not in written]
             self._deferred = [one for one in self._deferred if one not in ready]
+            # Saves end in any order: a link to an earlier one must not take the place of one to a later.
+            links = [one for one in ready if one.target is not None]
+            ready = [one for one in ready if not any(one.is_older_link(link) for link in links)]
+            self._deferred = [one for one in self._deferred if not any(one.is_older_link(link) for link in links)]
             ready.sort(key=lambda one: one.target is None)  # links before removals
             trash = [_hide(one.path) if one.target is None else _link(one.target, one.path) for one in ready]
         for hidden in trash:
