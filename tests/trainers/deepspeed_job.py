@@ -210,7 +210,7 @@ def main() -> None:
     if options.what == "killed":
         killed(options.stage, options.dir)
         return
-    found = {stage: resumed(stage, options.dir) for stage in (1, 3)}
+    found = {stage: resumed(stage, options.dir) for stage in ((options.stage,) if options.stage else (1, 3))}
     (options.dir / f"result-{dist.get_rank()}.json").write_text(json.dumps(found))
 
 

@@ -79,9 +79,10 @@ class Files:
         return self._opened.world_size
 
     def names(self) -> Iterator[str]:
-        for rank in range(self.world_size):
-            head = f"{_TEXTS}."
-            yield from (key.removeprefix(head) for key in self._opened.objects(rank) if key.startswith(head))
+        """Each once, whichever rank saved it."""
+        head = f"{_TEXTS}."
+        keys = dict.fromkeys(key for rank in range(self.world_size) for key in self._opened.objects(rank))
+        return (key.removeprefix(head) for key in keys if key.startswith(head))
 
     def load(
         self, name: str, *, rank: int = 0, weights_only: bool = True, device: str | torch.device = "cpu"
