@@ -1,5 +1,6 @@
 // Modules are PTX text; kernels run as C++ (kernel_table.h).
 #include <cstring>
+#include <deque>
 #include <stdexcept>
 
 #include "call.h"
@@ -114,7 +115,8 @@ FAKECUDA_API Result cuModuleLoadData(ModuleHandle* handle, const void* image) {
     if (version == 0 || target == 0) return Result::kInvalidPtx;
     if (version > ptx_version_max(world.options.version)) return Result::kUnsupportedPtxVersion;
     if (target > world.options.compute_capability) return kNoBinaryForGpu;
-    *handle = reinterpret_cast<ModuleHandle>(new Module{text});  // for good, like the engine's
+    static auto& modules = *new std::deque<Module>;  // for good, like the engine's
+    *handle = reinterpret_cast<ModuleHandle>(&modules.emplace_back(Module{text}));
     return Result::kSuccess;
   });
 }
@@ -125,7 +127,8 @@ FAKECUDA_API Result cuModuleGetFunction(FunctionHandle* handle, ModuleHandle mod
     if (text.find(".entry " + std::string(name) + "(") == std::string::npos) return Result::kNotFound;
     for (const ReferenceKernel& kernel : reference_kernels()) {
       if (std::strcmp(kernel.name, name) != 0) continue;
-      *handle = reinterpret_cast<FunctionHandle>(new LoadedFunction{&kernel});
+      static auto& functions = *new std::deque<LoadedFunction>;
+      *handle = reinterpret_cast<FunctionHandle>(&functions.emplace_back(LoadedFunction{&kernel}));
       return Result::kSuccess;
     }
     return Result::kNotFound;
