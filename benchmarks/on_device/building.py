@@ -15,6 +15,8 @@ from pathlib import Path
 __all__ = ["assemble", "commands", "extension_name", "tool"]
 
 ROOT = Path(__file__).resolve().parents[2]
+# An editable installation puts a finder of its own before PYTHONPATH.
+SITE_CUSTOMIZE = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'Redirecting' not in type(f).__name__]\n"
 
 
 def tool(name: str) -> str | None:
@@ -44,9 +46,10 @@ def commands(build: Path, *, without: Sequence[str] = ()) -> list[list[str]]:
 
 
 def assemble(build: Path) -> Path:
-    """The package with the extension that was built, in a directory for PYTHONPATH."""
+    """The package with the extension that was built, in a directory for PYTHONPATH, found before an installed one."""
     package = build / "python" / "snapstone"
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "python" / "snapstone", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(build / extension_name(), package)
+    (package.parent / "sitecustomize.py").write_text(SITE_CUSTOMIZE)
     return package.parent

@@ -110,7 +110,7 @@ from cuda.fake_driver import FakeDriver
 fake = FakeDriver()
 ctypes.string_at(fake.alloc(10), 1)
 """
-    environment = {**os.environ, **fake_driver.environment()}
+    environment = {**os.environ, **fake_driver.environment(), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == -signal.SIGSEGV
     assert "fakecuda: the host touched device memory" in done.stderr

@@ -21,13 +21,21 @@ import snapstone as ss
 from snapstone.dcp import Stager, StorageWriter
 
 
-def segments() -> list[int]:
-    found = []
+def descriptors() -> dict[int, str]:
+    found = {}
     for number in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # what listed the directory
-            if "snapstone-staging" in os.readlink(f"/proc/self/fd/{number}"):
-                found.append(int(number))
+            found[int(number)] = os.readlink(f"/proc/self/fd/{number}")
     return found
+
+
+def segments() -> list[int]:
+    return [number for number, name in descriptors().items() if "snapstone-staging" in name]
+
+
+def held(run: Path) -> int:
+    """Descriptors that a save can leave behind; torch's sockets and pipes close when its threads get to it."""
+    return sum("snapstone-staging" in name or name.startswith(str(run)) for name in descriptors().values())
 
 
 def save(state: dict[str, Any], writer: StorageWriter, stager: Stager) -> Any:
@@ -51,7 +59,7 @@ def main(run: Path) -> None:
         response.upload_completion.result()
         loaded = ss.Checkpoint.open(run / "c").state_dict()
         found.append([number, *(set(loaded["big"].tolist())), loaded["step"], loaded["list"][399][5].item()])
-        counts.append(len(os.listdir("/proc/self/fd")))
+        counts.append(held(run))
     failed = save(state, StorageWriter(run / "c", overwrite=False), stager)
     error = str(failed.upload_completion.exception())  # held, and with it the staged state
     save(state, writer, stager).upload_completion.result()
