@@ -13,13 +13,35 @@ from durability.forge import edit, places
 
 EDGES = (0, 1, -1, 63, 64, 4095, 4096, 1 << 31, (1 << 31) - 1, 1 << 32, 1 << 53, (1 << 62) + 1, (1 << 63) - 1, 1 << 63)
 TAGS = ("$tuple", "$dict", "$set", "$bytes", "$int", "$float", "$numpy", "$ndarray", "$tensor", "$pickle", "$range")
-TEXTS = ("", ".", "..", "../x", "/etc/passwd", "a\0b", "\ud800", "\u202e", "__proto__", "x" * 300, "NaN", "1e400", "AA==")
+TEXTS = (
+    "",
+    ".",
+    "..",
+    "../x",
+    "/etc/passwd",
+    "a\0b",
+    "\ud800",
+    "\u202e",
+    "__proto__",
+    "x" * 300,
+    "NaN",
+    "1e400",
+    "AA==",
+)
 OPCODES = (
     *(b"r\xff\xff\xff\x7f", b"r\xff\xff\xff\xff", b"j\xff\xff\xff\xff", b"q\xff", b"p99999999999\n", b"\x94", b"."),
     *(b"\x8e" + b"\xff" * 8, b"\x8d" + b"\x7f" * 8, b"\x96" + b"\x7f" * 8, b"\x95" + b"\xff" * 8, b"B\xff\xff\xff\x7f"),
     *(b"R", b"\x81", b"\x92", b"b", b"u", b"s", b"e", b"a", b"(", b"0", b"2", b"1", b"t", b"}", b"]", b"N", b"\x93"),
     *(b"cos\nsystem\n", b"ctorch\nSize\n", b"cbuiltins\neval\n", b"ccollections\nOrderedDict\n", b"Pid\n", b"\x82\x01"),
-    *(b"I99999999999999999999\n", b"\x8b\xff\xff\xff\x7f", b"Fnan\n", b"Vx\n", b"cpathlib\nPosixPath\n", b"\x8f", b"\x90"),
+    *(
+        b"I99999999999999999999\n",
+        b"\x8b\xff\xff\xff\x7f",
+        b"Fnan\n",
+        b"Vx\n",
+        b"cpathlib\nPosixPath\n",
+        b"\x8f",
+        b"\x90",
+    ),
 )
 
 

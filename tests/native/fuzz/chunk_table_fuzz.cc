@@ -41,8 +41,9 @@ void check_accepted(const std::vector<ChunkRecord>& table, const std::vector<std
     require(record.raw_bytes != 0 && record.raw_bytes <= kChunkBytesMax, "raw size within the limit");
     require(record.stored_bytes != 0 && record.stored_bytes <= record.raw_bytes, "stored size within the raw size");
     require(record.file < files.size(), "in a file that exists");
-    const unsigned __int128 end = static_cast<unsigned __int128>(record.offset) + record.stored_bytes;
-    require(record.offset % kPageBytes == 0 && end <= files[record.file], "inside its file");
+    const std::uint64_t nbytes = files[record.file];
+    require(record.offset % kPageBytes == 0 && record.offset <= nbytes && record.stored_bytes <= nbytes - record.offset,
+            "inside its file");
     require(record.codec <= 8 && record.reserved == 0, "a codec that is known");
   }
   const std::vector<std::uint32_t> reference_of = format::chunk_references(table, references);
