@@ -66,7 +66,7 @@ def run_python(name: str, seconds: float) -> dict[str, Any]:
 
 def run(target: str, command: list[str]) -> dict[str, Any]:
     begin = time.monotonic()
-    paths = os.pathsep.join(str(ROOT / part) for part in ("python", "tests"))
+    paths = os.pathsep.join([str(ROOT / "python"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     found = subprocess.run(command, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, check=False)
     log = found.stderr.decode(errors="replace")
     executions = re.findall(r"number_of_executed_units:\s*(\d+)", log)
@@ -95,9 +95,9 @@ def record(rows: list[dict[str, Any]], seconds: float, path: Path) -> None:
     """Adds the run to a document: executions and seconds of the runs before are kept in it."""
     before = {row["target"]: row for row in json.loads(path.read_text())["targets"]} if path.exists() else {}
     for row in rows:
-        if row["target"] in before:
-            for key in ("executions", "seconds", "findings"):
-                row[key] = round(row[key] + before[row["target"]][key], 1)
+        for key in ("executions", "seconds", "findings") if row["target"] in before else ():
+            row[key] = round(row[key] + before[row["target"]][key], 1)
+    rows = sorted((before | {row["target"]: row for row in rows}).values(), key=lambda row: str(row["target"]))
     document = {
         "theme": "fuzz",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

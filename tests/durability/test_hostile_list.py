@@ -1,8 +1,8 @@
 """What a checkpoint made to do harm can be, item by item, and the test that shows how it ends.
 
-`ITEMS` is the whole list: of each file its tests, and what each stands for. The tests that stand here are those that no other file of this folder has. Every test of the
-list asks for a typed error within a second and 64 MiB of memory (see `hostile.limited`), and where it names a time in
-CPU seconds, for that: the wall clock of a busy machine would tell of others.
+`ITEMS` is the whole list: of each file its tests, and what each stands for. The tests that stand here are those that no
+other file of this folder has. Every test of the list asks for a typed error within a second and 64 MiB of memory (see
+`hostile.limited`). Those that name a time in CPU seconds ask for that: the wall clock of a busy machine tells of others.
 """
 
 from __future__ import annotations
