@@ -2,7 +2,7 @@
 
 `ITEMS` is the whole list: of each file its tests, and what each stands for. The tests that stand here are those that no
 other file of this folder has. Every test of the list asks for a typed error within a second and 64 MiB of memory (see
-`hostile.limited`). Those that name a time in CPU seconds ask for that: the wall clock of a busy machine tells of others.
+`hostile.limited`). Those that name a time in CPU seconds ask for that: the wall clock of a busy machine tells more.
 """
 
 from __future__ import annotations

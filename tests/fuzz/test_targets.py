@@ -43,6 +43,7 @@ def pickles() -> dict[str, bytes]:
     proto = b"\x80\x04"
     return {
         "memo of 2^31 places": proto + b"Nr\xff\xff\xff\x7f.",
+        "memo of 2^26 places": proto + b"Nr\0\0\0\x04.",
         "memo by a line": b"Np99999999999\n.",
         "bytearray of exabytes": proto + b"\x96" + b"\x7f" * 8 + b".",
         "string of gigabytes": proto + b"B\xff\xff\xff\x7f.",
