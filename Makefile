@@ -6,8 +6,10 @@ SHELL := /bin/bash
 PYTHON_BIN := .venv/bin
 NATIVE_SOURCES = $$(find csrc tests/native tests/cuda -name '*.h' -o -name '*.cc' -o -name '*.cu' | sort)
 PYTEST_ARGS ?=
+SECONDS ?= 60
+FUZZ_ARGS ?=
 
-.PHONY: help setup build test test-native test-integrations sanitize demo bench readme-bench readme-table lint format stubs docs clean
+.PHONY: help setup build test test-native test-integrations sanitize fuzz demo bench readme-bench readme-table lint format stubs docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
@@ -32,6 +34,9 @@ test-integrations: setup  ## trainers in their real packages, in .venv-integrati
 sanitize: setup  ## native tests under ASan and UBSan, then under TSan
 	@tools/native_tests.sh address,undefined
 	@tools/native_tests.sh thread
+
+fuzz: setup  ## every fuzz target for its share of SECONDS=60; with clang the native ones too, with atheris by coverage
+	@PATH="$$PWD/$(PYTHON_BIN):$$PATH" $(PYTHON_BIN)/python tools/fuzz.py --seconds $(SECONDS) $(FUZZ_ARGS)
 
 demo: setup  ## train, crash, resume and sample; under 4 minutes
 	@$(PYTHON_BIN)/python examples/demo.py
