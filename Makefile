@@ -7,7 +7,7 @@ PYTHON_BIN := .venv/bin
 NATIVE_SOURCES = $$(find csrc tests/native tests/cuda -name '*.h' -o -name '*.cc' -o -name '*.cu' | sort)
 PYTEST_ARGS ?=
 
-.PHONY: help setup build test test-native test-integrations sanitize demo bench readme-bench readme-table lint format stubs docs clean
+.PHONY: help setup build test test-native test-integrations sanitize crash demo bench readme-bench readme-table lint format stubs docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
@@ -32,6 +32,10 @@ test-integrations: setup  ## trainers in their real packages, in .venv-integrati
 sanitize: setup  ## native tests under ASan and UBSan, then under TSan
 	@tools/native_tests.sh address,undefined
 	@tools/native_tests.sh thread
+
+crash: setup  ## a million states that a crash may leave, judged, and real power cuts; stored in benchmarks/results
+	@PYTHONPATH=tests:benchmarks $(PYTHON_BIN)/python -m crash explore --states 1000000 --json benchmarks/results
+	@SNAPSTONE_CRASH_ROUNDS=100 $(PYTHON_BIN)/python -m pytest tests/crash/test_power_cuts.py --timeout 3600 $(PYTEST_ARGS)
 
 demo: setup  ## train, crash, resume and sample; under 4 minutes
 	@$(PYTHON_BIN)/python examples/demo.py
