@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import machine
+
 from crash.explore import Explorer, Found, Recording
 from crash.judge import materialise
 from crash.scenarios import SCENARIOS, record

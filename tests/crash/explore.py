@@ -17,7 +17,7 @@ from crash import journal
 from crash.choices import choices, state_of
 from crash.journal import MARK, Op
 from crash.judge import Expected, Judge, What, materialise
-from crash.model import Contents, Tree, World
+from crash.model import Tree, World
 from durability import small
 from durability.based import forget
 

@@ -120,4 +120,4 @@ class Judge:
 
 def _is(path: Path, what: What) -> bool:
     tensors = {name for name, value in small.make(what).items() if isinstance(value, torch.Tensor)}
-    return set(ss.Checkpoint(path).keys()) == tensors and small.load(path, what) == small.bits(small.make(what))
+    return set(ss.Checkpoint.open(path).keys()) == tensors and small.load(path, what) == small.bits(small.make(what))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from snapstone import _native
 __all__ = ["SCENARIOS", "Scenario", "record"]
 
 RANKS = 2
+AGE_S = 3600
 DEADLINE_S = 4.0  # of a rank that rank 0 leaves alone
 
 Act = Callable[[Path, "Recorder"], None]
@@ -160,6 +163,8 @@ def _overwrite_not_synced(run: Path, recorder: Recorder) -> None:
     shutil.rmtree(spare)
     with recorder(f"fsync:{count}:errno=EIO"), suppress(OSError, ss.CheckpointError):
         save(run, "previous", 2, overwrite=True)
+    (replaced,) = run.glob(".staging-*")
+    os.utime(replaced, (time.time() - AGE_S,) * 2)  # without OWNER only what is old is taken for dead
     with recorder():
         save(run, "next", 3)
 
