@@ -21,8 +21,8 @@ from crash.explore import Explorer, Found, Recording
 from crash.judge import materialise
 from crash.scenarios import SCENARIOS, record
 
-RECOVER_EVERY = 4000
-DRAWS = 100  # at each cut of one recording
+RECOVER_EVERY = 150
+DRAWS = 200  # at each cut of one recording
 
 
 def explore(states: int, seed: int, directory: Path | None, command: list[str]) -> int:
@@ -46,8 +46,8 @@ def explore(states: int, seed: int, directory: Path | None, command: list[str]) 
         rounds += 1
         judged = total.states + total.recovery_states
         print(f"seed {seed}, round {rounds}: {judged} states, {total.violations}", flush=True)
-    if directory is not None:
-        _write(directory, command, seed, rounds, total, of_scenario, time.monotonic() - begin)
+        if directory is not None:  # each time, so that a run that is stopped has said how far it got
+            _write(directory, command, seed, rounds, total, of_scenario, time.monotonic() - begin)
     return 1 if total.violations else 0
 
 
@@ -74,7 +74,6 @@ def _write(
     }
     path = directory / f"crash_{machine.cpu_slug()}_{datetime.date.today():%Y%m%d}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
-    print(path)
 
 
 def replay(path: Path, place: str, keep: Path | None) -> int:

@@ -25,7 +25,9 @@ class Chooser:
         self._how, _, value = text.partition("=")
         self._value = value
         self._random = random.Random(int(value)) if self._how == "random" else random.Random(0)
-        self._share = self._random.choice((0.1, 0.5, 0.9))
+        # Apart: without the name of its directory nothing is seen of what is in there.
+        self._share_of_names = self._random.choice((0.5, 0.9, 0.99))
+        self._share_of_files = self._random.choice((0.1, 0.5, 0.9))
 
     def tree(self) -> Tree:
         kept: dict[int, list[bool]] = {}
@@ -33,7 +35,7 @@ class Chooser:
         at = 0
         for number, directory in self._world.pending_changes():
             count = len(directory.pending)
-            wanted = [self._wants(at + i) for i in range(count)]
+            wanted = [self._wants(at + i, self._share_of_names) for i in range(count)]
             if self._how == "but":  # what rests on the one that is missing is missing, too
                 gone = pulled(directory.pending[::-1], [not one for one in wanted[::-1]])[::-1]
                 kept[number] = [not one for one in gone]
@@ -41,13 +43,13 @@ class Chooser:
                 kept[number] = pulled(directory.pending, wanted)
             at += count
         for number, file in self._world.pending_files():
-            bytes_of[number] = self._world.contents.key(self._bytes(file, self._wants(at)))
+            bytes_of[number] = self._world.contents.key(self._bytes(file, self._wants(at, self._share_of_files)))
             at += 1
         return self._world.tree(kept, bytes_of)
 
-    def _wants(self, unit: int) -> bool:
+    def _wants(self, unit: int, share: float) -> bool:
         if self._how == "random":
-            return self._random.random() < self._share
+            return self._random.random() < share
         if self._how in ("all", "torn"):
             return True
         if self._how == "none":

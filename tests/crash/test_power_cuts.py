@@ -21,7 +21,7 @@ from durability.chain import CHUNK_BYTES
 pytestmark = pytest.mark.timeout(300)
 
 SEED = int(os.environ.get("SNAPSTONE_CRASH_SEED", "1"))
-ROUNDS = int(os.environ.get("SNAPSTONE_CRASH_ROUNDS", "4"))
+ROUNDS = int(os.environ.get("SNAPSTONE_CRASH_ROUNDS", "3"))
 FIRST_S = 60.0
 
 
@@ -76,7 +76,7 @@ def test_a_power_cut_leaves_what_was_acknowledged_and_nothing_in_part(
         print(f"seed {SEED}, round {number}: {step} was acknowledged, {there} are there")
         if kind == "overwrite":
             # The cut may have come after the next one's commit, before anybody was told.
-            held = [ss.Checkpoint(run / "last").step]
+            held = [ss.Checkpoint.open(run / "last").step]
             assert held[0] in (step, step + 1, step + 2)
             small.assert_holds(run / "last", held[0])
         else:
