@@ -43,11 +43,11 @@ def explore(states: int, seed: int, directory: Path | None, command: list[str]) 
                 kept = Path(f"crash-{scenario.name}-{seed}.recording")
                 kept.write_bytes(pickle.dumps(recording))
                 print("\n".join(found.violations), f"replay: python -m crash replay {kept} CUT:STATE", sep="\n")
+            if directory is not None:  # each time, so that a run that is stopped has said how far it got
+                _write(directory, command, seed, rounds, total, of_scenario, time.monotonic() - begin)
         rounds += 1
         judged = total.states + total.recovery_states
         print(f"seed {seed}, round {rounds}: {judged} states, {total.violations}", flush=True)
-        if directory is not None:  # each time, so that a run that is stopped has said how far it got
-            _write(directory, command, seed, rounds, total, of_scenario, time.monotonic() - begin)
     return 1 if total.violations else 0
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(300)
 
 SEED = int(os.environ.get("SNAPSTONE_CRASH_SEED", "1"))
 DRAWS = 60  # at each cut, beside the corner cases
-RECOVER_EVERY = 120
+RECOVER_EVERY = 60
 STATES_MIN = 20_000
 
 _total = Found()
