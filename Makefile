@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 SECONDS ?= 60
 FUZZ_ARGS ?=
 
-.PHONY: help setup build test test-native test-integrations sanitize fuzz demo bench readme-bench readme-table lint format stubs docs clean
+.PHONY: help setup build test test-native test-integrations sanitize fuzz demo bench readme-bench readme-table lint format stubs docs clean crash
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
@@ -37,6 +37,9 @@ sanitize: setup  ## native tests under ASan and UBSan, then under TSan
 
 fuzz: setup  ## every fuzz target for its share of SECONDS=60; with clang the native ones too, with atheris by coverage
 	@PATH="$$PWD/$(PYTHON_BIN):$$PATH" $(PYTHON_BIN)/python tools/fuzz.py --seconds $(SECONDS) $(FUZZ_ARGS)
+crash: setup  ## a million states that a crash may leave, judged, and real power cuts; stored in benchmarks/results
+	@PYTHONPATH=tests:benchmarks $(PYTHON_BIN)/python -m crash explore --states 1000000 --json benchmarks/results
+	@SNAPSTONE_CRASH_ROUNDS=100 $(PYTHON_BIN)/python -m pytest tests/crash/test_power_cuts.py --timeout 3600 $(PYTEST_ARGS)
 
 demo: setup  ## train, crash, resume and sample; under 4 minutes
 	@$(PYTHON_BIN)/python examples/demo.py

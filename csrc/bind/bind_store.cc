@@ -92,12 +92,12 @@ void bind_staging(py::module_& module) {
       .def_property_readonly("path", &Staging::path)
       .def(
           "write_file",
-          [](const Staging& staging, const std::string& name, const py::bytes& data) {
+          [](const Staging& staging, const std::string& name, const py::bytes& data, const std::string& step) {
             const auto bytes = as_span(data);
             py::gil_scoped_release release;
-            staging.write_file(name, bytes);
+            staging.write_file(name, bytes, step.c_str());
           },
-          py::arg("name"), py::arg("data"))
+          py::arg("name"), py::arg("data"), py::arg("step") = os::kUnnamedStep)
       .def("copy_ranges", &copy_ranges, py::arg("name"), py::arg("sources"), py::arg("ranges"),
            py::arg("progress") = py::none(),
            "A new file of the bytes of `ranges`, rows of (source, offset, nbytes); returns its size. `progress` gets "
@@ -149,8 +149,17 @@ void bind_store(py::module_& module) {
   module.def("is_file_name", &store::is_file_name, py::arg("name"));
   module.def("read_file", &read_file, py::arg("directory"), py::arg("name"), py::arg("limit_nbytes"));
   module.def(
-      "sync_directory", [](const std::string& path) { os::sync_directory(os::open_directory(path)); }, py::arg("path"),
-      Released());
+      "sync_directory",
+      [](const std::string& path, const std::string& step) {
+        os::sync_directory(os::open_directory(path), step.c_str());
+      },
+      py::arg("path"), py::arg("step") = os::kUnnamedStep, Released());
+  module.def(
+      "make_directory",
+      [](const std::string& parent, const std::string& name) {
+        os::make_directory_at(os::open_directory(parent), name, false);
+      },
+      py::arg("parent"), py::arg("name"), Released(), "As os.mkdir.");
   module.def("check_chunk_table", &check_chunk_table, py::arg("table"), py::arg("file_nbytes"),
              py::arg("chunk_bytes_max"), py::arg("path"), py::arg("references") = 0);
 }

@@ -25,6 +25,7 @@
 #include "base/limits.h"
 #include "io/registered_files.h"
 #include "io/ring.h"
+#include "os/journal.h"
 
 namespace snapstone::io {
 namespace {
@@ -304,6 +305,12 @@ std::optional<int> UringEngine::settle(Transfer& transfer, int result) {
     result = static_cast<int>(std::min<std::uint64_t>(static_cast<std::uint64_t>(result), outcome.limit_nbytes));
   }
   if (result > 0) {
+    if (request.write) {
+      const os::journal::Change change(os::journal::Op::kWrite);
+      change.done({.subject_fd = request.file->fd.get(),
+                   .offset = request.offset + transfer.done,
+                   .bytes = {request.buffer + transfer.done, static_cast<std::size_t>(result)}});
+    }
     const std::uint32_t end = transfer.done + static_cast<std::uint32_t>(result);
     // O_DIRECT takes up again at the last whole page: a few bytes twice rather than an unaligned rest.
     const auto page_end = static_cast<std::uint32_t>(end / kPageBytes * kPageBytes);

@@ -60,11 +60,11 @@ void lock_if_there_are_locks(const os::Directory& directory) {
   throw OsError(EWOULDBLOCK, "flock", directory.path);
 }
 
-// Best effort: neither staging nor trash is ever read as a checkpoint, and a later reap() tries again.
+// Best effort: neither staging nor trash is ever read as a checkpoint, and a later reap() tries again. Not synced, for
+// the same reason.
 void remove_quietly(const os::Directory& parent, const std::string& name) noexcept {
   try {
     os::remove_tree_at(parent, name);
-    os::sync_directory(parent);
   } catch (...) {
   }
 }
@@ -101,7 +101,8 @@ Staging Staging::create(const std::string& parent_path, const std::string& save_
   try {
     os::Directory directory = os::open_directory_at(parent, name);
     lock_if_there_are_locks(directory);
-    os::write_file_durably(directory.fd.get(), directory.path, kOwnerName, as_bytes(owners));
+    // Not synced: without a readable OWNER reap() goes by the directory's age.
+    os::write_file(directory.fd.get(), directory.path, kOwnerName, as_bytes(owners));
     return Staging(std::move(parent), std::move(directory), save_id);
   } catch (...) {
     remove_quietly(parent, name);
@@ -120,8 +121,8 @@ os::File Staging::create_file(const std::string& name, bool direct) const {
   return os::create_file(directory_.fd.get(), directory_.path, name, direct);
 }
 
-void Staging::write_file(const std::string& name, std::span<const std::uint8_t> bytes) const {
-  os::write_file_durably(directory_.fd.get(), directory_.path, name, bytes);
+void Staging::write_file(const std::string& name, std::span<const std::uint8_t> bytes, const char* step) const {
+  os::write_file_durably(directory_.fd.get(), directory_.path, name, bytes, step);
 }
 
 std::uint64_t Staging::copy_ranges(const std::string& name, std::span<const os::File> sources,
@@ -142,7 +143,7 @@ std::uint64_t Staging::copy_ranges(const std::string& name, std::span<const os::
         if (at) at(done);
       }
     }
-    os::sync(file);
+    os::sync(file, "copied");
     file.fd.close(file.path);
   } catch (...) {
     try {
@@ -178,24 +179,24 @@ void Staging::keep_shared(std::span<const SharedFile> files) {
     return;
   }
   open_shared();
-  if (keep_shared_files(*shared_, files)) os::sync_directory(*shared_);
+  if (keep_shared_files(*shared_, files)) os::sync_directory(*shared_, "shared_kept");
 }
 
 void Staging::sync(std::span<const std::string> shared) const {
   for (const std::string& name : shared) {
     if (!shared_) throw OsError(ENOENT, "fsync", directory_.path + "/" + kSharedName + "/" + name);
-    os::sync(os::open_for_read(shared_->fd.get(), shared_->path, name, false));
+    os::sync(os::open_for_read(shared_->fd.get(), shared_->path, name, false), "shared_file");
   }
-  if (shared_) os::sync_directory(*shared_);
-  os::sync_directory(directory_);
+  if (shared_) os::sync_directory(*shared_, "shared_entries");
+  os::sync_directory(directory_, "entries");
 }
 
 void Staging::commit(std::span<const std::uint8_t> manifest, std::span<const std::uint8_t> manifest_digest,
                      const std::string& final_name, bool overwrite) {
-  write_file(kManifestName, manifest);
-  write_file(kManifestDigestName, manifest_digest);
+  write_file(kManifestName, manifest, "manifest");
+  write_file(kManifestDigestName, manifest_digest, "manifest_digest");
   os::unlink_at(directory_, kOwnerName);
-  sync();
+  os::sync_directory(directory_, "manifest_entries");
   publish(final_name, overwrite);
 }
 
@@ -206,7 +207,7 @@ void Staging::publish(const std::string& final_name, bool overwrite) {
     os::rename_noreplace(parent_, staging, final_name);
     published_ = true;
     directory_.path = final_path;
-    os::sync_directory(parent_);
+    os::sync_directory(parent_, "commit");
     return;
   }
   const os::Directory old = os::open_directory_at(parent_, final_name);
@@ -218,7 +219,7 @@ void Staging::publish(const std::string& final_name, bool overwrite) {
   os::rename_exchange(parent_, staging, final_name);
   published_ = true;
   directory_.path = final_path;
-  os::sync_directory(parent_);
+  os::sync_directory(parent_, "exchange");
   // The new checkpoint is committed and durable: from here on nothing is a failure.
   try {
     os::rename_at(parent_, staging, trash);

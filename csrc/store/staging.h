@@ -43,8 +43,8 @@ class Staging {
   const os::Directory& directory() const noexcept { return directory_; }
 
   os::File create_file(const std::string& name, bool direct) const;
-  void write_file(const std::string& name,
-                  std::span<const std::uint8_t> bytes) const;  // durable but for the directory entry
+  void write_file(const std::string& name, std::span<const std::uint8_t> bytes,
+                  const char* step = os::kUnnamedStep) const;  // durable but for the directory entry
   // A file of the ranges' bytes, one range after the other; returns its size. Durable but for the directory entry.
   // Calls `at` with the bytes copied so far, after each 64 MiB at the latest; what it throws ends the copy. On failure
   // the file is removed again.

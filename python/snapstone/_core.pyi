@@ -43,6 +43,10 @@ __all__: list[str] = [
     "fault_skipped",
     "file_system_facts",
     "is_file_name",
+    "journal_mark",
+    "journal_start",
+    "journal_stop",
+    "make_directory",
     "memlock_limit_bytes",
     "read_file",
     "reap",
@@ -90,7 +94,7 @@ class Staging:
     ) -> None: ...
     def sync(self, shared: collections.abc.Sequence[str] = []) -> None: ...
     def withdraw(self) -> None: ...
-    def write_file(self, name: str, data: bytes) -> None: ...
+    def write_file(self, name: str, data: bytes, step: str = "unnamed") -> None: ...
     @property
     def path(self) -> str: ...
     @property
@@ -461,6 +465,18 @@ def fault_skipped(kind: str, name: str) -> bool:
 
 def file_system_facts(directory: str) -> dict: ...
 def is_file_name(name: str) -> bool: ...
+def journal_mark(text: str) -> None: ...
+def journal_start(path: str) -> None:
+    """
+    See csrc/os/journal.h.
+    """
+
+def journal_stop() -> None: ...
+def make_directory(parent: str, name: str) -> None:
+    """
+    As os.mkdir.
+    """
+
 def memlock_limit_bytes() -> int: ...
 def read_file(directory: str, name: str, limit_nbytes: typing.SupportsInt | typing.SupportsIndex) -> bytes: ...
 def reap(parent: str) -> list[str]:
@@ -500,7 +516,7 @@ def snapshot(state: dict, guards: list, tensor_types: tuple) -> tuple:
     (copy of the nested dicts and lists, [(copied container, key, value), ...] of what is neither guarded nor immutable)
     """
 
-def sync_directory(path: str) -> None: ...
+def sync_directory(path: str, step: str = "unnamed") -> None: ...
 def try_hard_link(directory: str) -> None:
     """
     Raises OSError where a file cannot have two names.

@@ -30,7 +30,7 @@ class Outcome:
         """Steps 5 to 8 of the protocol in `csrc/store/staging.cc`."""
         data = document.to_bytes()
         if dcp_marker:
-            self.staging.write_file(manifest.DCP_MARKER_NAME, manifest.DCP_MARKER)
+            self.staging.write_file(manifest.DCP_MARKER_NAME, manifest.DCP_MARKER, "marker")
         self.staging.keep_shared([(os.path.basename(entry.name), entry.nbytes) for entry in document.shared])
         self.staging.commit(data, manifest.digest_line(data), self.target.name, overwrite)
 
@@ -78,5 +78,5 @@ class Outcome:
             return None
         if found.save_id != self.save_id:
             return None
-        _native.sync_directory(self.target.parent)
+        _native.sync_directory(self.target.parent, "heard")
         return found
