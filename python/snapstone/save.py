@@ -51,6 +51,7 @@ def save(
     derive: bool = False,
     on_unchanged: Literal["warn", "raise", "ignore"] = "warn",
     dcp_marker: bool = False,
+    verify_after_save: bool = False,
     allow_pickle: bool = False,
     host_memory_budget: int | None = None,
     timeout: timedelta | float | None = None,
@@ -81,6 +82,8 @@ def save(
             every rank.
         dcp_marker: put a file `.metadata` into the checkpoint, a line of text, for trainers that look for one to find
             finished checkpoints.
+        verify_after_save: before the commit every rank reads what it wrote from the device again, past the page cache,
+            and compares digests: for storage that loses writes it has acknowledged.
         allow_pickle: pickle Python values that have no typed-JSON form.
         host_memory_budget: bytes of staging memory (SNAPSTONE_HOST_MEMORY_BUDGET, 1 GiB).
         timeout: seconds after which the save fails on every rank (SNAPSTONE_TIMEOUT, 1800 s).
@@ -89,6 +92,7 @@ def save(
     Raises:
         FileExistsError: the target exists and `overwrite` is False, or it is not a checkpoint.
         RankFailedError: another rank raised, died or missed the deadline.
+        CorruptCheckpointError: with verify_after_save, the device holds other bytes than were written.
         CheckpointError: the deadline passed; the base that was named cannot be read; nothing has changed, with
             on_unchanged="raise".
         OSError: the file system refused; errno and filename are set.
@@ -104,6 +108,7 @@ def save(
         derive=derive,
         on_unchanged=on_unchanged,
         dcp_marker=dcp_marker,
+        verify_after_save=verify_after_save,
         allow_pickle=allow_pickle,
         host_memory_budget=host_memory_budget,
         timeout=timeout,
@@ -138,6 +143,7 @@ def async_save(
     derive: bool = False,
     on_unchanged: Literal["warn", "raise", "ignore"] = "warn",
     dcp_marker: bool = False,
+    verify_after_save: bool = False,
     allow_pickle: bool = False,
     host_memory_budget: int | None = None,
     timeout: timedelta | float | None = None,
@@ -168,6 +174,7 @@ def async_save(
         derive=derive,
         on_unchanged=on_unchanged,
         dcp_marker=dcp_marker,
+        verify_after_save=verify_after_save,
         allow_pickle=allow_pickle,
         host_memory_budget=host_memory_budget,
         timeout=timeout,
