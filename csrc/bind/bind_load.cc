@@ -174,7 +174,8 @@ std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileA
     add_targets(plan, contiguous, boxes, devices);
   }
   plan.finish();
-  std::vector<os::File> files = open_files(file_arguments, plan, io::rung_is_direct(options.rung), read_back_files.has_value());
+  std::vector<os::File> files =
+      open_files(file_arguments, plan, io::rung_is_direct(options.rung), read_back_files.has_value());
   const std::uint64_t slot_bytes = std::max(round_up(plan.request_bytes_max(), kPageBytes), kChunkBytesDefault);
   const std::uint64_t slots_in_limit = std::min(slots_max, kLoadStagingBytesMax / slot_bytes);
   const std::uint64_t slots =
@@ -237,7 +238,8 @@ void bind_load(py::module_& module) {
           py::arg("rung"), py::arg("verify"), py::arg("scrub"), py::arg("slots_max"), py::arg("trace"),
           py::arg("devices") = std::nullopt, py::arg("device_digests") = true,
           py::arg("read_back_files") = std::nullopt,
-          "With `scrub` every chunk is read, and with `read_back_files` those of so many first files of each table, past "
+          "With `scrub` every chunk is read, and with `read_back_files` those of so many first files of each table, "
+          "past "
           "the page cache.")
       .def(
           "start", [](const std::shared_ptr<LoadJob>& self) { pipeline::Engine::instance().start(self); },

@@ -91,9 +91,7 @@ void drop_direct(int fd) noexcept {
   }
 }
 
-void drop_cached(const File& file) noexcept {
-  ::posix_fadvise(file.fd.get(), 0, 0, POSIX_FADV_DONTNEED);
-}
+void drop_cached(const File& file) noexcept { ::posix_fadvise(file.fd.get(), 0, 0, POSIX_FADV_DONTNEED); }
 
 File create_file(int directory_fd, const std::string& directory_path, const std::string& name, bool direct) {
   File file = open_file(directory_fd, directory_path, name, O_RDWR | O_CREAT | O_EXCL);

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from . import manifest
 from .collective import Deadline
 from .errors import CorruptCheckpointError
@@ -45,15 +43,16 @@ def read_back(
     )
     nbytes = writer.index.nbytes + sum(entry.nbytes for entry in writer.data)
     with trace.span("read_back", nbytes):
-        parsed = open_index(directory, document, writer, uncached=True)
-        reader = Reader(directory, document, [parsed])
-        job = reader.start_scrub(read_back_files=len(writer.data))
-        problems = reader.scrub(job, timeout_seconds=deadline.remaining())
+        try:
+            reader = Reader(directory, document, [open_index(directory, document, writer, uncached=True)])
+            job = reader.start_scrub(read_back_files=len(writer.data))
+            problems = reader.scrub(job, timeout_seconds=deadline.remaining())
+        except CorruptCheckpointError as error:
+            problems = [error]
     if problems:
         first = problems[0]
         raise CorruptCheckpointError(
-            f"read back after it was synced, it is not what was written: {first.args[0]} "
-            f"({len(problems)} such chunks in {os.path.basename(directory)})",
+            f"read back after it was synced, it is not what was written: {first.args[0]}",
             path=first.path,
             chunk=first.chunk,
             tensor=first.tensor,

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import snapstone as ss
 from snapstone import _native
 
-# What each call can answer, by its manual page and the file systems that people keep checkpoints on: the one place where
-# this stands. "short" is a transfer that stops early. The names are those of csrc/os/call.h and csrc/io/.
+# What each call can answer, by its manual page and the file systems that people keep checkpoints on: the one place
+# where this stands. "short" is a transfer that stops early. The names are those of csrc/os/call.h and csrc/io/.
 FULL = ("ENOSPC", "EDQUOT")
 GIVES: dict[str, tuple[str, ...]] = {
     "open": ("EIO", *FULL, "EINTR", "EMFILE", "EACCES"),
@@ -71,12 +71,13 @@ def calls_of(operation: Callable[[], Any]) -> dict[str, int]:
 class Fault:
     """The Nth call of a kind fails, from now until `stop`; with `lasting` all later ones, too."""
 
-    def __init__(self, call: str, nth: int, action: str, lasting: bool = False) -> None:
+    def __init__(self, call: str, nth: int, action: str, lasting: bool = False, armed: bool = True) -> None:
         self.call, self.nth, self.lasting = call, nth, lasting
         self.name = action.partition("=")[2] if action.startswith("errno=") else "short"
         self.rule = f"{call}:{nth}{'+' if lasting else ''}:{action}"
         self.reached: bool | None = None
-        _native.fault_arm(self.rule)
+        if armed:
+            _native.fault_arm(self.rule)
 
     def stop(self) -> bool:
         """Whether the operation got that far."""

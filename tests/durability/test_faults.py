@@ -86,6 +86,8 @@ def test_one_failing_call_of_a_save(use_rung: Callable[[str], Path], rung: str, 
         assert small.load(run / "previous") == small.bits(small.state(1))
         save(small.state(3), run / "next", overwrite=True)
         small.assert_holds(run / "next", 3)
+        if fault.lasting:  # what could not be removed then, and does not say whose it is, goes when it is old
+            small.reap_all(run)
         assert small.leftovers(run) == [], fault
         resources.assert_none_leaked(fault)
     small.assert_holds(run / "previous", 1)

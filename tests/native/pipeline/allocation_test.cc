@@ -1,5 +1,6 @@
 // Every allocation of a save, a load and a scrub fails once, and from some point on for good: the job ends in
-// std::bad_alloc or ENOMEM, or well. No thread dies of it, every slot and descriptor comes back, and the next save works.
+// std::bad_alloc or ENOMEM, or well. No thread dies of it, every slot and descriptor comes back, and the next save
+// works.
 #include <dirent.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -95,6 +96,7 @@ class AllocationOnRung : public PipelineOnRung {
       }
       ASSERT_LT(nth, kAllocationsMax);
     }
+    ::unlink((directory_ / "warm").c_str());
     EXPECT_GE(refused, 20u);
   }
 };
@@ -108,10 +110,15 @@ TEST_P(AllocationOnRung, any_failing_allocation_of_a_save) {
     sweep(
         [&](const std::string& name) {
           job = nullptr;
-          job = save_job(tensors, name, options);
-          start(job);
-          while (!job->wait(kPatience)) FAIL() << "the job hangs";
-          job->rethrow();
+          try {
+            job = save_job(tensors, name, options);
+            start(job);
+            while (!job->wait(kPatience)) FAIL() << "the job hangs";
+            job->rethrow();
+          } catch (...) {
+            job = nullptr;
+            throw;
+          }
         },
         [&](const std::string& name) {
           const Saved saved{name, tensors.layout(), job->chunk_table()};
