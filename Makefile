@@ -7,7 +7,7 @@ PYTHON_BIN := .venv/bin
 NATIVE_SOURCES = $$(find csrc tests/native tests/cuda -name '*.h' -o -name '*.cc' -o -name '*.cu' | sort)
 PYTEST_ARGS ?=
 
-.PHONY: help setup build test test-native test-integrations sanitize demo bench readme-bench readme-table lint format stubs docs clean
+.PHONY: help setup build test sweep test-native test-integrations sanitize demo bench readme-bench readme-table lint format stubs docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
@@ -20,6 +20,10 @@ build: setup  ## the same: the extension, rebuilt where csrc changed
 test: setup  ## native tests, then the whole Python suite (about twenty minutes on 2 cores; stopped when it hangs)
 	@tools/native_tests.sh
 	@timeout --signal=INT --kill-after=30 4500 $(PYTHON_BIN)/python -m pytest $(PYTEST_ARGS)
+
+sweep: setup  ## every call of saves and loads fails with every error that it can give, for ever as well as once
+	@SNAPSTONE_SWEEP=long $(PYTHON_BIN)/python -m pytest $(PYTEST_ARGS) -k 'one_failing_call or every_error' \
+	  tests/durability tests/distributed/test_sweep.py
 
 test-native: setup  ## native tests alone
 	@tools/native_tests.sh

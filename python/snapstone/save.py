@@ -152,10 +152,9 @@ def async_save(
     """Saves `state_dict` in the background. The arguments of `save`, and:
 
     Args:
-        fence: "now": the snapshot is taken when this returns. An optimizer, or several: it is taken before their
-            next step, which waits for it; what those optimizers do not own is copied at the call. The state must not
-            change in other ways until then. Of tensors on CUDA devices the same holds for what the current streams are
-            given after this, or from the step on; the host does not wait for them, see docs/gpu.md.
+        fence: "now": the snapshot is taken when this returns. An optimizer, or several: before their next step, which
+            waits for it; what they do not own is copied at the call. The state must not change in other ways until
+            then. CUDA streams wait for their copies, and the host does not, see docs/gpu.md.
 
     Returns:
         A SaveHandle. Its errors, if nobody collects them, are raised by the next `save`, `async_save` or `wait`.
@@ -182,8 +181,7 @@ def async_save(
     writer = _open(state_dict, checkpoint_id, step, process_group, no_dist, metadata, make_options)
     taken: Mapping[str, Any] | None = None
     try:
-        optimizers = OptimizerFence.of(fence)
-        if optimizers is None:
+        if (optimizers := OptimizerFence.of(fence)) is None:
             writer.take(lambda: state.flatten(state_dict))
         else:
             taken = _snapshot(writer, optimizers, state_dict)
