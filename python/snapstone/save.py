@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -192,8 +192,7 @@ def async_save(
         writer.close(error)
         raise
     handle = SaveHandle(writer.target.step, writer.trace.stats, writer.cancel)
-    go = threading.Event()
-    background = _Background(writer, handle, None if optimizers is None else Future(), taken, progress, go)
+    background = _Background(writer, handle, None if optimizers is None else Future(), taken, progress)
     # Not a daemon: the interpreter waits for it at exit, so a save that was begun ends by its deadline.
     try:
         if background.snapshot is not None and optimizers is not None:
@@ -208,7 +207,7 @@ def async_save(
         handle.upload_completion.exception()  # the caller gets it here
         raise
     finally:
-        go.set()
+        background.go.set()
     return handle
 
 
@@ -242,7 +241,9 @@ class _Background:
     snapshot: Future[None] | None  # done when it is enqueued, or the save has ended; None: it was before
     taken: Mapping[str, Any] | None
     progress: ProgressWanted
-    go: threading.Event  # keeps this thread off the interpreter lock until the caller is on its way
+    go: threading.Event = field(
+        default_factory=threading.Event
+    )  # keeps this thread off the interpreter lock until the caller is on its way
     abandoned: bool = False  # the caller has ended the save
 
     def run(self) -> None:

@@ -211,3 +211,23 @@ def test_a_lost_write_of_one_rank_fails_the_save_on_all(tmp_path: Path) -> None:
     assert (other[0], other[2]) == ("RankFailedError", (1,))
     assert "CorruptCheckpointError" in other[1]
     assert os.listdir(tmp_path / "run") == ["first"]
+
+
+@pytest.mark.parametrize("rung", small.RUNGS)
+@pytest.mark.parametrize("codec", [None, "zstd", "xor-zstd"])
+def test_what_is_read_back_is_what_this_save_wrote(use_rung: Any, rung: str, codec: str | None) -> None:
+    run = use_rung(rung) / "run"
+    options = {"codec": codec, "verify_after_save": True}
+    whole = ss.save(small.layers(small.ORIGIN), checkpoint_id=run / "origin", **options)
+    delta = ss.save(small.layers("11211"), checkpoint_id=run / "delta", base=run / "origin", **options)
+    small.assert_holds(run / "origin", small.ORIGIN)
+    small.assert_holds(run / "delta", "11211")
+    assert delta.stats["unchanged_chunks"] >= 3
+    read, written = (
+        [one.stats["read_back"]["bytes"] for one in (whole, delta)],
+        [
+            sum(file.stat().st_size for file in (run / name).glob("rank-*") if file.is_file())
+            for name in ("origin", "delta")
+        ],
+    )
+    assert read == written, "its own files, and not those that it shares"
