@@ -241,9 +241,8 @@ class _Background:
     snapshot: Future[None] | None  # done when it is enqueued, or the save has ended; None: it was before
     taken: Mapping[str, Any] | None
     progress: ProgressWanted
-    go: threading.Event = field(
-        default_factory=threading.Event
-    )  # keeps this thread off the interpreter lock until the caller is on its way
+    # Keeps this thread off the interpreter lock until the caller is on its way.
+    go: threading.Event = field(default_factory=threading.Event)
     abandoned: bool = False  # the caller has ended the save
 
     def run(self) -> None:
