@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 SECONDS ?= 60
 FUZZ_ARGS ?=
 
-.PHONY: help setup build test test-native test-integrations sanitize fuzz demo bench readme-bench readme-table lint format stubs docs clean crash
+.PHONY: help setup build test test-native test-integrations sanitize fuzz demo bench readme-bench readme-table lint format stubs docs clean crash sweep
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
@@ -22,6 +22,10 @@ build: setup  ## the same: the extension, rebuilt where csrc changed
 test: setup  ## native tests, then the whole Python suite (about twenty minutes on 2 cores; stopped when it hangs)
 	@tools/native_tests.sh
 	@timeout --signal=INT --kill-after=30 4500 $(PYTHON_BIN)/python -m pytest $(PYTEST_ARGS)
+
+sweep: setup  ## every call of saves and loads fails with every error that it can give, for ever as well as once
+	@SNAPSTONE_SWEEP=long $(PYTHON_BIN)/python -m pytest $(PYTEST_ARGS) -k 'one_failing_call or every_error' \
+	  tests/durability tests/distributed/test_sweep.py
 
 test-native: setup  ## native tests alone
 	@tools/native_tests.sh

@@ -221,8 +221,10 @@ void UringEngine::queue(std::uint32_t index) {
 // first.
 void UringEngine::enter(unsigned minimum) {
   for (unsigned attempts = 0;;) {
-    const int result =
-        minimum > 0 ? io_uring_submit_and_wait(ring_.get(), minimum) : io_uring_submit_and_get_events(ring_.get());
+    const fault::Outcome outcome = fault::point("io_uring_enter", "");
+    const int result = outcome.error_number != 0 ? -outcome.error_number
+                       : minimum > 0             ? io_uring_submit_and_wait(ring_.get(), minimum)
+                                                 : io_uring_submit_and_get_events(ring_.get());
     if (result >= 0) {
       queued_ -= static_cast<unsigned>(result);
       in_kernel_ += static_cast<unsigned>(result);

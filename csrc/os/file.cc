@@ -101,6 +101,8 @@ void drop_direct(int fd) noexcept {
   }
 }
 
+void drop_cached(const File& file) noexcept { ::posix_fadvise(file.fd.get(), 0, 0, POSIX_FADV_DONTNEED); }
+
 File create_file(int directory_fd, const std::string& directory_path, const std::string& name, bool direct) {
   File file;
   {
@@ -207,8 +209,11 @@ void write_file_durably(int directory_fd, const std::string& directory_path, con
 }
 
 std::vector<std::uint8_t> read_file(int directory_fd, const std::string& directory_path, const std::string& name,
-                                    std::uint64_t limit_nbytes) {
+                                    std::uint64_t limit_nbytes, bool uncached) {
   const File file = open_for_read(directory_fd, directory_path, name, false);
+  if (uncached) {
+    drop_cached(file);
+  }
   const std::uint64_t nbytes = file_nbytes(file);
   if (nbytes > limit_nbytes) {
     throw CorruptError("file is larger than allowed", file.path, CorruptError::kNoChunk,

@@ -39,6 +39,8 @@ void sync(const File& file, const char* step = kUnnamedStep);
 bool set_direct(int fd, const std::string& path);
 // Clears O_DIRECT on the open file, for file systems that refuse it at write time; not through the seam.
 void drop_direct(int fd) noexcept;
+// Lets go of the file's pages in the page cache, but for dirty ones: reads after it are the device's. Best effort.
+void drop_cached(const File& file) noexcept;
 
 // Whole transfers: loop over short counts. pread_full throws CorruptError("file is shorter than recorded") at end of
 // file.
@@ -51,8 +53,9 @@ void write_file(int directory_fd, const std::string& directory_path, const std::
 // The same with an fsync before the close (the caller syncs the directory).
 void write_file_durably(int directory_fd, const std::string& directory_path, const std::string& name,
                         std::span<const std::uint8_t> bytes, const char* step = kUnnamedStep);
-// Whole small file; refuses non-regular files and more than `limit_nbytes` (CorruptError, before allocating).
+// Whole small file; refuses non-regular files and more than `limit_nbytes` (CorruptError, before allocating). With
+// `uncached` as the device has it.
 std::vector<std::uint8_t> read_file(int directory_fd, const std::string& directory_path, const std::string& name,
-                                    std::uint64_t limit_nbytes);
+                                    std::uint64_t limit_nbytes, bool uncached = false);
 
 }  // namespace snapstone::os

@@ -71,7 +71,9 @@ class Staging:
     @staticmethod
     def join(parent: str, save_id: str) -> Staging: ...
     def close(self) -> None: ...
-    def commit(self, manifest: bytes, manifest_digest: bytes, final_name: str, overwrite: bool) -> None: ...
+    def commit(
+        self, manifest: bytes, manifest_digest: bytes, final_name: str, overwrite: bool, read_back: bool = False
+    ) -> None: ...
     def copy_ranges(
         self,
         name: str,
@@ -295,7 +297,11 @@ class LoadJob:
         ]
         | None = None,
         device_digests: bool = True,
-    ) -> None: ...
+        read_back_files: typing.SupportsInt | typing.SupportsIndex | None = None,
+    ) -> None:
+        """
+        With `scrub` every chunk is read, and with `read_back_files` those of so many first files of each table, past the page cache.
+        """
     def cancel(self) -> None: ...
     def fence(
         self, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex
@@ -478,7 +484,13 @@ def make_directory(parent: str, name: str) -> None:
     """
 
 def memlock_limit_bytes() -> int: ...
-def read_file(directory: str, name: str, limit_nbytes: typing.SupportsInt | typing.SupportsIndex) -> bytes: ...
+def read_file(
+    directory: str, name: str, limit_nbytes: typing.SupportsInt | typing.SupportsIndex, uncached: bool = False
+) -> bytes:
+    """
+    A whole small file; with `uncached` as the device has it.
+    """
+
 def reap(parent: str) -> list[str]:
     """
     Removes what dead saves left; returns the names removed.
