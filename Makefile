@@ -9,7 +9,10 @@ PYTEST_ARGS ?=
 SECONDS ?= 60
 FUZZ_ARGS ?=
 
-.PHONY: help setup build test test-native test-integrations sanitize fuzz demo bench readme-bench readme-table lint format stubs docs clean crash sweep
+.PHONY: help setup build test test-native test-integrations sanitize fuzz demo bench readme-bench readme-table lint format stubs docs clean crash sweep kill soak
+SOAK_ARGS ?=
+MINUTES ?= 30
+
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
@@ -44,6 +47,13 @@ fuzz: setup  ## every fuzz target for its share of SECONDS=60; with clang the na
 crash: setup  ## a million states that a crash may leave, judged, and real power cuts; stored in benchmarks/results
 	@PYTHONPATH=tests:benchmarks $(PYTHON_BIN)/python -m crash explore --states 1000000 --json benchmarks/results
 	@SNAPSTONE_CRASH_ROUNDS=100 $(PYTHON_BIN)/python -m pytest tests/crash/test_power_cuts.py --timeout 3600 $(PYTEST_ARGS)
+kill: setup  ## SIGKILL before every function, line and system call of saves, on each rank of 1, 2 and 4; long
+	@SNAPSTONE_TEST_KILLS=all $(PYTHON_BIN)/python -m pytest tests/durability/test_kill.py \
+	  tests/durability/test_kill_python.py tests/durability/test_compaction_faults.py \
+	  tests/durability/test_outside_judge.py tests/distributed/test_killed_ranks.py $(PYTEST_ARGS)
+
+soak: setup  ## train, save, kill, prune, compact and resume for MINUTES (30); writes dated JSON to benchmarks/results
+	@$(PYTHON_BIN)/python tests/soak/run.py --minutes $(MINUTES) $(SOAK_ARGS)
 
 demo: setup  ## train, crash, resume and sample; under 4 minutes
 	@$(PYTHON_BIN)/python examples/demo.py
