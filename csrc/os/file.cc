@@ -93,6 +93,7 @@ void drop_direct(int fd) noexcept {
 
 File create_file(int directory_fd, const std::string& directory_path, const std::string& name, bool direct) {
   File file = open_file(directory_fd, directory_path, name, O_RDWR | O_CREAT | O_EXCL);
+  file.fd.keep_from_children();
   // Not O_DIRECT in the open itself: the kernel refuses it only after it has created the file, and then O_EXCL bars the
   // second try.
   file.direct = direct && set_direct(file.fd.get(), file.path);
