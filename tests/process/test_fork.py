@@ -9,6 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import random
 import signal
@@ -62,6 +63,7 @@ def assert_is_large(path: Path, number: int) -> None:
 def fork_at_random(rank: int, directory: str, seed: int) -> list[str]:
     """Saves without a pause, on a thread; forks meanwhile. What the children did."""
     chosen, path, done = random.Random(seed), Path(directory), threading.Event()
+    save_async(path / "first")  # a child waits for ever for a module that another thread was importing
     saved: list[int] = []
 
     def save() -> None:
@@ -135,6 +137,7 @@ class Rows(Dataset[torch.Tensor]):
 
 def train_with_loaders(rank: int, directory: str) -> None:
     path = Path(directory)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # a rank is one
     parameter = nn.Parameter(torch.zeros(2 * MIB))
     optimizer = optim.SGD([parameter], lr=1.0)
     parameter.grad = torch.ones_like(parameter)
@@ -160,12 +163,18 @@ def test_data_loader_workers_that_start_in_the_middle_of_a_save(directory: Path)
 # ---- what a child keeps
 
 
+def outlive() -> None:
+    assert ranks._marks is not None
+    ranks._marks.close()  # or the launcher takes this process for the rank
+    time.sleep(60)
+
+
 def save_until_killed(rank: int, directory: str, worker: str) -> None:
     _native.fault_arm("unlink:1:delay=60000")  # just before the commit
     ss.async_save(small.state(6), checkpoint_id=Path(directory, "stopped"))
     while not list(Path(directory).glob(".staging-*/MANIFEST.xxh128")):
         time.sleep(0.005)
-    Path(worker).write_text(str(fork(lambda: time.sleep(60))))
+    Path(worker).write_text(str(fork(outlive)))
     announce("forked")
     time.sleep(60)
 
@@ -242,6 +251,7 @@ def test_a_child_collects_garbage_though_its_parent_was_planning() -> None:
 def fork_during_a_first_save(rank: int, directory: str) -> None:
     """The first save probes the directory, under a lock that the child inherits locked."""
     path = Path(directory)
+    assert all((ss.save, ss.load, ss.verify))  # imported: a module that another thread is importing stays locked
     _native.fault_arm("fsync:1:delay=700")
     thread = threading.Thread(target=lambda: ss.save(small.state(1), checkpoint_id=path / "parent"))
     thread.start()
