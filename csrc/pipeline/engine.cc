@@ -85,9 +85,7 @@ std::uint8_t* Lane::scratch(std::uint64_t nbytes) {
   return scratch_.data();
 }
 
-Engine& Engine::instance() {
-  return os::per_process<Engine>();
-}
+Engine& Engine::instance() { return os::per_process<Engine>(); }
 
 Engine::Engine() {
   const int count = lane_count_wanted();

@@ -33,7 +33,7 @@ from process.forks import assert_ends_well, assert_in_child, fork
 from snapstone import _native, garbage
 
 SEED = 4711
-FORKS = 24
+FORKS = 15
 MIB = 1 << 20
 SLOW = "uring_write:1+:delay=10;pwrite:1+:delay=10"
 
@@ -138,22 +138,26 @@ class Rows(Dataset[torch.Tensor]):
 def train_with_loaders(rank: int, directory: str) -> None:
     path = Path(directory)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # a rank is one
-    parameter = nn.Parameter(torch.zeros(2 * MIB))
+    parameter = nn.Parameter(torch.zeros(MIB // 4))
     optimizer = optim.SGD([parameter], lr=1.0)
     parameter.grad = torch.ones_like(parameter)
+    in_flight = 0
     for epoch in range(3):
-        _native.fault_arm(SLOW)
+        _native.fault_arm("uring_write:1+:delay=60;pwrite:1+:delay=60")
         handle = ss.async_save({"w": parameter}, checkpoint_id=path / str(epoch), fence=optimizer)
         while not list(path.glob(".staging-*/*.data")):
             time.sleep(0.001)
         loader = DataLoader(Rows(path), batch_size=8, num_workers=2, persistent_workers=True)
-        seen = torch.cat(list(loader))  # workers are forked here, in the middle of the save
+        rows = iter(loader)  # workers are forked here, in the middle of the save
+        in_flight += not handle.done()
+        seen = torch.cat(list(rows))
         assert seen.tolist() == list(range(64))
         optimizer.step()
         handle.result(60)
         _native.fault_disarm()
         assert (ss.Checkpoint.open(path / str(epoch)).get_tensor("w") == -float(epoch)).all()
         assert ss.verify(path / str(epoch))
+    assert in_flight >= 1
 
 
 def test_data_loader_workers_that_start_in_the_middle_of_a_save(directory: Path) -> None:

@@ -28,7 +28,10 @@ IMAGES = {
     "vfat": (["mkfs.vfat", "-F", "32"], 128 * MIB),
     "exfat": (["mkfs.exfat"], 128 * MIB),
 }
-OPTIONS = {"btrfs compressed": ("btrfs", "compress-force=zstd"), "ext4 with its journal of data": ("ext4", "data=journal")}
+OPTIONS = {
+    "btrfs compressed": ("btrfs", "compress-force=zstd"),
+    "ext4 with its journal of data": ("ext4", "data=journal"),
+}
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import snapstone as ss
-from roundtrip.bits import assert_same, files_of, random_bits
+from roundtrip.bits import assert_same
+from rungs.running import run_work
+from rungs.same_files import MIB, RUNGS, comparable, make_state
 from snapstone import _native
 
 TMPFS = Path("/dev/shm")
