@@ -19,7 +19,7 @@ _unreported: list[SaveHandle] = []
 
 
 def _forget_in_child() -> None:
-    """The threads that save did not come along into a forked process. Who waits there for a save would wait for ever."""
+    """The threads that save did not come along into a forked process: who waits there for a save waits for ever."""
     global _lock
     _lock = threading.Lock()
     inherited = list(_in_flight)

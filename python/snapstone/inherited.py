@@ -1,4 +1,4 @@
-"""The process group that a forked process has inherited: connections of its parent, in the name of its parent's rank."""
+"""The process group that a forked process has inherited: connections of its parent, in the name of its rank."""
 
 from __future__ import annotations
 

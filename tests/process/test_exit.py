@@ -144,9 +144,11 @@ def test_an_exception_between_the_save_and_the_step_is_the_trainers_alone(direct
     parameter.grad = torch.ones_like(parameter)
     handles = []
     for number in range(4):
-        with pytest.raises(ZeroDivisionError):
+        try:
             handles.append(ss.async_save({"w": parameter}, checkpoint_id=directory / str(number), fence=optimizer))
             raise ZeroDivisionError("a batch that cannot be read")
+        except ZeroDivisionError:
+            pass
         optimizer.step()  # the trainer goes on
     for number, handle in enumerate(handles):
         handle.result(60)

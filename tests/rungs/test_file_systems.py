@@ -84,12 +84,9 @@ def test_a_file_system_that_becomes_read_only(tmp_path: Path, kind: str) -> None
         ss.save(small.state(1), checkpoint_id=mount.path / "one")
         mount.make_read_only()
         before = sorted(os.listdir(mount.path))
-        for attempt in (
-            lambda: ss.save(small.state(2), checkpoint_id=mount.path / "two"),
-            lambda: overwrite(mount.path),
-        ):
+        for name, overwrite in (("two", False), ("one", True)):
             with pytest.raises(OSError, match="Read-only") as caught:
-                attempt()
+                ss.save(small.state(2), checkpoint_id=mount.path / name, overwrite=overwrite)
             assert caught.value.errno == errno.EROFS
             assert str(caught.value.filename).startswith(str(mount.path))
         assert sorted(os.listdir(mount.path)) == before
