@@ -54,6 +54,6 @@ def become(uid: int) -> None:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    with open("/proc/self/status", encoding="ascii") as status:
-        (effective,) = [line.split()[1] for line in status if line.startswith("CapEff:")]
+    with open("/proc/self/status", "rb") as status:
+        (effective,) = [line.split()[1] for line in status if line.startswith(b"CapEff:")]
     assert int(effective, 16) == 0

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import pickle
+import tempfile
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,7 +39,28 @@ def _work_in_rank(
     if memlock_nbytes is not None:
         refusals.limit_locked_memory(memlock_nbytes)
     if uid is not None:
-        refusals.become(uid)
+        return _work_as(uid, write_to, read_from)
     if calls:
         refusals.refuse_calls(calls)
     return same_files.work(write_to, read_from)
+
+
+def _work_as(uid: int, write_to: str, read_from: str) -> Work:
+    """In a child, since this process imports first all that it takes: the interpreter may be closed to others."""
+    with tempfile.TemporaryDirectory() as directory:
+        same_files.work(directory, directory)
+    read_end, write_end = os.pipe()
+    if os.fork() == 0:
+        try:
+            refusals.become(uid)
+            os.write(write_end, pickle.dumps(same_files.work(write_to, read_from)))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        done = pickle.load(pipe)
+    os.wait()
+    assert isinstance(done, Work)
+    return done
