@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "base/fault_hook.h"
+#include "os/private_fds.h"
 
 namespace snapstone::io {
 namespace {
@@ -38,9 +39,13 @@ Ring::Ring(unsigned entries) {
     throw OsError(ENOSYS, "io_uring_setup", "");
   }
   io_uring_ring_dontfork(&ring_);  // a child must not write into a ring that it shares; best effort
+  os::keep_from_children(ring_.ring_fd);
 }
 
-Ring::~Ring() { io_uring_queue_exit(&ring_); }
+Ring::~Ring() {
+  os::forget_private(ring_.ring_fd);
+  io_uring_queue_exit(&ring_);
+}
 
 int Ring::setup(unsigned entries, unsigned flags) noexcept {
   const fault::Outcome outcome = fault::point("io_uring_setup", "");

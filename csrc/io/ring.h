@@ -1,7 +1,7 @@
 // Ring: one io_uring, set up with the best flags that this kernel knows, torn down by the destructor.
 //
 // Threads: with Linux 6.0 and later only the thread that made it may use it (SINGLE_ISSUER); others get EEXIST.
-// Fork:    a child does not inherit the memory of the ring.
+// Fork:    a child inherits neither the memory of the ring nor its descriptor.
 // Failure: the constructor throws OsError("io_uring_setup").
 //
 // Only for builds with liburing.

@@ -9,10 +9,12 @@
 #include <cerrno>
 #include <cstdint>
 #include <fstream>
+#include <mutex>
 #include <string_view>
 #include <utility>
 
 #include "os/memory.h"
+#include "os/per_process.h"
 
 namespace snapstone::io {
 namespace {
@@ -77,10 +79,16 @@ std::string ask() {
          (answer == -SIGSYS ? " (SIGSYS: seccomp filter)" : "");
 }
 
+struct Answer {
+  std::once_flag once;
+  std::string reason;
+};
+
 }  // namespace
 
 std::string ring_permission() {
-  static const std::string reason = ask();
+  auto& [once, reason] = os::per_process<Answer>();
+  std::call_once(once, [&reason] { reason = ask(); });
   return reason;
 }
 

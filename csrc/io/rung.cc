@@ -26,6 +26,7 @@
 #include "os/file.h"
 #include "os/file_system.h"
 #include "os/memory.h"
+#include "os/per_process.h"
 
 namespace snapstone::io {
 namespace {
@@ -159,6 +160,12 @@ struct Verdict {
   bool lasting = true;  // holds for every directory of this file system
 };
 
+// By device and what is forced.
+struct Verdicts {
+  std::mutex mutex;  // held while a directory is probed, which takes milliseconds
+  std::map<std::pair<std::uint64_t, std::string>, RungChoice> known;
+};
+
 Verdict force(const os::Directory& directory, const std::string& name) {
   Verdict verdict;
   verdict.choice.rung = rung_from_name(name);
@@ -218,9 +225,7 @@ std::string try_rung(const os::Directory& directory, Rung rung) {
 }
 
 RungChoice choose_rung(const os::Directory& directory) {
-  static std::mutex mutex;
-  static std::map<std::pair<std::uint64_t, std::string>, RungChoice> verdicts;
-
+  auto& [mutex, verdicts] = os::per_process<Verdicts>();
   const char* const value = std::getenv("SNAPSTONE_IO");
   const std::string forced = value == nullptr ? "" : value;
   const os::FileSystemFacts facts = os::file_system_facts(directory);

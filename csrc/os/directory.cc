@@ -136,6 +136,7 @@ void remove_tree(const Directory& parent, const std::string& name, int depth) {
 }
 
 bool try_lock(const Directory& directory, int operation) {
+  directory.fd.keep_from_children();  // a lock belongs to all copies of the descriptor
   if (call("flock", directory.path, [&] { return ::flock(directory.fd.get(), operation | LOCK_NB); }) == 0) {
     return true;
   }

@@ -110,6 +110,7 @@ File create_file(int directory_fd, const std::string& directory_path, const std:
     file = open_file(directory_fd, directory_path, name, O_RDWR | O_CREAT | O_EXCL);
     change.done({.subject_fd = directory_fd, .object_fd = file.fd.get(), .name = name});
   }
+  file.fd.keep_from_children();
   // Not O_DIRECT in the open itself: the kernel refuses it only after it has created the file, and then O_EXCL bars the
   // second try.
   file.direct = direct && set_direct(file.fd.get(), file.path);

@@ -6,13 +6,29 @@
 
 #include "base/error.h"
 #include "base/fault_hook.h"
+#include "os/private_fds.h"
 
 namespace snapstone::os {
+namespace {
+
+int close_descriptor(int fd) noexcept {
+  forget_private(fd);
+  return ::close(fd);
+}
+
+}  // namespace
+
+void UniqueFd::keep_from_children() const noexcept { os::keep_from_children(fd_); }
+
+int UniqueFd::release() noexcept {
+  forget_private(fd_);
+  return std::exchange(fd_, -1);
+}
 
 UniqueFd& UniqueFd::operator=(UniqueFd&& other) noexcept {
   if (this != &other) {
     if (fd_ >= 0) {
-      ::close(fd_);
+      close_descriptor(fd_);
     }
     fd_ = std::exchange(other.fd_, -1);
   }
@@ -21,7 +37,7 @@ UniqueFd& UniqueFd::operator=(UniqueFd&& other) noexcept {
 
 UniqueFd::~UniqueFd() {
   if (fd_ >= 0) {
-    ::close(fd_);
+    close_descriptor(fd_);
   }
 }
 
@@ -31,7 +47,7 @@ void UniqueFd::close(const std::string& path) {
   if (fd < 0) {
     return;
   }
-  int error_number = ::close(fd) == 0 ? 0 : errno;
+  int error_number = close_descriptor(fd) == 0 ? 0 : errno;
   if (outcome.error_number != 0) {
     error_number = outcome.error_number;
   }

@@ -21,7 +21,9 @@ class UniqueFd {
   explicit operator bool() const noexcept { return fd_ >= 0; }
 
   // Gives the descriptor up without closing it.
-  int release() noexcept { return std::exchange(fd_, -1); }
+  int release() noexcept;
+  // In a child that is forked from now on it is one of /dev/null; see private_fds.h.
+  void keep_from_children() const noexcept;
 
   // Network file systems report lost writes here. Throws OsError("close", path); the descriptor is gone either way.
   void close(const std::string& path);

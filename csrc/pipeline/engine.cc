@@ -1,7 +1,6 @@
 #include "pipeline/engine.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
@@ -87,20 +86,7 @@ std::uint8_t* Lane::scratch(std::uint64_t nbytes) {
   return scratch_.data();
 }
 
-Engine& Engine::instance() {
-  struct Holder {
-    std::int64_t process_id;
-    Engine* engine;
-  };
-  static std::atomic<Holder*> holder{nullptr};
-  Holder* current = holder.load(std::memory_order_acquire);
-  if (current != nullptr && current->process_id == os::process_id()) return *current->engine;
-  // Lock-free, since a lock may have been held by another thread at the moment of a fork. A loser of the race leaks an
-  // idle engine.
-  auto* fresh = new Holder{os::process_id(), new Engine()};
-  if (holder.compare_exchange_strong(current, fresh)) return *fresh->engine;
-  return *holder.load(std::memory_order_acquire)->engine;
-}
+Engine& Engine::instance() { return os::per_process<Engine>(); }
 
 Engine::Engine() {
   const int count = lane_count_wanted();

@@ -18,6 +18,7 @@
 
 #include "io/io_engine.h"
 #include "mem/slot_ring.h"
+#include "os/per_process.h"
 #include "pipeline/job.h"
 
 namespace snapstone::pipeline {
@@ -65,6 +66,7 @@ class Engine {
   int lane_count() const noexcept { return static_cast<int>(lanes_.size()); }
 
  private:
+  friend Engine& os::per_process<Engine>();
   Engine();
 
   std::mutex mutex_;

@@ -91,7 +91,11 @@ std::vector<SourceRange> merge_neighbours(std::span<const SourceRange> ranges) {
 }  // namespace
 
 Staging::Staging(os::Directory parent, os::Directory directory, std::string save_id)
-    : parent_(std::move(parent)), directory_(std::move(directory)), save_id_(std::move(save_id)) {}
+    : parent_(std::move(parent)), directory_(std::move(directory)), save_id_(std::move(save_id)) {
+  // A forked child that unwinds from its copy of the save must not discard it.
+  parent_.fd.keep_from_children();
+  directory_.fd.keep_from_children();
+}
 
 Staging Staging::create(const std::string& parent_path, const std::string& save_id,
                         const std::vector<std::string>& boot_ids) {

@@ -41,7 +41,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from . import wire
+from . import inherited, wire
 from .errors import RankFailedError
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ def _end_store_threads() -> None:
 
 _groups: WeakKeyDictionary[dist.ProcessGroup, Group] = WeakKeyDictionary()
 _incarnations: Counter[str] = Counter()  # of groups, by name: one built again on the same store must not meet old keys
-_create_lock: Final = threading.Lock()
+_create_lock = threading.Lock()
 
 
 class Group:
@@ -154,10 +154,12 @@ class Group:
     def create(cls, process_group: dist.ProcessGroup | None = None, *, no_dist: bool = False) -> Group:
         """The group of `process_group` (default: all ranks); one rank alone if `no_dist` or nothing is initialised.
 
-        Raises ValueError when this rank is not a member, or the backend has no store.
+        Raises ValueError when this rank is not a member, the backend has no store, or the group is the one of the
+        process that forked this one.
         """
         if no_dist or not (dist.is_available() and dist.is_initialized()):
             return cls(0, [0])
+        inherited.refuse()
         group = dist.group.WORLD if process_group is None else process_group
         rank = dist.get_rank(group)
         if group is None or rank < 0:

@@ -7,6 +7,7 @@ walks every object of the process (torch alone has about 500,000) and costs more
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,18 @@ __all__ = ["paused"]
 _lock = threading.Lock()
 _holders = 0
 _was_enabled = False
+
+
+def _forget_in_child() -> None:
+    """The threads that held it off did not come along into a forked process."""
+    global _lock, _holders
+    _lock = threading.Lock()
+    if _holders and _was_enabled:
+        gc.enable()
+    _holders = 0
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @contextmanager
@@ -33,6 +46,6 @@ def paused() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _holders -= 1
+            _holders = max(0, _holders - 1)  # a child that was forked inside, and leaves, has none
             if _holders == 0 and _was_enabled:
                 gc.enable()

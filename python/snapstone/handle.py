@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from typing import Any
 
+from .errors import CheckpointError
+
 __all__ = ["SaveHandle", "raise_unreported", "wait"]
 
 _lock = threading.Lock()
@@ -17,11 +19,14 @@ _unreported: list[SaveHandle] = []
 
 
 def _forget_in_child() -> None:
-    """The threads that save did not come along into a forked process."""
+    """The threads that save did not come along into a forked process: who waits there for a save waits for ever."""
     global _lock
     _lock = threading.Lock()
+    inherited = list(_in_flight)
     _in_flight.clear()
     _unreported.clear()
+    for handle in inherited:
+        handle.disown()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
@@ -118,6 +123,15 @@ class SaveHandle:
             self.staging_completion.set_result(None)
         else:
             self.staging_completion.set_exception(error)
+
+    def disown(self) -> None:
+        """In a forked process: the save is its parent's, which alone knows how it ends."""
+        error = CheckpointError("this save belongs to the process that forked this one; ask there how it ended")
+        upload = self.upload_completion
+        Future.__init__(self.staging_completion)  # their locks may have been held by another thread at the fork
+        Future.__init__(upload)
+        for future in (self.staging_completion, upload):
+            future.set_exception(error)
 
     def raise_unseen(self) -> None:
         """Waits for the save, and raises its error if nobody has seen it."""

@@ -6,6 +6,7 @@ addresses.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ class StructureCache:
     def __init__(self) -> None:
         self._entries: dict[tuple[int, str], Structure] = {}
         self._lock = threading.Lock()  # saves in flight describe their states on threads of their own
+        os.register_at_fork(after_in_child=self._unlock_in_child)
+
+    def _unlock_in_child(self) -> None:
+        self._lock = threading.Lock()
 
     def known(self, rank: int) -> dict[str, Structure]:
         with self._lock:

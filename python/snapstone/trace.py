@@ -24,6 +24,15 @@ _file_lock = threading.Lock()
 _log = logging.getLogger("snapstone")
 
 
+def _unlock_in_child() -> None:
+    """Of a forked process: the thread that held it did not come along."""
+    global _file_lock
+    _file_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
+
+
 class Trace:
     """The books of one operation.
 

@@ -138,7 +138,7 @@ class Writer:
             self._staging = self.target.join_staging(
                 self.save_id, self.deadline, lambda: self.channel.raise_if_failed("written", self.deadline)
             )
-            self.rung, _ = _native.choose_rung(self.target.parent)
+            self.rung, self.trace.stats["passed_over"] = _native.choose_rung(self.target.parent)
         assert self._structure is not None
         if self.options.derive:
             with self.trace.span("derive"), garbage.paused():
@@ -215,7 +215,7 @@ class Writer:
                 self.target.make_parents()
                 _native.reap(self.target.parent)
                 self.save_id = uuid.uuid4().hex
-                self.rung, _ = _native.choose_rung(self.target.parent)
+                self.rung, self.trace.stats["passed_over"] = _native.choose_rung(self.target.parent)
                 base = choose(self.options.base, self.target.parent, self.options.full_every)
                 boots = sorted({hello["boot"] for hello in hellos})
                 self._staging = _native.Staging.create(self.target.parent, self.save_id, boots)

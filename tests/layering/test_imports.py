@@ -124,9 +124,10 @@ def test_one_module_is_the_only_home(only_home: str) -> None:
     homes = {module for module, allowed in TABLE.items() if only_home in allowed}
     assert (
         homes
-        == {"_core": {"_native"}, "torch.distributed": {"bench", "collective", "dcp", "fabric", "integrations", "rng"}}[
-            only_home
-        ]
+        == {
+            "_core": {"_native"},
+            "torch.distributed": {"bench", "collective", "dcp", "fabric", "integrations", "inherited", "rng"},
+        }[only_home]
     )
 
 

@@ -316,7 +316,7 @@ class StorageWriter(StorageWriterInterface):
                 structure, trace.stats["derived_bytes"] = without_derived(
                     structure, taken.shards, taken.paths, ties, options.chunk_bytes
                 )
-        rung, _ = _native.choose_rung(saving.target.parent)
+        rung, trace.stats["passed_over"] = _native.choose_rung(saving.target.parent)
         note, step = saving.note, saving.target.step
         comparison = None
         if note.base is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Literal
 
-from .publication import MARKER_NAME, is_published, problems, remove
+from .publication import is_published, problems, remove
 
 __all__ = ["SENTINEL_NAME", "complete", "newest_valid", "numbered", "rotate", "what_is_wrong"]
 
@@ -57,14 +57,13 @@ def what_is_wrong(path: str, witness: str, level: Literal["quick", "full"]) -> l
 
 
 def complete(run: str, prefix: str, witness: str) -> list[str]:
-    """Complete checkpoints, the one written last at the end."""
+    """Complete checkpoints, lowest number first. Times of files say nothing: clocks jump, and copies have others."""
     found = []
-    for number, path in numbered(run, prefix):
+    for _, path in numbered(run, prefix):
         with suppress(OSError):
             if not what_is_wrong(path, witness, "quick"):
-                file = MARKER_NAME if is_published(path) else witness
-                found.append((os.stat(os.path.join(path, file)).st_mtime_ns, number, path))
-    return [path for _, _, path in sorted(found)]
+                found.append(path)
+    return found
 
 
 def newest_valid(run: str, prefix: str, witness: str) -> str | None:
@@ -79,7 +78,7 @@ def newest_valid(run: str, prefix: str, witness: str) -> str | None:
 
 def rotate(run: str, prefix: str, witness: str, keep: int | None, protected: Iterable[str | None]) -> list[str]:
     """Removes the oldest complete checkpoints until `keep` are left; returns those. Incomplete ones neither count nor
-    go. `protected` stay and count, the newest above all.
+    go. `protected` stay and count, the one with the highest number above all.
     """
     if keep is None or keep <= 0:
         return []
@@ -90,7 +89,8 @@ def rotate(run: str, prefix: str, witness: str, keep: int | None, protected: Ite
         if len(found) - len(removed) <= max(keep, len(kept)):
             break
         if os.path.realpath(path) not in kept:
-            remove(path)
+            with suppress(FileNotFoundError):  # another job prunes the same run
+                remove(path)
             removed.append(path)
     return removed
 

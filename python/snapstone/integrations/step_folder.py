@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import uuid
+from contextlib import suppress
 
 from .. import Checkpoint, CheckpointError, manifest
 
@@ -74,8 +75,12 @@ class StepFolder:
         """Takes all but the `keep_latest` highest steps out of sight, each in one rename, once step `durable` is: what
         is left of them, for somebody to remove. What a crash leaves of that the engine's next save removes.
         """
-        old = self.committed()[:-keep_latest]
-        return [self._to_trash(os.path.basename(path)) for step, path in old if step != durable]
+        trash = []
+        for step, path in self.committed()[:-keep_latest]:
+            if step != durable:
+                with suppress(FileNotFoundError):  # another job prunes the same run
+                    trash.append(self._to_trash(os.path.basename(path)))
+        return trash
 
     def _names(self) -> list[str]:
         try:
