@@ -232,6 +232,7 @@ def policies(engine: Any, stage: int, directory: Path) -> dict[str, Any]:
 
     if stage == 1:  # for stage 3 DeepSpeed would have to be told to gather
         engine.save_16bit_model(where, "whole.bin")
+        dist.barrier()  # rank 0 writes it
         found["whole"] = not is_stub(Path(where, "whole.bin")) and len(torch.load(Path(where, "whole.bin")))
     found["twice"] = raised(lambda: attach(engine), ValueError)
 

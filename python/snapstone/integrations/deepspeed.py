@@ -27,6 +27,7 @@ from .. import _native
 from ..collective import Deadline, Group
 from ..config import SaveOptions
 from ..errors import CheckpointError, CorruptCheckpointError
+from .directories import make_directories
 from .patches import Patches
 from .versions import require
 
@@ -39,7 +40,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.utils import fragment_address  # noqa: E402
 
 from .deepspeed_base.files import FOLDER, Collected, Files  # noqa: E402
-from .deepspeed_base.stub import is_stub, make_directories, mend, write_latest, write_stubs  # noqa: E402
+from .deepspeed_base.stub import is_stub, mend, write_latest, write_stubs  # noqa: E402
 
 __all__ = ["CheckpointEngine", "attach", "detach", "export"]
 

@@ -18,9 +18,10 @@ import torch
 
 from ... import _native, manifest
 from ...errors import IncompatibleCheckpointError
+from ..directories import make_directories
 from .files import FOLDER, Files
 
-__all__ = ["is_stub", "make_directories", "mend", "opened", "write_latest", "write_stubs"]
+__all__ = ["is_stub", "mend", "opened", "write_latest", "write_stubs"]
 
 _MARK = "snapstone: stands for the file of this name; the content is in the directory beside it"
 PENDING_NAME = ".snapstone-pending"
@@ -104,17 +105,6 @@ def mend(directory: str) -> None:
     begun = files.save_id.encode() in _head(os.path.join(directory, PENDING_NAME))
     if not has_stock or (begun and not all(heads)):
         write_stubs(directory)
-
-
-def make_directories(path: str | os.PathLike[str], *, exist_ok: bool = True) -> None:
-    """`os.makedirs`, of which a crash of the machine takes nothing back."""
-    missing, above = [], os.path.abspath(path)
-    while not os.path.isdir(above):
-        missing.append(above)
-        above = os.path.dirname(above)
-    os.makedirs(path, exist_ok=exist_ok)
-    for made in missing:
-        _native.sync_directory(os.path.dirname(made))
 
 
 def write_latest(save_dir: str, tag: str) -> None:
