@@ -198,7 +198,7 @@ def policies(engine: Any, stage: int, directory: Path) -> dict[str, Any]:
     found["latest"] = Path(where, "latest").read_text()
 
     # Ranks of which one cannot save, and that do not agree.
-    state = {"lock": threading.Lock()} if dist.get_rank() == 1 else {}
+    state = {"lock": threading.Lock()} if dist.get_rank() == 0 else {}  # with stage 1 the only one to save it
     found["locked"] = raised(lambda: engine.save_checkpoint(where, tag="locked", client_state=state), Exception)
     found["apart"] = raised(lambda: engine.save_checkpoint(where, tag=f"of-{dist.get_rank()}"), Exception)
 

@@ -49,7 +49,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert "SIGKILL" in output, output
         run_directory = where / f"run-{stage}"
         assert (run_directory / "latest").read_text() == "global_step2"
-        assert list((run_directory / "global_step4").glob(".staging-*")), "it was not killed within a save"
+        (staging,) = (run_directory / "global_step4").glob(".staging-*")
+        os.utime(staging, (0, 0))  # killed at the rename, it has no owner, and is taken for dead ten minutes later
         assert not list((run_directory / "global_step4").glob("*.pt")), "names of a save that was not committed"
     code, output = run(where, "resumed")
     assert code == 0, output
@@ -103,8 +104,9 @@ def test_a_save_that_fails_is_an_error_on_every_rank_and_latest_stays(directory:
 @pytest.mark.parametrize("stage", STAGES)
 def test_ranks_that_cannot_save_or_do_not_agree_fail_together(directory: Path, stage: int) -> None:
     first, second = results(directory, stage)
-    assert first["locked"].startswith("RankFailedError: rank 1")
-    assert second["locked"].startswith("TypeError: lock: cannot store a lock")
+    assert first["locked"].startswith("TypeError: lock: cannot store a lock")
+    assert "RankFailedError" in second["locked"]
+    assert "rank 0 failed: TypeError: lock" in second["locked"]
     assert first["apart"].startswith("ValueError: ranks 0 and 1 save different checkpoints")
     assert second["apart"].startswith("ValueError: ranks 0 and 1 save different checkpoints")
 
