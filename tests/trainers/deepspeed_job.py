@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,12 @@ def train(engine: Any, steps: int, directory: Path | None = None, watch: Callabl
 def digest(engine: Any) -> str:
     """Of everything that DeepSpeed saves of this rank: parameters, buffers, masters, moments."""
     hashed = hashlib.sha256()
+    filled = filled_up(engine)
 
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            hashed.update(value.detach().float().contiguous().numpy().tobytes())
+            whole = value.detach().float().flatten()
+            hashed.update((whole[~filled] if whole.numel() == filled.numel() else whole).numpy().tobytes())
         elif isinstance(value, dict):
             for key in value:
                 hashed.update(str(key).encode())
@@ -100,6 +103,17 @@ def digest(engine: Any) -> str:
     add(engine.optimizer.state_dict())
     add(engine.lr_scheduler.state_dict())
     return hashed.hexdigest()
+
+
+def filled_up(engine: Any) -> torch.Tensor:
+    """Where in this rank's flat tensors ZeRO-3 fills partitions up, with whatever was in that memory."""
+    if engine.zero_optimization_stage() < 3:
+        return torch.zeros(0, dtype=torch.bool)
+    parts = []
+    for parameter in engine.module.parameters():
+        count = parameter.partition_numel()
+        parts.append(dist.get_rank() * count + torch.arange(count) >= parameter.ds_numel)
+    return torch.cat(parts)
 
 
 def killed(stage: int, directory: Path) -> None:
@@ -120,7 +134,14 @@ def resumed(stage: int, directory: Path) -> dict[str, Any]:
     engine = make(stage)
     attached = attach(engine)
     path, client_state = engine.load_checkpoint(str(run))
-    found = {"at": digest(engine), "seen": client_state["seen"], "kind": list(client_state["kind"]), "path": path}
+    left = [str(one) for one in run.glob("*/.staging-*")]
+    found = {
+        "left": left,
+        "at": digest(engine),
+        "seen": client_state["seen"],
+        "kind": list(client_state["kind"]),
+        "path": path,
+    }
     train(engine, STEPS, run)
     attached.wait()
     return {**found, "end": digest(engine), "straight": digests, **others(engine, stage, directory)}
@@ -149,7 +170,7 @@ def others(engine: Any, stage: int, directory: Path) -> dict[str, Any]:
 
     # A stock checkpoint from before the switch, and one saved by stock over a tag of ours.
     engine.save_checkpoint(str(directory / f"stock-{stage}"))
-    engine.save_checkpoint(str(run), tag="global_step4")
+    engine.save_checkpoint(str(run), tag="global_step4", save_latest=False)
     for source, tag in ((directory / f"stock-{stage}", None), (run, "global_step4")):
         after = make(stage)
         attach(after)
@@ -176,8 +197,42 @@ def policies(engine: Any, stage: int, directory: Path) -> dict[str, Any]:
     _native.fault_disarm()
     found["latest"] = Path(where, "latest").read_text()
 
+    # Ranks of which one cannot save, and that do not agree.
+    state = {"lock": threading.Lock()} if dist.get_rank() == 0 else {}  # with stage 1 the only one to save it
+    found["locked"] = raised(lambda: engine.save_checkpoint(where, tag="locked", client_state=state), Exception)
+    found["apart"] = raised(lambda: engine.save_checkpoint(where, tag=f"of-{dist.get_rank()}"), Exception)
+
+    # The commit takes its time, and training does not wait.
+    expected = digest(engine)
+    if dist.get_rank() == 0:
+        _native.fault_arm("renameat2:1:delay=3000")
+    engine.save_checkpoint(where, tag="late")
+    train(engine, engine.global_steps + 1)
+    found["early"] = Path(where, "latest").read_text()
+    engine.checkpoint_engine.wait()
+    _native.fault_disarm()
+    found["in time"] = Path(where, "latest").read_text()
+    changed = digest(engine)
+
+    # What a job leaves that is killed between the commit and the names; the next load puts it right.
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for stub in sorted(Path(where, "late").glob("*.pt"))[:2]:
+            stub.unlink()
+    dist.barrier()
+    engine.load_checkpoint(where)
+    found["late"] = [changed != expected, digest(engine) == expected]
+
+    # Files of two saves, where stock was killed as it saved over ours.
+    if dist.get_rank() == 0:
+        stub = min(Path(where, "late").glob("*_optim_states.pt"))
+        torch.save(torch.load(stub, weights_only=False), stub)
+    dist.barrier()
+    found["mixed"] = raised(lambda: engine.load_checkpoint(where, tag="late"), Exception)
+
     if stage == 1:  # for stage 3 DeepSpeed would have to be told to gather
         engine.save_16bit_model(where, "whole.bin")
+        dist.barrier()  # rank 0 writes it
         found["whole"] = not is_stub(Path(where, "whole.bin")) and len(torch.load(Path(where, "whole.bin")))
     found["twice"] = raised(lambda: attach(engine), ValueError)
 
@@ -186,6 +241,7 @@ def policies(engine: Any, stage: int, directory: Path) -> dict[str, Any]:
         back = get_fp32_state_dict_from_zero_checkpoint(str(directory / f"back-{stage}"), "global_step6")
         found["weights"] = bool(weights) and all(torch.equal(weights[name], back[name]) for name in back)
     dist.barrier()
+    engine.save_checkpoint(where, tag="last")  # and nobody waits for it
     return found
 
 

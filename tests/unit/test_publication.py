@@ -72,6 +72,23 @@ def test_what_crashes_leave_is_put_right(tmp_path: Path) -> None:
     publication.recover(str(tmp_path / "missing"))
 
 
+def test_what_was_replaced_never_comes_back_in_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = published(tmp_path / "c", "old")
+
+    def half(path: str, ignore_errors: bool = False) -> None:
+        Path(path, "sub", "a.txt").unlink(missing_ok=True)
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    published(final, "new")
+    publication.recover(str(tmp_path))
+    publication.remove(str(final))
+    publication.recover(str(tmp_path))
+    assert not final.exists()
+    monkeypatch.undo()
+    publication.recover(str(tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
 def test_only_what_was_published_is_replaced(tmp_path: Path) -> None:
     final = published(tmp_path / "c")
     publication.check_replaceable(str(final))

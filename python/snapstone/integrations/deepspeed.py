@@ -12,8 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,11 @@ import torch.distributed as dist
 
 import snapstone as ss
 
-from ..errors import RankFailedError
+from .. import _native
+from ..collective import Deadline, Group
+from ..config import SaveOptions
+from ..errors import CheckpointError, CorruptCheckpointError
+from .directories import make_directories
 from .patches import Patches
 from .versions import require
 
@@ -37,7 +40,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.utils import fragment_address  # noqa: E402
 
 from .deepspeed_base.files import FOLDER, Collected, Files  # noqa: E402
-from .deepspeed_base.stub import is_stub, write_latest, write_stubs  # noqa: E402
+from .deepspeed_base.stub import is_stub, mend, write_latest, write_stubs  # noqa: E402
 
 __all__ = ["CheckpointEngine", "attach", "detach", "export"]
 
@@ -83,7 +86,8 @@ def attach(
     options = dict(save_options or {})
     if unknown := sorted(options.keys() - set(_OPTIONS)):
         raise TypeError(f"save_options: {', '.join(unknown)}: not among {', '.join(_OPTIONS)}")
-    attached = CheckpointEngine(engine, asynchronous, rng, (*_SAFE, *safe_classes), options)
+    timeout_seconds = SaveOptions.of(**options).timeout_seconds
+    attached = CheckpointEngine(engine, asynchronous, rng, (*_SAFE, *safe_classes), options, timeout_seconds)
     attached.patches.set(engine, "save_checkpoint", attached.save_checkpoint)
     attached.patches.set(engine, "load_checkpoint", attached.load_checkpoint)
     attached.patches.set(engine, "checkpoint_engine", attached)
@@ -119,7 +123,9 @@ def export(
     os.makedirs(into, exist_ok=True)
     with torch.serialization.safe_globals([*_SAFE, *safe_classes]):
         for name in files.names():
-            with open(os.path.join(into, name), "xb") as file:
+            path = os.path.join(into, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "xb") as file:
                 torch.save(files.load(name), file)
 
 
@@ -128,7 +134,6 @@ class _Running:
     """A save that has begun. `error` is set before `ended`."""
 
     info: CheckpointCommitInfo
-    begun: float
     ended: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
 
@@ -146,6 +151,7 @@ class CheckpointEngine(_CheckpointEngine):  # type: ignore[misc]
         rng: bool,
         safe_classes: tuple[type, ...],
         options: Mapping[str, Any],
+        timeout_seconds: float,
     ) -> None:
         super().__init__()
         self.name = "snapstone"
@@ -158,29 +164,46 @@ class CheckpointEngine(_CheckpointEngine):  # type: ignore[misc]
         self._rng = rng
         self._safe_classes = safe_classes
         self._options = options
+        self._timeout_seconds = timeout_seconds
         self._saving = False  # inside of save_checkpoint
         self._collected: Collected | None = None
+        self._refused: Exception | None = None  # why this rank cannot store what DeepSpeed gave it
         self._info: CheckpointCommitInfo | None = None
         self._running: _Running | None = None
         self._opened: Files | None = None  # while load_checkpoint reads
+        self._read: set[bytes] = set()  # which kinds of files it has read
 
     # ---- what takes the place of the methods of DeepSpeedEngine --------------------------------------------------
 
     def save_checkpoint(
-        self, save_dir: Any, tag: Any = None, client_state: Any = None, save_latest: bool = True, **rest: Any
+        self,
+        save_dir: Any,
+        tag: Any = None,
+        client_state: Any = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
     ) -> Any:
         """`DeepSpeedEngine.save_checkpoint`. When it returns the snapshot is taken, and the save before is durable."""
         self.wait()
-        begun = time.monotonic()
         self._saving = True
+        result: Any = None
+
+        def collect() -> bytes:
+            nonlocal result
+            state = {} if client_state is None else client_state
+            result = self._stock_save(save_dir, tag, state, save_latest, exclude_frozen_parameters)
+            if self._refused is not None:
+                raise self._refused
+            return b""
+
         try:
-            result = self._stock_save(save_dir, tag, {} if client_state is None else client_state, save_latest, **rest)
+            self._together("collected", collect)
             collected, info = self._collected, self._info
         finally:
-            self._saving, self._collected, self._info = False, None, None
+            self._saving, self._collected, self._info, self._refused = False, None, None, None
         assert collected is not None
         assert info is not None
-        self._begin(collected, info, begun)
+        self._begin(collected, info)
         if not self.asynchronous:
             self.wait()
         return result
@@ -195,9 +218,18 @@ class CheckpointEngine(_CheckpointEngine):  # type: ignore[misc]
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> Any:
-        """`DeepSpeedEngine.load_checkpoint`, once saves in flight have ended."""
+        """`DeepSpeedEngine.load_checkpoint`, once saves in flight have ended.
+
+        Raises:
+            CheckpointError: as from `snapstone.load`; the files are of two saves, one of them stock.
+        """
         self.wait()
-        try:
+        self._read = set()
+        path: Any = None
+        client_state: Any = None
+
+        def load() -> bytes:
+            nonlocal path, client_state
             path, client_state = self._stock_load(
                 load_dir,
                 tag,
@@ -207,6 +239,15 @@ class CheckpointEngine(_CheckpointEngine):  # type: ignore[misc]
                 load_module_only=load_module_only,
                 custom_load_fn=custom_load_fn,
             )
+            return b" ".join(self._read)
+
+        try:
+            self._together("mended", lambda: self._mend(load_dir, tag))
+            kinds = {kind for read in self._together("loaded", load) for kind in read.split()}
+            if len(kinds) > 1:
+                raise CorruptCheckpointError(
+                    "holds files of two saves: some of stock DeepSpeed, and stubs of an earlier save", path=path
+                )
             if path is not None and self._rng and load_optimizer_states and not load_module_only and is_stub(path):
                 generators = self._files(path).generators(dist.get_rank(), dist.get_world_size())
                 if generators is not None:
@@ -221,22 +262,31 @@ class CheckpointEngine(_CheckpointEngine):  # type: ignore[misc]
         Raises:
             CheckpointError, OSError: it failed, on this rank or on another (`RankFailedError`).
         """
-        error = self._outcome()
-        failed = torch.tensor([int(error is not None)], device=self._engine.device)
-        dist.all_reduce(failed)
-        if error is not None:
-            raise error
-        if failed.item():
-            raise RankFailedError("the save failed on another rank")
+        self._together("ended", self._end)
 
-    def _outcome(self) -> BaseException | None:
+    def _together(self, label: str, step: Callable[[], bytes]) -> list[bytes]:
+        """Runs `step` on every rank; where it raises on one, every rank raises. What it returned, in rank order."""
+        channel = Group.create().channel("deepspeed")
+        error: BaseException | None = None
+        payload = b""
+        try:
+            payload = step()
+        except BaseException as failure:
+            error = failure
+        try:
+            return channel.vote(label, error, payload, Deadline(self._timeout_seconds))
+        finally:
+            channel.close()
+
+    def _end(self) -> bytes:
         running, self._running = self._running, None
-        if running is None:
-            return None
-        running.ended.wait()
-        return running.error
+        if running is not None:
+            running.ended.wait()
+            if running.error is not None:
+                raise running.error
+        return b""
 
-    def _begin(self, collected: Collected, info: CheckpointCommitInfo, begun: float) -> None:
+    def _begin(self, collected: Collected, info: CheckpointCommitInfo) -> None:
         directory = os.path.join(os.path.abspath(info.save_dir), info.tag)
         state = collected.state(ss.capture_rng() if self._rng else None)
         handle = ss.async_save(
@@ -246,19 +296,14 @@ class CheckpointEngine(_CheckpointEngine):  # type: ignore[misc]
             overwrite=True,
             **self._options,
         )
-        self._running = running = _Running(info, begun)
-        if dist.get_rank() == 0:
-            _log.info("staged %s in %.2f s", directory, time.monotonic() - begun)
+        self._running = running = _Running(info)
         handle.upload_completion.add_done_callback(partial(self._ended, running, directory))
 
     def _ended(self, running: _Running, directory: str, upload: Future[Any]) -> None:
         try:
             running.error = upload.exception()
             if running.error is None and dist.get_rank() == 0:
-                self._publish(running, directory)
-                checkpoint = upload.result()
-                seconds = time.monotonic() - running.begun
-                _log.info("durable %s in %.2f s, %.2f GB", directory, seconds, checkpoint.nbytes / 1e9)
+                self._publish(running.info, directory)
         except BaseException as error:
             running.error = error
         finally:
@@ -267,11 +312,28 @@ class CheckpointEngine(_CheckpointEngine):  # type: ignore[misc]
             running.ended.set()
 
     @staticmethod
-    def _publish(running: _Running, directory: str) -> None:
+    def _publish(info: CheckpointCommitInfo, directory: str) -> None:
         """On rank 0, once the ranks have committed."""
         write_stubs(directory)
-        if running.info.save_latest:
-            write_latest(running.info.save_dir, running.info.tag)
+        if info.save_latest:
+            write_latest(info.save_dir, info.tag)
+
+    @staticmethod
+    def _mend(load_dir: Any, tag: Any) -> bytes:
+        """On rank 0: what a killed job has left in `load_dir` goes, and the names of what it has committed come."""
+        if dist.get_rank() != 0 or not os.path.isdir(load_dir):
+            return b""
+        for entry in os.scandir(load_dir):
+            if entry.is_dir(follow_symlinks=False):
+                _native.reap(entry.path)
+        try:
+            if tag is None:
+                with open(os.path.join(load_dir, "latest"), encoding="utf-8") as file:
+                    tag = file.read().strip()
+            mend(os.path.join(load_dir, str(tag)))
+        except (CheckpointError, OSError) as error:  # the load says what it cannot do without
+            _log.warning("%s is loaded as it is: %s", load_dir, error)
+        return b""
 
     # ---- what DeepSpeed calls ------------------------------------------------------------------------------------
 
@@ -281,6 +343,9 @@ class CheckpointEngine(_CheckpointEngine):  # type: ignore[misc]
         else:
             self._stock.create(info)
 
+    def makedirs(self, path: Any, exist_ok: bool = False) -> None:
+        make_directories(path, exist_ok=exist_ok)
+
     def save(self, state_dict: Any, path: str) -> None:
         """Within save_checkpoint: takes values now, and tensors before that returns. Else, as for
         `save_16bit_model`: a stock file, now.
@@ -288,12 +353,17 @@ class CheckpointEngine(_CheckpointEngine):  # type: ignore[misc]
         if self._collected is None or self._info is None:
             self._stock.save(state_dict, path)
             return
-        self._collected.add(os.path.relpath(path, os.path.join(self._info.save_dir, self._info.tag)), state_dict)
+        try:
+            self._collected.add(os.path.relpath(path, os.path.join(self._info.save_dir, self._info.tag)), state_dict)
+        except Exception as error:  # raised on all ranks together: DeepSpeed has barriers to pass before
+            self._refused = self._refused or error
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """What the file at `path` stands for, without pickle but for known classes; or a stock file, as stock does."""
         if not is_stub(path):
+            self._read.add(b"stock")
             return self._stock.load(path, map_location)
+        self._read.add(b"stub")
         files = self._files(path)
         device = map_location if isinstance(map_location, str | torch.device) else "cpu"
         name = os.path.relpath(os.path.abspath(path), files.directory)
@@ -324,5 +394,4 @@ class CheckpointEngine(_CheckpointEngine):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         """From `engine.destroy()`: waits for the save in flight."""
-        if (error := self._outcome()) is not None:
-            raise error
+        self._end()

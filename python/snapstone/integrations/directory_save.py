@@ -163,6 +163,9 @@ class DirectorySaves:
             save.trace.tell("durable", save.final, nbytes)
 
     def _end(self, save: DirectorySave, error: BaseException | None) -> None:
+        if error is not None:
+            for handle in save.handles:  # this save's error is the one that is told; theirs follow from it
+                handle.upload_completion.add_done_callback(lambda upload: upload.exception())
         save.work, save.handles = [], []
         save.publication.discard()
         save.channel.close()

@@ -28,6 +28,7 @@ import numpy as np
 from .. import CheckpointError, _native, manifest, verify
 from ..errors import CorruptCheckpointError
 from ..trace import UNPUBLISHED
+from .directories import make_directories
 
 __all__ = [
     "MARKER_NAME",
@@ -90,7 +91,7 @@ class Publication:
     def publish(self) -> None:
         """Steps 4 and 5."""
         parent, name = os.path.split(self.final)
-        os.makedirs(parent, exist_ok=True)
+        make_directories(parent)
         old = None
         if os.path.isdir(self.final) and os.listdir(self.final):
             old = os.path.join(parent, _hidden("old", name))
@@ -99,7 +100,8 @@ class Publication:
         _native.sync_directory(parent)
         self._unlock()
         if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):  # it is published; `recover` tries again
+                remove(old)
 
     def discard(self) -> None:
         """After an error. Again, or after `publish`, is nothing."""
@@ -193,7 +195,10 @@ def recover(parent: str) -> None:
             path, final = os.path.join(parent, name), os.path.join(parent, match[2])
             if match[1] == "old" and not os.path.lexists(final):
                 os.rename(path, final)
-            elif match[1] != "new" or _is_dead(path):
+            elif match[1] == "old":
+                with suppress(OSError):
+                    remove(path)  # never in half: it would come back if the one that replaced it went
+            elif match[1] == "gone" or _is_dead(path):
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ import torch
 
 import snapstone as ss
 
-from ...errors import IncompatibleCheckpointError
+from ...errors import CorruptCheckpointError, IncompatibleCheckpointError
 from ..packing import pack, unpack
 
 __all__ = ["FOLDER", "Collected", "Files"]
@@ -39,8 +39,10 @@ class Collected:
     def add(self, name: str, content: Mapping[str, Any]) -> None:
         """
         Raises:
-            TypeError, ValueError: a value that cannot be stored, by its place.
+            TypeError, ValueError: a value that cannot be stored, by its place; a name of a file elsewhere.
         """
+        if not _is_inside(name):
+            raise ValueError(f"{name}: not within the directory of the tag")
         packed = pack(content)
         self._tensors[name] = packed.tensors
         self._texts[name] = packed.text
@@ -79,10 +81,18 @@ class Files:
         return self._opened.world_size
 
     def names(self) -> Iterator[str]:
-        """Each once, whichever rank saved it."""
+        """Each once, whichever rank saved it.
+
+        Raises:
+            CorruptCheckpointError: a name of a file elsewhere.
+        """
         head = f"{_TEXTS}."
-        keys = dict.fromkeys(key for rank in range(self.world_size) for key in self._opened.objects(rank))
-        return (key.removeprefix(head) for key in keys if key.startswith(head))
+        for key in dict.fromkeys(key for rank in range(self.world_size) for key in self._opened.objects(rank)):
+            if key.startswith(head):
+                name = key.removeprefix(head)
+                if not _is_inside(name):
+                    raise CorruptCheckpointError(f"{name!r} is no name of a file in it", path=self._opened.path)
+                yield name
 
     def load(
         self, name: str, *, rank: int = 0, weights_only: bool = True, device: str | torch.device = "cpu"
@@ -115,3 +125,9 @@ class Files:
             return None
         generators: Mapping[str, Any] = unpack(text, {})[_RNG]
         return generators
+
+
+def _is_inside(name: str) -> bool:
+    """Whether that is a file in the directory of the tag, and not in the checkpoint's own."""
+    parts = name.split("/")
+    return name == os.path.normpath(name) and not name.startswith("/") and parts[0] not in ("", ".", "..", FOLDER)

@@ -16,13 +16,15 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ... import _native
+from ... import _native, manifest
 from ...errors import IncompatibleCheckpointError
-from .files import Files
+from ..directories import make_directories
+from .files import FOLDER, Files
 
-__all__ = ["is_stub", "opened", "write_latest", "write_stubs"]
+__all__ = ["is_stub", "mend", "opened", "write_latest", "write_stubs"]
 
 _MARK = "snapstone: stands for the file of this name; the content is in the directory beside it"
+PENDING_NAME = ".snapstone-pending"
 _BYTES_MAX = 1 << 16
 
 
@@ -51,26 +53,58 @@ def opened(directory: str, name: str, save_id: str, _mark: str = "") -> dict[str
 
 def is_stub(path: str | os.PathLike[str]) -> bool:
     """Whether there is a stub at `path`. Unpickles nothing."""
-    try:
-        if not 0 < os.path.getsize(path) <= _BYTES_MAX:
-            return False
-        with open(path, "rb") as file:
-            return _MARK.encode() in file.read(_BYTES_MAX)
-    except (FileNotFoundError, IsADirectoryError):
-        return False
+    return _MARK.encode() in _head(path)
 
 
 def write_stubs(directory: str) -> None:
-    """Puts stubs at the names of all files of the checkpoint in `directory`, durably. Replaces what is there."""
+    """Puts stubs at the names of all files of the checkpoint in `directory`, durably. Replaces what is there.
+
+    1. A file PENDING_NAME says so, if there are stock files of those names.
+    2. Those go, and stubs of names that this checkpoint does not have.
+    3. Stubs come, each in one step. PENDING_NAME goes.
+
+    So a crash leaves names that are missing, or stubs of the save before, which give nothing; never files of two saves
+    that load together. `mend` does the rest.
+    """
     files = Files(directory)
-    folders = {directory}
-    for name in files.names():
+    names = list(files.names())
+    pending = os.path.join(directory, PENDING_NAME)
+    here = {name for name in os.listdir(directory) if os.path.isfile(os.path.join(directory, name))}
+    stubs = {name for name in here if is_stub(os.path.join(directory, name))}
+    gone = sorted((here & set(names)) ^ stubs)
+    if here.intersection(names) - stubs:
+        _replace(pending, lambda file: file.write(files.save_id.encode()))
+        _native.sync_directory(directory)
+    for name in gone:
+        os.unlink(os.path.join(directory, name))
+    folders = {directory, *(os.path.dirname(os.path.join(directory, name)) for name in names)}
+    for folder in folders:
+        make_directories(folder)
+        _native.sync_directory(folder)
+    for name in names:
         stub = _Stub(files.directory, name, files.save_id)
-        path = os.path.join(directory, name)
-        folders.add(os.path.dirname(path))
-        _replace(path, lambda file, stub=stub: torch.save(stub, file))  # type: ignore[misc]
+        _replace(os.path.join(directory, name), lambda file, stub=stub: torch.save(stub, file))  # type: ignore[misc]
     for folder in folders:
         _native.sync_directory(folder)
+    with suppress(FileNotFoundError):
+        os.unlink(pending)
+
+
+def mend(directory: str) -> None:
+    """Ends a `write_stubs` that a crash has interrupted, or kept from its beginning: a name is missing, or has the stub
+    of another save. Stock files that it has not begun to replace may be of a later save, and stay.
+    """
+    if not manifest.is_checkpoint(os.path.join(directory, FOLDER)):
+        return
+    files = Files(directory)
+    heads = [_head(os.path.join(directory, name)) for name in files.names()]
+    are_stubs = [_MARK.encode() in head for head in heads]
+    if all(is_one and files.save_id.encode() in head for head, is_one in zip(heads, are_stubs, strict=True)):
+        return
+    has_stock = any(head and not is_one for head, is_one in zip(heads, are_stubs, strict=True))
+    begun = files.save_id.encode() in _head(os.path.join(directory, PENDING_NAME))
+    if not has_stock or (begun and not all(heads)):
+        write_stubs(directory)
 
 
 def write_latest(save_dir: str, tag: str) -> None:
@@ -91,3 +125,13 @@ def _replace(path: str, write: Callable[[BinaryIO], object]) -> None:
         with suppress(FileNotFoundError):
             os.unlink(fresh)
         raise
+
+
+def _head(path: str | os.PathLike[str]) -> bytes:
+    """The file, if it is as small as stubs are; else as much as tells that it is there. Empty if it is not."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_BYTES_MAX + 1)
+    except (FileNotFoundError, IsADirectoryError):
+        return b""
+    return data if len(data) <= _BYTES_MAX else data[:1]
