@@ -158,10 +158,16 @@ void sync_directory(const Directory& directory) {
 }
 
 void rename_at(const Directory& parent, const std::string& from, const std::string& to) {
-  const std::string path = component_path("rename", parent.path, to);
-  component_path("rename", parent.path, from);
-  const int fd = parent.fd.get();
-  if (call("rename", path, [&] { return ::renameat(fd, from.c_str(), fd, to.c_str()); }) != 0) {
+  rename_at(parent, from, parent, to);
+}
+
+void rename_at(const Directory& from_parent, const std::string& from, const Directory& to_parent,
+               const std::string& to) {
+  const std::string path = component_path("rename", to_parent.path, to);
+  component_path("rename", from_parent.path, from);
+  const int from_fd = from_parent.fd.get();
+  const int to_fd = to_parent.fd.get();
+  if (call("rename", path, [&] { return ::renameat(from_fd, from.c_str(), to_fd, to.c_str()); }) != 0) {
     throw OsError(errno, "rename", path);
   }
 }
