@@ -29,6 +29,7 @@ Kind = Literal[
 
 CHUNKS_MAX = 4  # of each file, that are looked at closely
 SEARCH_SECONDS = 2.0  # for a flipped bit, per chunk
+_DECODING_SECONDS = 0.2  # the same where each bit needs a chunk to be decoded, which finds it in small ones alone
 _SECTOR_BYTES = 512
 _SHIFTS = (*range(1, 65), *range(_SECTOR_BYTES, 129 * _SECTOR_BYTES, _SECTOR_BYTES))
 _FROM = "restore it with `snapstone verify --repair --from COPY`, or resume from another step"
@@ -172,7 +173,7 @@ def _without_copy(chunk: Chunk, stored: bytes, raw: bytes, reference: bytes | No
     found = _rearranged(chunk, stored, reference)
     if found is not None:
         return found
-    bit, complete = flipped_bit(chunk, stored, reference)
+    bit, complete = flipped_bit(chunk, stored, reference, _DECODING_SECONDS if chunk.codec else SEARCH_SECONDS)
     if bit is not None:
         return _flip(bit)
     begin, nbytes = _longest_zeros(stored)

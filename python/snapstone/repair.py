@@ -34,6 +34,7 @@ __all__ = ["RepairReport", "repair"]
 
 _LEVELS = (3, 1, *range(2, 20), *range(-7, 0), 20, 21, 22)  # of zstd, the usual ones first
 _PATCH_BYTES = 64 << 20
+_DIGEST_BYTES_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,8 @@ class _Repair:
 
     def _place(self, new: str, checkpoint: str, name: str) -> str:
         aside = f"damaged-{self._count}-{len(self.checkpoints)}-{uuid.uuid4().hex[:8]}"
-        digest = read_range(os.path.join(checkpoint, manifest.DIGEST_NAME), 0, 4096)
+        digest = read_range(os.path.join(checkpoint, manifest.DIGEST_NAME), 0, _DIGEST_BYTES_MAX + 1)
+        digest = digest if len(digest) <= _DIGEST_BYTES_MAX else b""
         _native.replace_file(self._staging, new, checkpoint, digest, name, aside)
         self.checkpoints.add(checkpoint)
         return aside
