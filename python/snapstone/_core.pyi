@@ -34,22 +34,18 @@ __all__: list[str] = [
     "cuda_load_kernels",
     "cuda_rates",
     "cuda_stream",
-    "decode_chunk",
     "digest_hex",
     "digest_memory",
-    "encode_chunk",
     "fault_arm",
     "fault_disarm",
     "fault_seen",
     "fault_seen_names",
     "fault_skipped",
     "file_system_facts",
-    "find_flipped_bit",
     "is_file_name",
     "memlock_limit_bytes",
     "read_file",
     "reap",
-    "replace_file",
     "reserve",
     "ring_facts",
     "scatter_pieces",
@@ -529,8 +525,3 @@ INDEX_HEADER_BYTES_MAX: int = 1073741824
 MANIFEST_BYTES_MAX: int = 268435456
 PACK_THRESHOLD_BYTES: int = 65536
 QUEUE_DEPTH: int = 64
-
-def decode_chunk(stored: bytes, codec: typing.SupportsInt, raw_bytes: typing.SupportsInt) -> bytes: ...
-def encode_chunk(raw: bytes, codec: typing.SupportsInt, level: typing.SupportsInt, reference: bytes | None = None) -> typing.Any: ...
-def find_flipped_bit(data: bytes, digest: bytes, seconds: typing.SupportsFloat) -> tuple: ...
-def replace_file(staging: Staging, source: str, checkpoint: str, manifest_digest: bytes, name: str, aside: str) -> None: ...

@@ -29,6 +29,7 @@ from durability.doomed import forked, how_it_ended
 from durability.seam import calls_of, faults, outcome_of
 from snapstone import _native
 
+STRIDE = 3  # of the calls at which a repair is killed
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
@@ -271,7 +272,7 @@ def assert_each_file_is_one_of(run: Path, broken: dict[int, Any], right: dict[in
 
 def repair_and_die(rank: int, directory: str) -> list[int]:
     codes = []
-    for nth in range(1, 500):
+    for nth in range(1, 500, STRIDE):
         run = Path(directory, f"n{nth}")
         copy_run(Path(directory, "run"), run)
 
@@ -298,11 +299,14 @@ def test_killed_at_every_call_leaves_what_was_or_what_is_right(directory: Path) 
     (codes,) = ranks.values(ranks.run_ranks(1, repair_and_die, str(directory), store="none", timeout=200))
     assert set(codes[:-1]) == {-signal.SIGKILL}
     assert codes[-1] == 0
-    outcomes = [assert_each_file_is_one_of(directory / f"n{nth}", broken, right) for nth in range(1, len(codes) + 1)]
+    outcomes = [
+        assert_each_file_is_one_of(directory / f"n{nth}", broken, right)
+        for nth in range(1, STRIDE * len(codes), STRIDE)
+    ]
     assert outcomes == sorted(outcomes), "what is repaired stays so"
     assert len(set(outcomes)) >= 3
     assert outcomes[-1] == max(outcomes)
-    for nth in range(1, len(codes) + 1, 7):
+    for nth in range(1, STRIDE * len(codes), 6 * STRIDE):
         for name in small.leftovers(directory / f"n{nth}"):
             os.utime(directory / f"n{nth}" / name, (0, 0))
         assert ss.repair(directory / f"n{nth}" / "step-3", sources=[replica])
