@@ -25,6 +25,7 @@ void bind_save(py::module_& module);
 void bind_load(py::module_& module);
 void bind_state(py::module_& module);
 void bind_cuda(py::module_& module);
+void bind_repair(py::module_& module);
 
 inline std::span<const std::uint8_t> as_span(const py::bytes& data) {
   const std::string_view bytes(data);

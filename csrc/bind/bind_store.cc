@@ -50,7 +50,7 @@ std::vector<store::SourceRange> make_ranges(const U64Array& rows, std::size_t so
   ranges.reserve(static_cast<std::size_t>(rows.shape(0)));
   for (py::ssize_t i = 0; i < rows.shape(0); ++i) {
     const std::uint64_t* row = rows.data(i, 0);
-    if (row[0] >= source_count || row[1] % kPageBytes != 0 || row[2] % kPageBytes != 0) {
+    if (row[0] > source_count || row[1] % kPageBytes != 0 || row[2] % kPageBytes != 0) {
       throw std::invalid_argument("range " + std::to_string(i) + " is not whole pages of one of the sources");
     }
     ranges.push_back({row[0], row[1], row[2]});

@@ -9,4 +9,5 @@ PYBIND11_MODULE(_core, module) {
   snapstone::bind::bind_load(module);
   snapstone::bind::bind_state(module);
   snapstone::bind::bind_cuda(module);
+  snapstone::bind::bind_repair(module);
 }

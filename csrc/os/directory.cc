@@ -175,14 +175,20 @@ void sync_directory(const Directory& directory, const char* step) {
 }
 
 void rename_at(const Directory& parent, const std::string& from, const std::string& to) {
-  const std::string path = component_path("rename", parent.path, to);
-  component_path("rename", parent.path, from);
-  const int fd = parent.fd.get();
+  rename_at(parent, from, parent, to);
+}
+
+void rename_at(const Directory& from_parent, const std::string& from, const Directory& to_parent,
+               const std::string& to) {
+  const std::string path = component_path("rename", to_parent.path, to);
+  component_path("rename", from_parent.path, from);
+  const int from_fd = from_parent.fd.get();
+  const int to_fd = to_parent.fd.get();
   const journal::Change change(journal::Op::kRename);
-  if (call("rename", path, [&] { return ::renameat(fd, from.c_str(), fd, to.c_str()); }) != 0) {
+  if (call("rename", path, [&] { return ::renameat(from_fd, from.c_str(), to_fd, to.c_str()); }) != 0) {
     throw OsError(errno, "rename", path);
   }
-  change.done({.subject_fd = fd, .name = from, .other = to});
+  change.done({.subject_fd = from_fd, .object_fd = from_fd == to_fd ? -1 : to_fd, .name = from, .other = to});
 }
 
 void rename_noreplace(const Directory& parent, const std::string& from, const std::string& to) {

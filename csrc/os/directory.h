@@ -23,6 +23,8 @@ void make_directory_at(const Directory& parent, const std::string& name, bool pr
 // fsync; `step` as for sync().
 void sync_directory(const Directory& directory, const char* step = kUnnamedStep);
 void rename_at(const Directory& parent, const std::string& from, const std::string& to);  // renameat: replaces
+void rename_at(const Directory& from_parent, const std::string& from, const Directory& to_parent,
+               const std::string& to);
 // RENAME_NOREPLACE where the file system has it. Elsewhere plain rename, which cannot replace a non-empty directory.
 // EEXIST or ENOTEMPTY (reported as EEXIST) when `to` is there.
 void rename_noreplace(const Directory& parent, const std::string& from, const std::string& to);

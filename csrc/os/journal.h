@@ -23,7 +23,7 @@ enum class Op : std::uint32_t {
   kMkdir = 2,      // subject: directory, name; object: the new one
   kUnlink = 3,     // subject: directory, name
   kRmdir = 4,      // subject: directory, name
-  kRename = 5,     // subject: directory, name -> other
+  kRename = 5,     // subject: directory, name -> other; object: the directory of `other`, if it is another one
   kExchange = 6,   // subject: directory, name <-> other
   kLink = 7,       // subject: directory, other; object: the file
   kWrite = 8,      // subject: file, offset, bytes

@@ -142,6 +142,11 @@ std::uint64_t Staging::copy_ranges(const std::string& name, std::span<const os::
     os::preallocate(file, total);
     std::uint64_t done = 0;
     for (const auto& [source, offset, nbytes] : merge_neighbours(ranges)) {
+      if (source == sources.size()) {
+        done += nbytes;
+        os::truncate(file, done);
+        continue;
+      }
       for (std::uint64_t copied = 0; copied < nbytes;) {
         const std::uint64_t count = std::min(nbytes - copied, kCopyBytesMax);
         os::copy_range(sources[source], offset + copied, file, done, count);

@@ -23,7 +23,7 @@
 
 namespace snapstone::store {
 
-// Bytes of a file that was written before: `source` counts in the list given with it.
+// Bytes of a file that was written before: `source` counts in the list given with it. One past its end means zeros.
 struct SourceRange {
   std::uint64_t source;
   std::uint64_t offset;

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .compaction import compact
     from .handle import SaveHandle, wait
     from .load import load
+    from .repair import RepairReport, repair
     from .rng import capture_rng, restore_rng
     from .save import async_save, prepare, save
     from .verify import VerifyReport, verify
@@ -41,6 +42,7 @@ __all__ = [
     "IncompatibleCheckpointError",
     "IncompleteCheckpointError",
     "RankFailedError",
+    "RepairReport",
     "SaveHandle",
     "VerifyReport",
     "async_save",
@@ -48,6 +50,7 @@ __all__ = [
     "compact",
     "load",
     "prepare",
+    "repair",
     "restore_rng",
     "save",
     "verify",
@@ -56,6 +59,7 @@ __all__ = [
 
 _HOMES = {
     "Checkpoint": "checkpoint",
+    "RepairReport": "repair",
     "SaveHandle": "handle",
     "VerifyReport": "verify",
     "async_save": "save",
@@ -63,6 +67,7 @@ _HOMES = {
     "compact": "compaction",
     "load": "load",
     "prepare": "save",
+    "repair": "repair",
     "restore_rng": "rng",
     "save": "save",
     "verify": "verify",
@@ -72,8 +77,8 @@ _HOMES = {
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        # The import system binds a submodule in its package. `save`, `load` and `verify` are functions here, whoever
-        # imports the modules of these names, and whenever.
+        # The import system binds a submodule in its package. `save`, `load`, `verify` and `repair` are functions here,
+        # whoever imports the modules of these names, and whenever.
         if isinstance(value, ModuleType) and _HOMES.get(name) == name:
             value = getattr(value, name)
         super().__setattr__(name, value)

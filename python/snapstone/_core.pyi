@@ -34,14 +34,17 @@ __all__: list[str] = [
     "cuda_load_kernels",
     "cuda_rates",
     "cuda_stream",
+    "decode_chunk",
     "digest_hex",
     "digest_memory",
+    "encode_chunk",
     "fault_arm",
     "fault_disarm",
     "fault_seen",
     "fault_seen_names",
     "fault_skipped",
     "file_system_facts",
+    "find_flipped_bit",
     "is_file_name",
     "journal_mark",
     "journal_start",
@@ -50,6 +53,7 @@ __all__: list[str] = [
     "memlock_limit_bytes",
     "read_file",
     "reap",
+    "replace_file",
     "reserve",
     "ring_facts",
     "scatter_pieces",
@@ -440,6 +444,15 @@ def cuda_stream(ordinal: typing.SupportsInt | typing.SupportsIndex) -> int:
     Handle of a stream that this process has for what torch copies for saves, and nobody else has; for good.
     """
 
+def decode_chunk(
+    stored: bytes,
+    codec: typing.SupportsInt | typing.SupportsIndex,
+    raw_bytes: typing.SupportsInt | typing.SupportsIndex,
+) -> bytes:
+    """
+    The raw bytes of a chunk, or of an xor codec the difference; raises CorruptCheckpointError.
+    """
+
 def digest_hex(data: bytes) -> str:
     """
     XXH3-128 of `data` as 32 hex digits, as xxh128sum prints it.
@@ -450,6 +463,16 @@ def digest_memory(
 ) -> str:
     """
     The same of memory that the caller keeps alive.
+    """
+
+def encode_chunk(
+    raw: bytes,
+    codec: typing.SupportsInt | typing.SupportsIndex,
+    level: typing.SupportsInt | typing.SupportsIndex,
+    reference: bytes | None = None,
+) -> typing.Any:
+    """
+    The stored bytes, or None when they would not be fewer than raw.
     """
 
 def fault_arm(rules: str) -> None:
@@ -470,6 +493,11 @@ def fault_skipped(kind: str, name: str) -> bool:
     """
 
 def file_system_facts(directory: str) -> dict: ...
+def find_flipped_bit(data: bytes, digest: bytes, seconds: typing.SupportsFloat | typing.SupportsIndex) -> tuple:
+    """
+    (8 * byte + bit, or None; whether all were tried): see csrc/codec/flipped_bit.h.
+    """
+
 def is_file_name(name: str) -> bool: ...
 def journal_mark(text: str) -> None: ...
 def journal_start(path: str) -> None:
@@ -494,6 +522,11 @@ def read_file(
 def reap(parent: str) -> list[str]:
     """
     Removes what dead saves left; returns the names removed.
+    """
+
+def replace_file(staging: Staging, source: str, checkpoint: str, manifest_digest: bytes, name: str, aside: str) -> None:
+    """
+    See csrc/store/replacement.h.
     """
 
 def reserve(

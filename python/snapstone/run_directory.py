@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from . import Checkpoint
+    from .diagnosis import Diagnosis
 
 __all__ = ["Entry", "Leftover", "committed_at", "find_checkpoints", "find_leftovers", "is_checkpoint", "verified"]
 
@@ -36,6 +37,7 @@ class Entry:
     checkpoint: Checkpoint | None
     checked_bytes: int
     seconds: float
+    diagnoses: tuple[Diagnosis, ...] = ()
 
     @property
     def name(self) -> str:
@@ -110,17 +112,19 @@ def _verified(path: str, level: Literal["quick", "full"], progress: bool) -> Ent
 
     begin = time.monotonic()
     checkpoint = None
+    diagnoses: tuple[Diagnosis, ...] = ()
     state: State
     try:
         report = verify(path, level=level, progress=progress)
         problems, checked, state = report.problems, report.checked_bytes, _state(report.problems)
+        diagnoses = report.diagnoses
         with suppress(CheckpointError):  # which the report has named
             checkpoint = Checkpoint(path)  # reads the manifest alone
     except CheckpointNotFoundError:
         raise
     except OSError as error:
         problems, checked, state = (f"{error.filename or path}: {error.strerror or error}",), 0, "unreadable"
-    return Entry(path, state, problems, checkpoint, checked, time.monotonic() - begin)
+    return Entry(path, state, problems, checkpoint, checked, time.monotonic() - begin, diagnoses)
 
 
 def _state(problems: Sequence[str]) -> State:

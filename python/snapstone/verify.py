@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from . import _native, index, manifest
+from .diagnosis import Diagnosis, diagnose, of_file
 from .errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from .progress import Progress
 from .reader import Reader
@@ -22,12 +23,13 @@ __all__ = ["VerifyReport", "verify"]
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
     """Truthy when nothing is wrong. `problems` name file, tensor, chunk and rank; `checked_bytes` were read and
-    compared.
+    compared. `diagnoses` say what damaged chunks and files look like, and what to do about it.
     """
 
     level: str
     checked_bytes: int
     problems: tuple[str, ...]
+    diagnoses: tuple[Diagnosis, ...] = ()
 
     def __bool__(self) -> bool:
         return not self.problems
@@ -38,6 +40,7 @@ def verify(
     *,
     level: Literal["quick", "full"] = "full",
     progress: bool | Callable[[int, int], None] = False,
+    diagnosis: bool = True,
 ) -> VerifyReport:
     """Checks the checkpoint at `path` and reports everything that is wrong.
 
@@ -45,6 +48,8 @@ def verify(
         level: "quick" checks manifest, indexes, and the presence and size of every file; "full" also reads every
             byte of every data file and compares digests and padding, and rebuilds what is derived from other tensors.
         progress: True for a bar on a terminal, or a callback (bytes_done, bytes_total) of the data files.
+        diagnosis: of the first four damaged chunks of each file, find out what the damage looks like; this also reads
+            the checkpoints beside this one, and takes two seconds per chunk at most to look for a flipped bit.
 
     Raises:
         CheckpointNotFoundError: nothing is there. OSError: it cannot be read.
@@ -58,18 +63,22 @@ def verify(
     except CheckpointError as error:
         return VerifyReport(level, 0, (_line(error),))
     checked = sum(writer.index.nbytes for writer in reader.manifest.writers)
-    problems = [*_strays(reader), *_table_problems(reader), *_file_problems(reader)]
+    diagnoses: list[Diagnosis] = []
+    problems = [*_strays(reader), *_table_problems(reader), *_file_problems(reader, diagnoses)]
     if not problems and level == "full":
         try:
             job = reader.start_scrub()
         except CheckpointError as error:
             return VerifyReport(level, checked, (_line(error),))
         with Progress(progress, "verify", job.bytes_read) as bar:
-            problems += [_line(error) for error in reader.scrub(job, progress=bar)]
+            errors = reader.scrub(job, progress=bar)
+        problems += map(_line, errors)
+        if errors and diagnosis:
+            diagnoses += diagnose(reader, errors)
         if not problems:
             problems += _derived_problems(reader)
         checked += job.bytes_read
-    return VerifyReport(level, checked, tuple(problems))
+    return VerifyReport(level, checked, tuple(problems), tuple(diagnoses) if diagnosis else ())
 
 
 def _line(error: CheckpointError) -> str:
@@ -117,7 +126,7 @@ def _covers(rows: Any, nbytes: int) -> bool:
     return bool((begins == np.append(chunks["offset"], np.uint64(nbytes))).all())
 
 
-def _file_problems(reader: Reader) -> list[str]:
+def _file_problems(reader: Reader, diagnoses: list[Diagnosis]) -> list[str]:
     ranks: dict[str, int] = {}
     for parsed in reversed(reader.indexes):
         ranks |= dict.fromkeys(parsed.files, parsed.rank)
@@ -130,11 +139,14 @@ def _file_problems(reader: Reader) -> list[str]:
             facts = os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{path}: data file is missing{whose}")
+            diagnoses.append(of_file(reader, entry, ranks.get(entry.name)))
             continue
         if facts.st_size != entry.nbytes or not stat.S_ISREG(facts.st_mode):
             problems.append(
                 f"{path}: {facts.st_size} bytes or not a regular file, expected {entry.nbytes} bytes{whose}"
             )
+            if facts.st_size != entry.nbytes:
+                diagnoses.append(of_file(reader, entry, ranks.get(entry.name)))
     return problems
 
 

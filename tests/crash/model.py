@@ -225,6 +225,8 @@ class World:
             directory.change(op.process, (op.other, self._of_inode[op.object]))
         elif op.kind in (journal.UNLINK, journal.RMDIR):
             directory.change(op.process, (op.name, None))
+        elif op.kind == journal.RENAME and op.object:
+            raise NotImplementedError(f"a rename from one directory into another: {op.name} -> {op.other}")
         elif op.kind == journal.RENAME:
             directory.change(op.process, (op.other, live[op.name]), (op.name, None))
         elif op.kind == journal.EXCHANGE:

@@ -10,6 +10,8 @@ import torch
 
 import snapstone as ss
 from durability import small
+from snapstone.chunks import Chunk, Chunks
+from snapstone.reader import Reader
 
 CHUNK_BYTES = 65536
 CHUNKS = 6
@@ -75,3 +77,12 @@ def assert_unchanged(path: Path, before: dict[str, tuple[int, bytes]]) -> None:
 
 def names_in(path: Path) -> list[str]:
     return sorted(os.listdir(path))
+
+
+def chunk_at(path: Path, *, xor: bool) -> tuple[int, Path]:
+    """Offset and file of a large chunk that is referred to (xor), or of any."""
+    chunks = Chunks(Reader(path))
+    first = chunks.references(0)
+    number = min(first.values()) if xor else 0
+    chunk = Chunk(chunks, 0, number)
+    return chunk.offset, Path(chunk.path)

@@ -1,18 +1,21 @@
 """Writes the golden checkpoints of the current format version, and what must be read from them.
 
-    python tests/format/make_golden.py            tests/format/golden/VERSION, which must not exist yet
+    python tests/format/make_golden.py            tests/format/golden/VERSION: the kinds that are not there yet
 
-Run once per format version, when it is released; after that its files never change, because every later 1.y has to
-read them. `expected.json` holds dtype, shape and XXH3-128 of every tensor and the typed JSON of every value, taken from
-the states below and never from a checkpoint.
+Once made, the files of a kind never change, because every later 1.y has to read them. `expected.json` holds dtype,
+shape and XXH3-128 of every tensor and the typed JSON of every value, taken from the states below and never from a
+checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +29,9 @@ CHUNK_BYTES = 64 << 10  # the smallest that there is: several chunks in few byte
 METADATA = {"metrics": {"loss": 0.25, "nan": float("nan")}, "note": ("golden", 1)}
 STEP = 1000
 # The bytes of a zstd frame depend on the version of the library, those of a raw chunk on nothing.
-CODECS: dict[str, str | None] = {"plain": None, "zstd": "zstd", "sharded": "zstd:19", "recent": None}
+CODECS: dict[str, str | None] = {"plain": None, "zstd": "zstd", "sharded": "zstd:19", "recent": None, "derived": None}
+CHAINS: dict[str, str | None] = {"delta": "zstd", "xor": "xor-zstd"}  # the last of three saves on each other
+CHAIN_STEPS = 3
 DTYPES = ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16"]
 DTYPES += ["float32", "float64", "complex32", "complex64", "complex128"]
 DTYPES += ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"]
@@ -85,6 +90,34 @@ def recent_state() -> dict[str, Any]:
     return {name: pattern(name, 3, 5, seed=seed) for seed, name in enumerate(RECENT_DTYPES)}
 
 
+def derived_state() -> dict[str, Any]:
+    """Parameters that are their masters rounded, in both dtypes; one that only nearly is."""
+    state: dict[str, Any] = {"parameters": {}, "masters": {}}
+    for seed, dtype in enumerate((torch.bfloat16, torch.float16), 60):
+        master = pattern("int32", 40, 60, seed=seed).to(torch.float32) / 2**28
+        state["masters"][str(dtype)[6:]] = master
+        state["parameters"][str(dtype)[6:]] = master.to(dtype)
+    state["parameters"]["other"] = state["parameters"]["float16"] + 1
+    return state
+
+
+def chain_state(kind: str, step: int) -> dict[str, Any]:
+    """A chunk each. "delta": the second save links the first's file; the third links the second's and carries the one
+    chunk of the first's that it needs. "xor": each save stores what changed as a difference from the save before.
+    """
+    changed = {"a": 3, "b": 3, "c": 1, "d": 2} if kind == "delta" else {"a": 2, "b": 3, "c": 1}
+    seeds = {name: step if kind == "xor" and name == "a" else min(step, last) for name, last in changed.items()}
+    size = CHUNK_BYTES // 4
+    tensors = {
+        name: torch.arange(size) * 0.5 + ord(name) * 1000.0 + (seed * 4096.0 if kind == "delta" else 0.0)
+        for name, seed in seeds.items()
+    }
+    if kind == "xor":
+        for name, seed in seeds.items():
+            tensors[name][::97] += seed
+    return {**tensors, "small": torch.tensor([1.0, 2.0]), "step": step}
+
+
 def sharded_state(rank: int) -> dict[str, Any]:
     """What one of two ranks holds: shards along both dimensions, an uneven one, replicas, values of its own."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -113,28 +146,40 @@ def sharded_tensors() -> dict[str, torch.Tensor]:
     }
 
 
-STATES: dict[str, Callable[[], dict[str, Any]]] = {"plain": plain_state, "zstd": zstd_state, "recent": recent_state}
+STATES: dict[str, Callable[[], dict[str, Any]]] = {
+    "plain": plain_state,
+    "zstd": zstd_state,
+    "recent": recent_state,
+    "derived": derived_state,
+    **{kind: partial(chain_state, kind, CHAIN_STEPS) for kind in CHAINS},
+}
 
 
 def save(kind: str, path: Path) -> None:
-    """Saves one of STATES, or "sharded" with two processes."""
+    """Saves one of STATES, or "sharded" with two processes, or one of CHAINS with what it is based on beside it."""
     from distributed import ranks
 
     if kind == "sharded":
         ranks.values(ranks.run_ranks(2, save_sharded, str(path)))
+    elif kind in CHAINS:
+        with tempfile.TemporaryDirectory(dir=path.parent) as run:
+            for step in range(1, CHAIN_STEPS + 1):
+                base = {"base": Path(run, str(step - 1)), "full_every": None} if step > 1 else {}
+                write(chain_state(kind, step), Path(run, str(step)), CHAINS[kind], **base)
+            shutil.copytree(Path(run, str(CHAIN_STEPS)), path)
     else:
-        write(STATES[kind](), path, CODECS[kind])
+        write(STATES[kind](), path, CODECS[kind], **({"derive": True} if kind == "derived" else {}))
 
 
 def save_sharded(rank: int, path: str) -> None:
     write(sharded_state(rank), Path(path), CODECS["sharded"])
 
 
-def write(state: dict[str, Any], path: Path, codec: str | None) -> None:
+def write(state: dict[str, Any], path: Path, codec: str | None, **options: Any) -> None:
     import snapstone as ss
 
     with mock.patch.dict(os.environ, SNAPSTONE_CHUNK_BYTES=str(CHUNK_BYTES)):
-        ss.save(state, checkpoint_id=path, step=STEP, metadata=METADATA, codec=codec)
+        ss.save(state, checkpoint_id=path, step=STEP, metadata=METADATA, codec=codec, **options)
 
 
 def bits_of(tensor: torch.Tensor) -> bytes:
@@ -166,9 +211,10 @@ def main() -> None:
     from snapstone.config import FORMAT_MAJOR, FORMAT_MINOR
 
     target = GOLDEN / f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
-    target.mkdir(parents=True)
-    for kind in CODECS:
-        save(kind, target / kind)
+    target.mkdir(parents=True, exist_ok=True)
+    for kind in (*CODECS, *CHAINS):
+        if not (target / kind).exists():
+            save(kind, target / kind)
     (target / "expected.json").write_text(json.dumps(all_expected(), indent=1) + "\n")
     print(f"{target}: {sum(file.stat().st_size for file in target.rglob('*') if file.is_file())} bytes")
 

@@ -5,7 +5,8 @@ Invariants:
      save draws anew, is put in: MANIFEST.json, MANIFEST.xxh128, indexes and data. Of compressed chunks, whose bytes
      are the library's, the records without stored size and offset.
   2. Keys, their order and their types; the magic; the chunk record and its offsets; the limits: all as documented.
-  3. docs/format.md is about this version, lists it under "Version changes", and there are golden files of every
+  3. Codec numbers and file names, also those of delta saves and derived shards, are those of the golden files.
+  4. docs/format.md is about this version, lists it under "Version changes", and there are golden files of every
      version in that list.
 """
 
@@ -21,7 +22,7 @@ import pytest
 import xxhash
 
 from format import make_golden, reference_reader
-from format.make_golden import CODECS, GOLDEN
+from format.make_golden import CHAINS, CODECS, GOLDEN
 from snapstone import _native
 from snapstone.config import FORMAT_MAJOR, FORMAT_MINOR
 from snapstone.index import CHUNK_DTYPE
@@ -54,7 +55,8 @@ INDEX_KEYS = {
     "objects": dict,
 }
 TENSOR_KEYS = {"name": str, "dtype": str, "shape": list, "offsets": list, "sizes": list, "chunks": list, "at": int}
-TENSOR_KEYS["path"] = list
+TENSOR_KEYS |= {"derived_from": str, "xxh128": str, "path": list}
+CODEC_NAMES = {1: "zstd", 2: "planes 2", 3: "planes 4", 4: "planes 8", 5: "xor", 6: "xor 2", 7: "xor 4", 8: "xor 8"}
 
 
 def types_of(document: dict[str, Any]) -> dict[str, type]:
@@ -75,7 +77,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_there_are_golden_files_of_this_version() -> None:
-    assert sorted(path.name for path in (GOLDEN / VERSION).iterdir()) == sorted([*CODECS, "expected.json"])
+    assert sorted(path.name for path in (GOLDEN / VERSION).iterdir()) == sorted([*CODECS, *CHAINS, "expected.json"])
 
 
 def test_a_fresh_save_is_the_golden_one_byte_for_byte(pair: tuple[Path, Path]) -> None:
@@ -109,6 +111,77 @@ def test_a_fresh_save_has_the_golden_structure(pair: tuple[Path, Path]) -> None:
         assert {**new_header, "save_id": ""} == {**old_header, "save_id": ""}
         for field in ("raw_bytes", "file", "codec", "reserved", "digest"):
             assert np.array_equal(new_table[field], old_table[field]), field
+
+
+def unsigned(path: Path) -> tuple[list[str], list[Any]]:
+    """Names of all files and all documents of a checkpoint, save_ids as numbers, without the bytes of zstd."""
+    numbers: dict[str, str] = {}
+    manifest = reference_reader.read_manifest(path)
+    parts = [read_index(path, rank) for rank in range(manifest["world_size"])]
+    for entry in (entry for writer in manifest["writers"] for entry in (writer["index"], *writer["data"])):
+        entry.update(nbytes=0, xxh128="")
+    for entry in manifest["shared"]:
+        entry.update(nbytes=0, xxh128="")
+    ids = [manifest["save_id"], manifest["base"]["save_id"]]
+    for header, _ in parts:
+        ids += re.findall("[0-9a-f]{32}", json.dumps(header["files"]))
+    for save_id in ids:
+        numbers.setdefault(save_id, f"<save {len(numbers)}>")
+    manifest["shared"].sort(key=lambda entry: numbers[entry["name"][5:37]])
+    manifest["base"]["name"] = ""
+    names = sorted(str(file.relative_to(path)) for file in path.rglob("*"))
+    documents = [manifest, *(header for header, _ in parts)]
+    text = json.dumps([names, documents])
+    for save_id, number in numbers.items():
+        text = text.replace(save_id, number)
+    names, documents = json.loads(text)
+    tables = [[table[field].tolist() for field in ("raw_bytes", "file", "codec", "digest")] for _, table in parts]
+    return sorted(names), [*documents, *tables]
+
+
+@pytest.mark.parametrize("kind", sorted(CHAINS))
+def test_a_fresh_delta_save_has_the_golden_structure(tmp_path: Path, kind: str) -> None:
+    make_golden.save(kind, tmp_path / kind)
+    golden = unsigned(GOLDEN / VERSION / kind)
+    assert unsigned(tmp_path / kind) == golden
+    assert list(golden[1][0]) == [*list(MANIFEST_KEYS)[:7], "base", "shared", *list(MANIFEST_KEYS)[7:]]
+    assert list(golden[1][0]["base"]) == ["save_id", "step", "name", "depth"]
+    if kind == "xor":
+        assert list(golden[1][1]) == [*list(INDEX_KEYS)[:7], "references", *list(INDEX_KEYS)[7:]]
+
+
+def test_the_golden_files_have_every_feature() -> None:
+    """A feature that no golden file has is frozen by nothing."""
+    codecs: set[int] = set()
+    keys: set[str] = set()
+    names: set[str] = set()
+    for path in (GOLDEN / VERSION).iterdir():
+        if path.is_dir():
+            manifest = reference_reader.read_manifest(path)
+            names |= {re.sub("[0-9a-f]{32}", "ID", str(file.relative_to(path))) for file in path.rglob("*")}
+            for rank in range(manifest["world_size"]):
+                header, table = read_index(path, rank)
+                codecs |= set(table["codec"].tolist())
+                keys |= {key for row in header["tensors"] for key in row}
+    assert codecs == {0, 1, 2, 3, 4, 7}  # 5, 6 and 8 are 7 with items of another size
+    assert keys == set(TENSOR_KEYS)
+    wanted = ["base/ID.rank-00000.carried.data", "base/ID.rank-00000.data", "rank-00000.carried.data"]
+    assert {"MANIFEST.json", "MANIFEST.xxh128", "rank-00001.data", "rank-00001.index", *wanted} <= names
+
+
+def test_codec_numbers_are_the_documented_ones() -> None:
+    """Each number decodes what the reference reader's table says of it."""
+    raw = bytes(range(256)) * 16
+    table = DOCUMENT.read_text().partition("### Codecs")[2].partition("###")[0]
+    numbers = [int(number) for number in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)]
+    assert numbers == [0, *CODEC_NAMES] == sorted(reference_reader.CODECS | reference_reader.XOR_CODECS)
+    for number in CODEC_NAMES:
+        reference = bytes(len(raw)) if number in reference_reader.XOR_CODECS else None
+        stored = _native.encode_chunk(raw, number, 3, reference)
+        item_bytes = (reference_reader.CODECS | reference_reader.XOR_CODECS)[number]
+        assert reference_reader.decode_chunk("", item_bytes, stored, len(raw)) == raw, CODEC_NAMES[number]
+    with pytest.raises(ValueError, match="unknown codec"):
+        _native.encode_chunk(raw, 9, 3)
 
 
 def resign(new: dict[str, Any], old: dict[str, Any]) -> None:

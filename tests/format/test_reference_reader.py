@@ -21,7 +21,7 @@ import xxhash
 
 import snapstone as ss
 from distributed import ranks
-from format import make_golden, reference_reader
+from format import make_golden, reference_reader, reference_values
 from format.make_golden import bits_of, pattern
 from snapstone.values import STORED_DTYPES, decode
 
@@ -85,7 +85,7 @@ def test_readers_agree_on_a_rich_state(
     contents = assert_readers_agree(tmp_path / "c")
     assert contents.tensors["large.float64"].data == bits_of(state["large"]["float64"])
     assert contents.tensors["strided.0"].data == bits_of(state["strided"][0].contiguous())
-    assert reference_reader.decode(contents.objects[0]["values.numbers"].value)[:3] == (1 << 70, float("inf"), -0.0)
+    assert reference_values.decode(contents.objects[0]["values.numbers"].value)[:3] == (1 << 70, float("inf"), -0.0)
     codecs = {int(code) for code in table_of(tmp_path / "c")["codec"]}
     assert codecs == ({0} if codec is None else {0, 1, 2, 3, 4})
 
@@ -137,7 +137,7 @@ def test_the_reference_reader_refuses_any_changed_byte(tmp_path: Path, kind: str
         for at in sorted({0, len(data) - 1, *(chosen.randrange(len(data)) for _ in range(12))}):
             file.write_bytes(data[:at] + bytes([data[at] ^ 1 << chosen.randrange(8)]) + data[at + 1 :])
             assert not ss.verify(path), (file.name, at)
-            with pytest.raises((reference_reader.FormatError, ValueError, KeyError)):
+            with pytest.raises((reference_values.FormatError, ValueError, KeyError)):
                 reference_reader.read(path)
         file.write_bytes(data)
     reference_reader.read(path)
@@ -170,5 +170,5 @@ def test_the_reference_reader_refuses_what_no_writer_writes(tmp_path: Path, chan
     text = json.dumps(manifest).encode()
     (path / "MANIFEST.json").write_bytes(text)
     (path / "MANIFEST.xxh128").write_text(f"{xxhash.xxh3_128_hexdigest(text)}  MANIFEST.json\n")
-    with pytest.raises(reference_reader.FormatError, match=why):
+    with pytest.raises(reference_values.FormatError, match=why):
         reference_reader.read(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,46 @@ def test_json_has_every_documented_key(snapstone_json: RunJson, run_path: Path) 
     assert document.keys() == {"schema", "path", "level", "ok", "checkpoints"}
     assert (document["level"], document["ok"]) == ("full", False)
     bad, good = document["checkpoints"]
-    assert bad.keys() == {"name", "path", "step", "state", "checked_bytes", "seconds", "problems"}
+    assert bad.keys() == {"name", "path", "step", "state", "checked_bytes", "seconds", "problems", "diagnoses"}
+    (found,) = bad["diagnoses"]
+    assert found.keys() == {"path", "tensor", "chunk", "rank", "kind", "detail", "advice", "offset", "nbytes"}
+    assert (found["kind"], found["offset"], found["nbytes"]) == ("flipped bit", 5000, 1)
     assert (bad["name"], bad["state"], len(bad["problems"])) == ("step-9", "corrupt", 1)
     assert (good["name"], good["state"], good["problems"]) == ("step-10", "ok", [])
     assert good["checked_bytes"] > 1_200_000
+
+
+def test_damage_is_described_and_repaired(snapstone: Run, run_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_path, tmp_path / "replica")
+    data = run_path / "step-9" / "rank-00000.data"
+    right = data.read_bytes()
+    data.write_bytes(right[:4000] + bytes(200) + right[4200:])
+    found = snapstone("verify", run_path / "step-9")
+    assert found.exit_code == 1
+    assert "looks like" in found.stdout
+    lost = snapstone("verify", run_path / "step-9", "--repair")
+    assert lost.exit_code == 1
+    assert "not repaired" in lost.stdout
+    done = snapstone("verify", run_path, "--repair", "--from", tmp_path / "replica")
+    assert done.exit_code == 0, done.output
+    assert f"{run_path / 'step-9'}: repaired" in done.stdout
+    assert data.read_bytes() == right
+    assert snapstone("verify", run_path).exit_code == 0
+
+
+def test_json_of_a_repair(snapstone_json: RunJson, run_path: Path) -> None:
+    flip_byte(run_path / "step-9" / "rank-00000.data", 5000)
+    code, document = snapstone_json("verify", run_path, "--repair")
+    assert (code, document["ok"]) == (0, True)
+    fixed, sound = document["checkpoints"]
+    assert (fixed["state"], fixed["problems"], fixed["not_repaired"], fixed["also_repaired"]) == ("ok", [], [], [])
+    assert "flipped back" in fixed["repaired"][0]
+    assert "repaired" not in sound
+
+
+def test_options_of_a_repair_that_make_no_sense(snapstone: Run, saved_run: Path) -> None:
+    assert snapstone("verify", saved_run, "--repair", "--quick").exit_code == 2
+    assert snapstone("verify", saved_run, "--from", saved_run).exit_code == 2
 
 
 @pytest.mark.parametrize("name", ["MANIFEST.json", "MANIFEST.xxh128", "rank-00000.index", "rank-00000.data"])
