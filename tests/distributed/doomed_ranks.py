@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from rank_states import LATE_S, attempt, state
+from rank_states import attempt, state
 
 import snapstone as ss
 from durability import points
 
-TIMEOUT_S = 8.0  # of a save: long beside the save, also on a busy machine
+TIMEOUT_S = 12.0  # of a save: long beside the save, also on a busy machine
+LATE_S = 10.0  # past it: busy machines again, and less than a second deadline; test_dying_ranks.py asks for more
 START_S = 120.0
 RUNNING_MAX = 2
 WAITING_MAX = 40

@@ -19,10 +19,11 @@ import pytest
 JOB = Path(__file__).with_name("judged_job.py")
 ALL = os.environ.get("SNAPSTONE_TEST_KILLS") == "all"
 POINTS = 200 if ALL else 6
+LONGEST_S = 3400 if ALL else 800
 RESUMED = r"resumed from step (\d+)"
 
 pytestmark = [
-    pytest.mark.timeout(1800 if ALL else 300),
+    pytest.mark.timeout(3600 if ALL else 900),
     pytest.mark.skipif(importlib.util.find_spec("ckpt_chaos") is None, reason="ckpt-chaos is not installed"),
 ]
 
@@ -38,7 +39,7 @@ def judged(work: Path, *more: str) -> tuple[int, list[dict[str, Any]]]:
     command += ["--", sys.executable, str(JOB), "--out", "{out}", *more]
     # A path of its own: its first entry, ckpt-chaos's boot directory, must stay the first.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LONGEST_S, check=False)
     print(ended.stdout, ended.stderr)
     records = [json.loads(path.read_text()) for path in sorted(work.glob("pt_*/result.json"))]
     return ended.returncode, [record for record in records if "control" not in record["label"]]

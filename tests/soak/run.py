@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shlex
 import shutil
@@ -41,9 +42,7 @@ def main() -> int:
     document = {
         "theme": "soak",
         "date": date.isoformat(),
-        "command": shlex.join(
-            ["python", "tests/soak/run.py", "--minutes", f"{options.minutes:g}", "--seed", str(seed)]
-        ),
+        "command": command(options, seed),
         "snapstone": snapstone.__version__,
         "machine": machine.facts(),
         "file_system": machine.file_system(directory),
@@ -57,6 +56,14 @@ def main() -> int:
         return 1
     shutil.rmtree(directory)
     return 0
+
+
+def command(options: argparse.Namespace, seed: int) -> str:
+    words = ["python", "tests/soak/run.py", "--minutes", f"{options.minutes:g}", "--seed", str(seed)]
+    if options.first:
+        words += ["--first", str(options.first)]
+    timeout = os.environ.get("SOAK_TIMEOUT_S")
+    return (f"SOAK_TIMEOUT_S={shlex.quote(timeout)} " if timeout else "") + shlex.join(words)
 
 
 if __name__ == "__main__":

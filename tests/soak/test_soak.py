@@ -16,7 +16,7 @@ SECONDS = 15.0
 LIVES_MIN = 6
 SEED = 20
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_whatever_is_killed_every_acknowledged_checkpoint_is_there(tmp_path: Path) -> None:
