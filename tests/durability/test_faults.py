@@ -193,7 +193,7 @@ def test_a_failed_fsync_is_an_error_and_never_tried_again(use_rung: Callable[[st
     run = use_rung(rung) / "run"
     ss.save(small.state(1), checkpoint_id=run / "previous")
     total = calls_of(lambda: ss.save(small.state(1), checkpoint_id=run / "warm"))["fsync"]
-    assert total >= 7  # OWNER, data, index, directory, two manifest files, directory, parent
+    assert total >= 7  # data, index, directory, two manifest files, directory, parent
     for nth in range(1, total + 1):
         _native.fault_arm(f"fsync:{nth}:errno=EIO")
         with pytest.raises(OSError, match="fsync") as caught:
