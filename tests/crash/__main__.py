@@ -21,8 +21,8 @@ from crash.explore import Explorer, Found, Recording
 from crash.judge import materialise
 from crash.scenarios import SCENARIOS, record
 
-RECOVER_EVERY = 150
-DRAWS = 200  # at each cut of one recording
+RECOVER_EVERY = 40
+DRAWS = 100  # at each cut of one recording
 
 
 def explore(states: int, seed: int, directory: Path | None, command: list[str]) -> int:

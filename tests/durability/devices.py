@@ -82,9 +82,16 @@ class Mount:
         point.mkdir(exist_ok=True)
         run("mount", "-o", "noauto_da_alloc", device, point)
 
-    def again(self) -> None:
+    def again(self) -> bool:
+        """Whether the file system had to be repaired: a device that fails may leave a journal that is not replayed."""
         self.unmount()
-        run("mount", "-o", "noauto_da_alloc", self.device, self.point)
+        try:
+            run("mount", "-o", "noauto_da_alloc", self.device, self.point)
+            return False
+        except OSError:
+            quietly("e2fsck", "-fy", self.device)
+            run("mount", "-o", "noauto_da_alloc", self.device, self.point)
+            return True
 
     def unmount(self) -> None:
         end = time.monotonic() + 10

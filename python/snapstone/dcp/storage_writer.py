@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import operator
 import os
 import uuid
 from collections.abc import Mapping, Sequence
@@ -12,9 +10,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystem, SerializationFormat, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, SerializationFormat
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter as StorageWriterInterface
 from torch.futures import Future
 
@@ -24,26 +22,24 @@ from ..collective import Deadline
 from ..config import SaveOptions
 from ..errors import CheckpointError
 from ..manifest import Manifest
-from ..plan import TensorItem
 from ..progress import Progress
+from ..read_back import read_back
 from ..share import Share
 from ..staleness import heed_unchanged, owned_unchanged
 from ..status import SaveWatch
 from ..structure import StructureCache, StructureKeys, make_structure, without_derived
 from ..target import Target
-from ..tensors import LocalShard
 from ..trace import Trace
-from .metadata import VERSION, Stored, pickled, value_of_stream
+from .metadata import VERSION, pickled
 from .planned_entries import PlannedEntries
-from .recent import Recent
 from .rendezvous import Note
+from .taken import Taken
 
 __all__ = ["StorageWriter"]
 
 _cache = StructureCache()
 _keys = StructureKeys()
 _memory = Memory()
-_described: Recent[_Described] = Recent(4)
 
 
 @dataclass(slots=True)
@@ -62,6 +58,17 @@ class _Saving:
         if self.deadline.expired:
             raise CheckpointError("the data file was not written in time", path=self.target.path)
 
+    def read_back(self, entry: manifest.Writer, shared: tuple[manifest.FileEntry, ...], trace: Trace) -> None:
+        read_back(
+            self.staging.path,
+            entry,
+            shared,
+            save_id=self.note.save_id,
+            world_size=self.note.world_size,
+            deadline=self.deadline,
+            trace=trace,
+        )
+
     def discard(self) -> None:
         if self.leads and self.process == os.getpid():  # a forked child has a copy of the writer, but not the save
             self.staging.discard()
@@ -78,8 +85,8 @@ class StorageWriter(StorageWriterInterface):
     Args:
         path: the directory that the checkpoint becomes; `checkpoint_id` of a save takes its place.
         overwrite: replace an existing checkpoint, which stays intact until the new one is committed. Stock's default.
-        codec, allow_pickle, host_memory_budget, timeout: as in `snapstone.save`. `timeout` bounds the writer's own
-            waits; DCP's collectives have the process group's.
+        codec, allow_pickle, host_memory_budget, timeout, verify_after_save: as in `snapstone.save`. `timeout` bounds
+            the writer's own waits; DCP's collectives have the process group's.
         base, full_every, keyframe_every, on_unchanged, derive: as in `snapstone.save`. Chunks in a shared file move to
             a file of the rank's own when less than half of it is used by that rank, not by all: ranks cannot talk here.
             base="auto" finds nothing without collectives.
@@ -120,6 +127,7 @@ class StorageWriter(StorageWriterInterface):
         step: int | None = None,
         metadata: Mapping[str, Any] | None = None,
         dcp_metadata: bool = False,
+        verify_after_save: bool = False,
     ) -> None:
         super().__init__()
         if _extensions or serialization_format is not SerializationFormat.TORCH_SAVE:
@@ -141,6 +149,7 @@ class StorageWriter(StorageWriterInterface):
         self.step = step
         self.metadata = metadata
         self.dcp_metadata = dcp_metadata
+        self.verify_after_save = verify_after_save
         self.base = base
         self.codec = codec
         self.full_every = full_every
@@ -174,6 +183,7 @@ class StorageWriter(StorageWriterInterface):
             allow_pickle=self.allow_pickle,
             host_memory_budget=self.host_memory_budget,
             timeout=self.timeout,
+            verify_after_save=self.verify_after_save,
         )
 
     @property
@@ -295,7 +305,7 @@ class StorageWriter(StorageWriterInterface):
         saving.status.save_id = saving.note.save_id
         # Without gradients a DTensor gives its local tensor as it is, and makes no view of it for autograd (8 us each).
         with trace.span("plan"), garbage.paused(), torch.no_grad():
-            taken = _Taken.of(plan, planner)
+            taken = Taken.of(plan, planner)
             objects = {
                 name: {
                     "path": state.encode_path(taken.paths[name]),
@@ -341,6 +351,8 @@ class StorageWriter(StorageWriterInterface):
             share.drop_sparse_files(share.used_bytes(), saving.check_deadline)
             entry, stored = share.write_index(note.save_id, note.world_size, step, objects)
             saving.staging.sync([os.path.basename(one.name) for one in stored.shared])
+            if options.verify_after_save:
+                saving.read_back(entry, tuple(stored.shared), trace)
         finally:
             share.close()
             trace.close()
@@ -385,7 +397,8 @@ class StorageWriter(StorageWriterInterface):
             saving.staging.write_file(manifest.DCP_MARKER_NAME, marker, "marker")
             data = document.to_bytes()
             saving.staging.keep_shared([(os.path.basename(entry.name), entry.nbytes) for entry in shared])
-            saving.staging.commit(data, manifest.digest_line(data), saving.target.name, self.overwrite)
+            digest = manifest.digest_line(data)
+            saving.staging.commit(data, digest, saving.target.name, self.overwrite, self.verify_after_save)
             saving.note.remove(saving.target)
         except BaseException as error:
             if saving.status is not None:
@@ -406,93 +419,3 @@ class StorageWriter(StorageWriterInterface):
 def rank_directory(rank: int) -> str:
     """Where rank `rank` saves under the checkpoint's path when DCP runs without collectives."""
     return f"rank-{rank:05d}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Described:
-    """What the items of a plan were found to be. A planner that remembers its plans passes the same objects again."""
-
-    items: list[WriteItem]
-    tensors: list[TensorItem | None]
-
-    def is_of(self, items: list[WriteItem]) -> bool:
-        return len(items) == len(self.items) and all(map(operator.is_, items, self.items))
-
-
-@dataclass(slots=True)
-class _Taken:
-    """What a plan's items resolve to."""
-
-    shards: list[LocalShard]
-    objects: dict[str, Any]
-    paths: dict[str, state.LeafPath]
-
-    @classmethod
-    def of(cls, plan: SavePlan, planner: SavePlanner) -> _Taken:
-        mappings: Mapping[str, tuple[Any, ...]] = getattr(planner, "mappings", None) or plan.planner_data or {}
-        taken = cls([], {}, {})
-        described = _described.find(lambda known: known.is_of(plan.items))
-        known = described.tensors if described else [None] * len(plan.items)
-        for item, before in zip(plan.items, known, strict=True):
-            name = item.index.fqn
-            taken.paths[name] = tuple(mappings.get(name, (name,)))
-            if item.type is WriteItemType.BYTE_IO:
-                taken.objects[name] = _value(item, planner)
-            else:
-                taken.shards.append(_shard(item, planner, before))
-        if described is None:
-            of_tensors = iter(taken.shards)
-            tensors_of = [None if i.type is WriteItemType.BYTE_IO else next(of_tensors).item for i in plan.items]
-            _described.put(_Described(list(plan.items), tensors_of))
-        return taken
-
-    def stored(self, plan: SavePlan, written: manifest.Writer) -> Stored:
-        storage_data, dtypes = {}, {}
-        shards = iter(self.shards)
-        for item in plan.items:
-            if item.type is WriteItemType.BYTE_IO:
-                storage_data[item.index] = _StorageInfo(written.index.name, 0, 0)
-                continue
-            shard = next(shards).item
-            storage_data[item.index] = _StorageInfo(written.data[0].name, 0, shard.nbytes)
-            dtype = tensors.dtype_named(shard.dtype)
-            assert item.tensor_data is not None
-            if item.tensor_data.properties.dtype != dtype:
-                dtypes[item.index.fqn] = dtype
-        return Stored(storage_data, dtypes)
-
-
-def _value(item: WriteItem, planner: SavePlanner) -> Any:
-    look_up = getattr(planner, "lookup_object", None)
-    if look_up is not None:
-        value = look_up(item.index)
-        if not isinstance(value, io.BytesIO):
-            return value
-    stream = planner.resolve_data(item)
-    assert isinstance(stream, io.BytesIO)
-    return value_of_stream(stream)
-
-
-def _shard(item: WriteItem, planner: SavePlanner, before: TensorItem | None) -> LocalShard:
-    tensor = planner.resolve_data(item)
-    assert isinstance(tensor, torch.Tensor)
-    assert item.tensor_data is not None
-    chunk = item.tensor_data.chunk
-    tensor = tensor.detach()
-    if tensor.shape != tuple(chunk.sizes):
-        raise ValueError(f"{item.index.fqn}: planned with sizes {list(chunk.sizes)}, is {list(tensor.shape)}")
-    # Of the tensor, not of the plan: cached plans keep the dtype of an earlier save.
-    dtype = tensors.dtype_name(tensor.dtype, item.index.fqn)
-    if before is not None and before.dtype == dtype:
-        return LocalShard(before, tensor)
-    return LocalShard(
-        TensorItem(
-            item.index.fqn,
-            dtype,
-            tuple(item.tensor_data.size),
-            tuple(chunk.offsets),
-            tuple(chunk.sizes),
-            tensor.numel() * tensor.dtype.itemsize,
-        ),
-        tensor,
-    )

@@ -10,8 +10,7 @@
 #include <new>
 
 #include "failing_allocations.h"
-#include "pipeline/chain_fixture.h"
-#include "pipeline/pipeline_fixture.h"
+#include "pipeline/save_chain_fixture.h"
 
 namespace snapstone::pipeline {
 namespace {
@@ -56,8 +55,12 @@ Ended attempt(std::uint64_t nth, bool lasting, const std::function<void()>& oper
   return refused ? Ended::kRefused : Ended::kWell;
 }
 
-class AllocationOnRung : public PipelineOnRung {
+template <class Fixture>
+class AllocationSweep : public Fixture {
  protected:
+  using Fixture::directory_;
+  using Fixture::ring_;
+
   // A ring of its own for each run, so that lanes make engines of their own, too.
   void use_new_ring() {
     ring_ = std::make_shared<mem::SlotRing>(kTestChunkBytes);
@@ -88,7 +91,7 @@ class AllocationOnRung : public PipelineOnRung {
         refused += ended == Ended::kRefused ? 1 : 0;
         if (ended != Ended::kRefused) check(name);
         expect_nothing_left(files);
-        if (HasFatalFailure()) return;
+        if (Fixture::HasFatalFailure()) return;
         run(name + ".next");
         check(name + ".next");
         for (const std::string& each : {name, name + ".next"}) ::unlink((directory_ / each).c_str());
@@ -100,6 +103,8 @@ class AllocationOnRung : public PipelineOnRung {
     EXPECT_GE(refused, 20u);
   }
 };
+
+class AllocationOnRung : public AllocationSweep<PipelineOnRung> {};
 INSTANTIATE_TEST_SUITE_P(Rungs, AllocationOnRung, all_rungs(), rung_test_name);
 
 TEST_P(AllocationOnRung, any_failing_allocation_of_a_save) {
@@ -154,6 +159,75 @@ TEST_P(AllocationOnRung, any_failing_allocation_of_a_load_and_a_scrub) {
         },
         [&](const std::string&) { ASSERT_EQ(problems, 1u) << "a wrong chunk is told, or the scrub fails"; });
   }
+}
+
+// Differences from an earlier save: the layout, the base's records and files, the chunk table with its references.
+class ChainAllocation : public AllocationSweep<SaveChainTest> {
+ protected:
+  // A tensor of floats in two chunks, one of 2-byte items, and a small one that is packed.
+  Tensors few() {
+    Tensors tensors;
+    tensors.bytes.push_back(Bytes(kTestChunkBytes + 12344));
+    each_float(tensors.bytes.back(), [&](float) { return normal_(random_) * 0.02f; });
+    tensors.bytes.push_back(random_bytes(random_, kTestChunkBytes + 10));
+    tensors.bytes.push_back(random_bytes(random_, 77));
+    return tensors;
+  }
+  static SaveOptions differences_of(const Tensors& tensors) {
+    SaveOptions options{.compress = true, .zstd_level = 1, .keyframe_every = 8};
+    options.item_bytes.assign(tensors.bytes.size(), 4);
+    options.item_bytes[1] = 2;
+    options.xor_tensors.assign(tensors.bytes.size(), 1);
+    return options;
+  }
+  // A row of saves, each a difference from the one before.
+  Stored make_row(Tensors& tensors, int saves) {
+    Stored stored;
+    for (int step = 0; step < saves; ++step) {
+      stored = save_on(stored, tensors, "row" + std::to_string(step), differences_of(tensors));
+      train(tensors, 1);
+    }
+    return stored;
+  }
+};
+
+TEST_F(ChainAllocation, any_failing_allocation_of_a_save_of_differences) {
+  Tensors tensors = few();
+  const Stored base = make_row(tensors, 3);
+  Stored stored;
+  sweep(
+      [&](const std::string& name) {
+        stored = {};
+        const auto job = job_on(base, tensors, name, differences_of(tensors));
+        start(job);
+        while (!job->wait(kPatience)) FAIL() << "the job hangs";
+        job->rethrow();
+        stored = result_of(*job, base, name, tensors);
+      },
+      [&](const std::string&) {
+        expect_loads(stored, tensors);
+        ASSERT_EQ(longest_chain(stored), 4u);
+      });
+}
+
+TEST_F(ChainAllocation, any_failing_allocation_of_a_load_of_differences) {
+  Tensors tensors = few();
+  const Stored base = make_row(tensors, 3);
+  const Stored stored = save_on(base, tensors, "newest", differences_of(tensors));
+  ASSERT_EQ(longest_chain(stored), 4u);
+  std::vector<Bytes> result;
+  sweep(
+      [&](const std::string&) {
+        result.clear();
+        check_table(stored);
+        result = loaded(stored, tensors);
+      },
+      [&](const std::string&) { ASSERT_TRUE(result == tensors.bytes); });
+  const format::ChunkRecord& oldest = stored.table.back();
+  flip(stored.files[oldest.file], oldest.offset);
+  std::size_t problems = 0;
+  sweep([&](const std::string&) { problems = problems_of(stored); },
+        [&](const std::string&) { ASSERT_GE(problems, 1u) << "a wrong record is told, or the scrub fails"; });
 }
 
 // The lanes of a process are made by its first job: here each time in a child of its own.
