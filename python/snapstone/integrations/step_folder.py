@@ -38,7 +38,7 @@ class StepFolder:
         damaged is passed over, with a warning.
 
         Raises:
-            CorruptCheckpointError: there are checkpoints, and all are damaged: a run that began anew would replace them.
+            CorruptCheckpointError: there are checkpoints, and all are damaged. A new run would replace them.
             CheckpointError, OSError: one cannot be read at all now, by this version or from this place, which does not
                 say that it is damaged.
         """

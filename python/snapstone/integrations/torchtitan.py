@@ -271,7 +271,7 @@ class SnapstoneCheckpointManager(CheckpointManager):  # type: ignore[misc]
     # Loading ----------------------------------------------------------------------------------------------------------
 
     def _load(self, step: int = -1) -> bool:
-        """Rank 0 alone looks what is there: torchtitan asks every rank whether the folder exists, and where that differs
+        """Rank 0 alone looks what is there. torchtitan asks every rank for the folder, and where the answers differ
         some would begin anew.
         """
         found = self._find_load_step() if step == -1 else step
