@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib
 import json
 import os
 import random
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from mutation import document
 from mutation.kill import Outcome, judge_all
+from mutation.lists import judge_lists
 from mutation.record import Reached, record, record_native
 from mutation.sites import Site
 from mutation.tree import ROOT, build_native, digest_of, make_tree
@@ -28,6 +29,13 @@ from mutation.tree import ROOT, build_native, digest_of, make_tree
 FIRST = (
     *("writer", "outcome", "target", "collective", "manifest", "reader", "index", "index_file", "plan", "base"),
     *("share", "joint", "opening", "load", "verify", "read_back", "compaction", "checkpoint", "save"),
+)
+PRELOADED = (
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "hypothesis",
+    "snapstone.save",
+    "snapstone.load",
 )
 FIRST_NATIVE = ("csrc/store/", "csrc/format/", "csrc/pipeline/", "csrc/codec/", "csrc/os/")
 
@@ -43,9 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     sys.path[:0] = [str(tree / "python"), str(tree / "tests"), str(tree)]
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:3], os.environ.get("PYTHONPATH", "")])
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    import snapstone
-
-    assert Path(snapstone.__file__ or "").is_relative_to(tree), "the copy is not what is imported"
+    _import_all(tree)
     if given.native:
         record_native(tree, work)
     reached = record(tree, work, given.tests, params=given.params, file_seconds=given.file_seconds)
@@ -53,9 +59,18 @@ def main(arguments: Sequence[str]) -> int:
     known = _known(work, digests)
     todo = _chosen(sites, given, known, reached)
     print(f"{len(sites)} sites, {len(known)} judged, {len(todo)} to judge", flush=True)
+    if given.lists:
+        judge_lists(tree, work)
     judge_all(todo, digests, reached, tree, work, given.jobs, given.seconds)
     known = _known(work, digests)
-    return document.report(sites, known, reached, ROOT, given.json)
+    return document.report(sites, known, reached, work, given.json)
+
+
+def _import_all(tree: Path) -> None:
+    for module in PRELOADED:
+        importlib.import_module(module)
+    found = Path(sys.modules["snapstone"].__file__ or "")
+    assert found.is_relative_to(tree), "the copy is not what is imported"
 
 
 def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -65,6 +80,7 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="judge those again that survived")
     parser.add_argument("--native", action="store_true", help="build extension and native tests, for checks in csrc")
+    parser.add_argument("--lists", action="store_true", help="and what other tests leave out: syncs, steps, votes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no mutant after this time")
     parser.add_argument("--params", type=int, default=20, help="of each test function at most so many cases")

@@ -18,7 +18,7 @@ from mutation.sites import EXCLUDED, Site
 __all__ = ["report"]
 
 
-def report(sites: list[Site], known: dict[str, Outcome], reached: Reached, root: Path, folder: Path | None) -> int:
+def report(sites: list[Site], known: dict[str, Outcome], reached: Reached, work: Path, folder: Path | None) -> int:
     """1 where a site survives that is not in ACCEPTED."""
     names = {site.name for site in sites}
     survivors = [one for name, one in known.items() if name in names and not one.killed_by]
@@ -28,8 +28,15 @@ def report(sites: list[Site], known: dict[str, Outcome], reached: Reached, root:
         print(f"survived: {one.name}, line {one.line}: {one.text}  ({one.reached_by} tests reach it)")
     print(f"{len(sites)} sites, {killed} killed, {len(survivors) - len(unexplained)} accepted, {len(unexplained)} not")
     if folder is not None:
-        write(sites, known, reached, root, folder)
-    return 1 if unexplained else 0
+        write(sites, known, reached, work, folder)
+    unnoticed = [name for row in lists_of(work) for name in row["not_noticed"]]
+    print("\n".join(f"not noticed: {name}" for name in unnoticed))
+    return 1 if unexplained or unnoticed else 0
+
+
+def lists_of(work: Path) -> list[dict[str, Any]]:
+    path = work / "lists.json"
+    return list(json.loads(path.read_text())) if path.exists() else []
 
 
 def reason_of(one: Outcome) -> str | None:
@@ -40,7 +47,7 @@ def reason_of(one: Outcome) -> str | None:
     return None
 
 
-def write(sites: list[Site], known: dict[str, Outcome], reached: Reached, root: Path, folder: Path) -> Path:
+def write(sites: list[Site], known: dict[str, Outcome], reached: Reached, work: Path, folder: Path) -> Path:
     now = datetime.datetime.now(datetime.UTC)
     judged = [known[site.name] for site in sites if site.name in known]
     rows = [_row(one) for one in judged]
@@ -58,6 +65,7 @@ def write(sites: list[Site], known: dict[str, Outcome], reached: Reached, root: 
         "not_judged": len(sites) - len(judged),
         "tests_that_fail_without_a_mutant": sorted(reached.failed),
         "left_out": EXCLUDED,
+        "lists": lists_of(work),
         "killers": dict(killers.most_common(20)),
         "outcomes": rows,
     }

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ __all__ = ["Ran", "native_tests", "run_native", "run_python"]
 POLL_S = 0.02
 NATIVE_SECONDS = 120
 USAGE_ERROR = 4
+OUT_OF_TIME = "ran out of time"
 
 
 @dataclass
@@ -65,7 +67,13 @@ class _Reports:
 
 
 def run_python(
-    tree: Path, tests: Sequence[str], scratch: Path, seconds: float, env: Mapping[str, str], *, params: int = 1 << 30,
+    tree: Path,
+    tests: Sequence[str],
+    scratch: Path,
+    seconds: float,
+    env: Mapping[str, str],
+    *,
+    params: int = 1 << 30,
     first_failure: bool = True,
 ) -> Ran:
     """pytest in a fork; it and all that it started are killed after `seconds`."""
@@ -87,7 +95,7 @@ def run_python(
                 ran.failed, ran.message = line["nodeid"], line["message"]
     if not ran.failed and code < 0:
         ran.failed = running or (str(tests[0]) if tests else "")
-        ran.message = "ran out of time" if code == -signal.SIGKILL else f"died of {signal.Signals(-code).name}"
+        ran.message = OUT_OF_TIME if code == -signal.SIGKILL else f"died of {signal.Signals(-code).name}"
     return ran
 
 
@@ -120,17 +128,15 @@ def _wait(pid: int, seconds: float) -> int:
         done, status = os.waitpid(pid, os.WNOHANG)
         if not done:
             time.sleep(POLL_S)
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)  # also what a finished one left running
-    except (ProcessLookupError, PermissionError):
-        pass
     if not done:
         _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status)
 
 
 def native_tests(tree: Path) -> list[str]:
-    """"native/store_staging::Suite.case" of all test programs that are built."""
+    """ "native/store_staging::Suite.case" of all test programs that are built."""
     found = []
     for program in sorted((tree / "build/tests/native").glob("native_*")):
         if not os.access(program, os.X_OK) or program.is_dir():
@@ -158,7 +164,7 @@ def run_native(tree: Path, test: str, env: Mapping[str, str]) -> tuple[bool, str
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return False, "ran out of time", time.monotonic() - begin
+        return False, OUT_OF_TIME, time.monotonic() - begin
     failures = [line for line in output.decode(errors="replace").splitlines() if "Failure" in line or "what()" in line]
     message = (failures or [f"ended with {process.returncode}"])[0][:300]
     return process.returncode == 0, message, time.monotonic() - begin

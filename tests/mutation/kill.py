@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mutation.forked import USAGE_ERROR, run_native, run_python
+from mutation.forked import OUT_OF_TIME, USAGE_ERROR, run_native, run_python
 from mutation.record import Reached
 from mutation.sites import Site
 
@@ -19,7 +19,7 @@ BATCHES = ((6, 60.0), (24, 240.0))  # tests, seconds that they may take: three t
 TESTS_MAX = sum(count for count, _ in BATCHES)
 NATIVE_TESTS_MAX = 40
 NATIVE_SECONDS_MAX = 60.0
-POLL_S = 0.05
+CONFIRM_SECONDS = 120.0
 
 
 @dataclass
@@ -53,6 +53,8 @@ def judge(site: Site, digest: str, reached: Reached, tree: Path, scratch: Path) 
         if ran.code == USAGE_ERROR:  # names that pytest does not take back
             ran = run_python(tree, sorted({test.partition("[")[0] for test in batch}), scratch, seconds, env)
         tried += len(batch)
+        if ran.message == OUT_OF_TIME:  # which may be the machine's fault
+            ran = run_python(tree, [ran.failed], scratch, CONFIRM_SECONDS + seconds, env)
         if ran.failed:
             killed, message = ran.failed, ran.message
             break

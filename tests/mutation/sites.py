@@ -1,5 +1,5 @@
-"""Where a check stands that can be taken away: every `raise`, every `throw`, and of some modules every call whose result
-nobody uses. A site is one statement; without it what follows runs as if the check had found nothing.
+"""Where a check stands that can be taken away: every `raise`, every `throw`, and of some modules every call whose
+result nobody uses. A site is one statement; without it what follows runs as if the check had found nothing.
 
 The copy that is tested has all sites at once, each behind its own question (`instrumented`), so nothing is built twice.
 """
@@ -12,7 +12,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CALLS", "EXCLUDED", "NATIVE_CALLS", "Site", "find", "instrumented", "native_sites", "python_sites", "sites_of"]
+__all__ = [
+    "EXCLUDED",
+    "Site",
+    "find",
+    "instrumented",
+    "native_sites",
+    "python_sites",
+    "sites_of",
+]
 
 PYTHON = "python/snapstone/"
 PYTHON_GUARD = "if __stays__({!r}): "
@@ -65,7 +73,7 @@ def sites_of(name: str, path: Path) -> list[Site]:
 
 
 def python_sites(path: str, text: str) -> list[Site]:
-    """`raise` statements, and calls in modules of CALLS; both stand on lines of their own, as the formatter puts them."""
+    """`raise` statements, and calls in modules of CALLS; each on a line of its own, as the formatter has it."""
     begins = [0]
     for line in text.splitlines(keepends=True):
         begins.append(begins[-1] + len(line))
@@ -94,8 +102,8 @@ def python_sites(path: str, text: str) -> list[Site]:
 
 
 def native_sites(path: str, text: str) -> list[Site]:
-    """`throw` statements, calls of functions that always throw, returns of a literal (which say what is wrong), and calls
-    in files of NATIVE_CALLS.
+    """`throw` statements, calls of functions that always throw, returns of a literal (which say what is wrong), and
+    calls in files of NATIVE_CALLS.
     """
     code = _blanked(text)
     throwing = sorted(set(re.findall(r"\[\[noreturn\]\]\s+\w+\s+(\w+)\(", code)))

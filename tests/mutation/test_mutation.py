@@ -1,5 +1,5 @@
-"""The machinery that takes checks away (`make mutate`): it finds every check, a missing one is noticed, and a few always
-are tried.
+"""The machinery that takes checks away (`make mutate`): it finds every check, a missing one is noticed, and a few are
+always tried.
 """
 
 from __future__ import annotations
