@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -98,11 +99,12 @@ def _known(work: Path, digests: dict[str, str]) -> dict[str, Outcome]:
     known = {}
     for outcome in (Outcome(**json.loads(line)) for line in lines):
         known[outcome.name] = outcome
-    return {name: one for name, one in known.items() if one.digest in digests.values()}
+    return {name: one for name, one in known.items() if one.tried and one.digest in digests.values()}
 
 
 def _chosen(sites: list[Site], given: argparse.Namespace, known: dict[str, Outcome], reached: Reached) -> list[Site]:
-    chosen = [site for site in sites if site.name not in known or (given.again and not known[site.name].killed_by)]
+    reachable = [site for site in sites if site.name in reached.by_site]
+    chosen = [site for site in reachable if site.name not in known or (given.again and not known[site.name].killed_by)]
     if given.sites:
         chosen = [site for site in chosen if any(fnmatch.fnmatch(site.name, pattern) for pattern in given.sites)]
     if not given.native:
@@ -112,13 +114,13 @@ def _chosen(sites: list[Site], given: argparse.Namespace, known: dict[str, Outco
     return sorted(chosen, key=_importance)
 
 
-def _importance(site: Site) -> tuple[int, str, int]:
+def _importance(site: Site) -> tuple[bool, int, str, int]:
     module = site.path.removeprefix("python/snapstone/").removesuffix(".py")
     first = FIRST.index(module) if module in FIRST else len(FIRST)
     for place, folder in enumerate(FIRST_NATIVE):
         if site.path.startswith(folder):
             first = place
-    return first, site.path, site.line
+    return not re.search(r"\b(raise|throw|return|refuse)\b", site.text), first, site.path, site.line
 
 
 if __name__ == "__main__":

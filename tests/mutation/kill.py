@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +16,11 @@ from mutation.sites import Site
 
 __all__ = ["Outcome", "judge", "judge_all"]
 
-BATCHES = ((6, 60.0), (24, 240.0))  # tests, seconds that they may take: three times what they took, and a start
+BATCHES = (
+    (6, 60.0),
+    (24, 240.0),
+    (60, 600.0),
+)  # tests, seconds that they may take: three times what they took, and a start
 TESTS_MAX = sum(count for count, _ in BATCHES)
 NATIVE_TESTS_MAX = 40
 NATIVE_SECONDS_MAX = 60.0
@@ -77,13 +82,13 @@ def _by_native(tree: Path, tests: list[str], reached: Reached, env: dict[str, st
 
 
 def _varied(tests: list[str]) -> list[str]:
-    """First one case of each function, then the second ones; the quickest first among them."""
-    turns: dict[str, int] = {}
+    """First one case of each file, then one of each function, then the second ones; the quickest first among them."""
+    turns: Counter[str] = Counter()
     numbered = []
     for test in tests:
-        function = test.partition("[")[0]
-        turns[function] = turns.get(function, -1) + 1
-        numbered.append((turns[function], test))
+        file, function = test.partition("::")[0], test.partition("[")[0]
+        numbered.append(((turns[function], turns[file] > 0), test))
+        turns.update({file, function})
     return [test for _, test in sorted(numbered, key=lambda pair: pair[0])]
 
 
