@@ -9,7 +9,9 @@ PYTEST_ARGS ?=
 SECONDS ?= 60
 FUZZ_ARGS ?=
 
-.PHONY: help setup build test test-native test-integrations sanitize fuzz demo bench readme-bench readme-table lint format stubs docs clean crash sweep kill soak
+.PHONY: help setup build test test-native test-integrations sanitize fuzz demo bench readme-bench readme-table lint format stubs docs clean crash sweep kill soak mutate proof
+MUTATE_ARGS ?=
+PROOF_ARGS ?=
 SOAK_ARGS ?=
 MINUTES ?= 30
 
@@ -54,6 +56,14 @@ kill: setup  ## SIGKILL before every function, line and system call of saves, on
 
 soak: setup  ## train, save, kill, prune, compact and resume for MINUTES (30); writes dated JSON to benchmarks/results
 	@$(PYTHON_BIN)/python tests/soak/run.py --minutes $(MINUTES) $(SOAK_ARGS)
+
+mutate: setup  ## takes away one check, sync, vote after the other; some test must fail for each; hours, and it resumes
+	@PATH="$$PWD/$(PYTHON_BIN):$$PATH" PYTHONPATH=tests $(PYTHON_BIN)/python -m mutation --native --lists \
+	  --json benchmarks/results $(MUTATE_ARGS)
+
+proof: setup  ## runs the tests that docs/guarantees.md names, and writes their counts at its end (PROOF_ARGS=--missing)
+	@tools/native_tests.sh
+	@$(PYTHON_BIN)/python tools/proof.py $(PROOF_ARGS)
 
 demo: setup  ## train, crash, resume and sample; under 4 minutes
 	@$(PYTHON_BIN)/python examples/demo.py

@@ -245,6 +245,21 @@ def test_a_file_name_that_leaves_the_directory_is_refused(tmp_path: Path, name: 
             read(str(put(tmp_path / "c", json.dumps(document).encode())))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format_version": "one"}, "format_version is 'one'"),
+        ({"format_version": "0.9"}, r"the first was 1\.0"),
+        ({"writers": {}}, "is not a list"),
+        ({"metadata": []}, "is not a dict"),
+        ({"world_size": 3}, "writers are not ranks 0 to 2"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(CorruptCheckpointError, match=said):
+        read(str(put(tmp_path / "c", changed(**change))))
+
+
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     document = json.loads(manifest().to_bytes())
     document["writers"][1]["data"][0]["name"] = "rank-00000.data"

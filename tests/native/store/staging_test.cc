@@ -130,6 +130,17 @@ TEST_F(StagingTest, a_file_system_without_locks_is_no_obstacle) {
   }
 }
 
+TEST_F(StagingTest, a_file_system_that_has_locks_and_gives_none_is_an_error) {
+  const ArmedFaults faults("flock:1+:errno=ENOLCK");
+  try {
+    Staging::create(run_.path(), kSaveId, {"boot"});
+    FAIL() << "went on without the lock";
+  } catch (const OsError& error) {
+    EXPECT_EQ(error.error_number(), ENOLCK);
+  }
+  EXPECT_FALSE(os::stat_at(run_.directory(), staging_name(kSaveId)));
+}
+
 // reap() of another process holds the lock exclusively for a moment: a save that went on without it would be taken for
 // dead by the next one.
 TEST_F(StagingTest, the_lock_is_waited_for_while_a_reaper_looks) {

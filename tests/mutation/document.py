@@ -1,0 +1,100 @@
+"""What came out: for people, and as a dated document."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mutation.accepted import ACCEPTED
+from mutation.kill import Outcome
+from mutation.record import Reached
+from mutation.sites import EXCLUDED, Site
+
+__all__ = ["report"]
+
+
+def report(sites: list[Site], known: dict[str, Outcome], reached: Reached, work: Path, folder: Path | None) -> int:
+    """1 where a site survives that is not in ACCEPTED."""
+    names = {site.name for site in sites}
+    survivors = [one for name, one in known.items() if name in names and not one.killed_by and one.tried]
+    unexplained = [one for one in survivors if reason_of(one) is None]
+    unreached = [site for site in sites if site.name not in reached.by_site and site.name not in known]
+    killed = sum(1 for name, one in known.items() if name in names and one.killed_by)
+    for one in unexplained:
+        print(f"survived: {one.name}, line {one.line}: {one.text}  ({one.reached_by} tests reach it)")
+    print(
+        f"{len(sites)} sites, {killed} killed, {len(survivors) - len(unexplained)} accepted, {len(unexplained)} not, "
+        f"{len(unreached)} that no recorded test reaches"
+    )
+    if folder is not None:
+        write(sites, known, reached, work, folder)
+    unnoticed = [name for row in lists_of(work) for name in row["not_noticed"]]
+    print("\n".join(f"not noticed: {name}" for name in unnoticed))
+    return 1 if unexplained or unreached or unnoticed else 0
+
+
+def lists_of(work: Path) -> list[dict[str, Any]]:
+    path = work / "lists.json"
+    return list(json.loads(path.read_text())) if path.exists() else []
+
+
+def reason_of(one: Outcome) -> str | None:
+    """By name and first line, so that a reason does not pass to another statement."""
+    for name, text, reason in ACCEPTED:
+        if name == one.name.partition("#")[0] and one.text.startswith(text):
+            return reason
+    return None
+
+
+def write(sites: list[Site], known: dict[str, Outcome], reached: Reached, work: Path, folder: Path) -> Path:
+    now = datetime.datetime.now(datetime.UTC)
+    judged = [known[site.name] for site in sites if site.name in known]
+    unreached = [site.name for site in sites if site.name not in reached.by_site and site.name not in known]
+    rows = [_row(one) for one in judged]
+    killers = Counter(one.killed_by.partition("[")[0] for one in judged if one.killed_by)
+    machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "kernel": platform.release()}
+    result = {
+        "theme": "mutation",
+        "date": now.isoformat(timespec="seconds"),
+        "command": "make mutate",
+        "machine": machine,
+        "sites": len(sites),
+        "mutants": len(judged),
+        "killed": sum(1 for one in judged if one.killed_by),
+        "survived": sum(1 for one in judged if not one.killed_by),
+        "reached_by_no_recorded_test": unreached,
+        "recorded_tests": len(reached.seconds),
+        "not_judged": len(sites) - len(judged) - len(unreached),
+        "tests_that_fail_without_a_mutant": sorted(reached.failed),
+        "left_out": EXCLUDED,
+        "lists": lists_of(work),
+        "killers": dict(killers.most_common(20)),
+        "outcomes": rows,
+    }
+    path = folder / f"mutation_{cpu_model().lower().replace(' ', '-')}_{now:%Y%m%d}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def _row(one: Outcome) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": one.name, "line": one.line, "text": one.text}
+    if one.killed_by:
+        return {**row, "killed_by": one.killed_by}
+    return {
+        **row,
+        "survived": reason_of(one) or "no test notices",
+        "tried": one.tried,
+        "reached_by": one.reached_by,
+    }
+
+
+def cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

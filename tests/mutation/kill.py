@@ -1,0 +1,133 @@
+"""One mutant against the tests that reach it, the quickest first."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mutation.forked import OUT_OF_TIME, USAGE_ERROR, run_native, run_python
+from mutation.record import Reached
+from mutation.sites import Site
+
+__all__ = ["Outcome", "judge", "judge_all"]
+
+BATCHES = (
+    (6, 60.0),
+    (24, 240.0),
+    (60, 600.0),
+)  # tests, seconds that they may take: three times what they took, and a start
+TESTS_MAX = sum(count for count, _ in BATCHES)
+NATIVE_TESTS_MAX = 40
+NATIVE_SECONDS_MAX = 60.0
+CONFIRM_SECONDS = 120.0
+
+
+@dataclass
+class Outcome:
+    name: str
+    line: int
+    text: str
+    digest: str  # of the file
+    killed_by: str  # empty: it survived
+    message: str
+    tried: int
+    reached_by: int
+    seconds: float
+
+
+def judge(site: Site, digest: str, reached: Reached, tree: Path, scratch: Path) -> Outcome:
+    begin = time.monotonic()
+    tests = reached.by_site.get(site.name, [])
+    env = {"SNAPSTONE_MUTANT": site.name}
+    killed, message, tried = _by_native(tree, tests, reached, env)
+    left = _varied([test for test in tests if not test.startswith("native/")])
+    for count, limit in BATCHES if not killed else ():
+        batch, left = left[:count], left[count:]
+        expected = 0.0
+        while batch and (expected := sum(reached.seconds[test] for test in batch)) > limit and len(batch) > 1:
+            batch.pop()
+        if not batch:
+            break
+        seconds = 40 + 4 * expected
+        ran = run_python(tree, batch, scratch, seconds, env)
+        if ran.code == USAGE_ERROR:  # names that pytest does not take back
+            ran = run_python(tree, sorted({test.partition("[")[0] for test in batch}), scratch, seconds, env)
+        tried += len(batch)
+        if ran.message == OUT_OF_TIME:  # which may be the machine's fault
+            ran = run_python(tree, [ran.failed], scratch, CONFIRM_SECONDS + seconds, env)
+        if ran.failed:
+            killed, message = ran.failed, ran.message
+            break
+    shutil.rmtree(scratch, ignore_errors=True)
+    seconds = round(time.monotonic() - begin, 2)
+    return Outcome(site.name, site.line, site.text[:160], digest, killed, message, tried, len(tests), seconds)
+
+
+def _by_native(tree: Path, tests: list[str], reached: Reached, env: dict[str, str]) -> tuple[str, str, int]:
+    native = [test for test in tests if test.startswith("native/")][:NATIVE_TESTS_MAX]
+    spent = 0.0
+    for tried, test in enumerate(native, 1):
+        spent += reached.seconds[test]
+        if spent > NATIVE_SECONDS_MAX and tried > 1:
+            return "", "", tried - 1
+        passed, message, _ = run_native(tree, test, env)
+        if not passed:
+            return test, message, tried
+    return "", "", len(native)
+
+
+def _varied(tests: list[str]) -> list[str]:
+    """First one case of each file, then one of each function, then the second ones; the quickest first among them."""
+    turns: Counter[str] = Counter()
+    numbered = []
+    for test in tests:
+        file, function = test.partition("::")[0], test.partition("[")[0]
+        numbered.append(((turns[function], turns[file] > 0), test))
+        turns.update({file, function})
+    return [test for _, test in sorted(numbered, key=lambda pair: pair[0])]
+
+
+def judge_all(
+    sites: list[Site], digests: dict[str, str], reached: Reached, tree: Path, work: Path, jobs: int, seconds: float
+) -> list[Outcome]:
+    """In processes of their own, `jobs` at a time; each outcome is added to work/outcomes.jsonl when it is there. Stops
+    to begin with new ones after `seconds`.
+    """
+    end = time.monotonic() + seconds
+    left, running, done = list(sites), dict[int, tuple[Site, Path]](), list[Outcome]()
+    while running or (left and time.monotonic() < end):
+        if left and len(running) < jobs and time.monotonic() < end:
+            site = left.pop(0)
+            scratch = work / "scratch" / f"{os.getpid()}-{len(left)}"
+            answer = scratch.with_suffix(".json")
+            scratch.parent.mkdir(parents=True, exist_ok=True)
+            answer.unlink(missing_ok=True)
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    outcome = judge(site, digests[site.path], reached, tree, scratch)
+                    answer.write_text(json.dumps(asdict(outcome)))
+                finally:
+                    os._exit(0)
+            running[pid] = site, answer
+            continue
+        pid, _ = os.waitpid(-1, 0)
+        if pid not in running:
+            continue
+        site, answer = running.pop(pid)
+        if not answer.exists():
+            print(f"{site.name}: no answer", flush=True)
+            continue
+        outcome = Outcome(**json.loads(answer.read_text()))
+        answer.unlink()
+        done.append(outcome)
+        with (work / "outcomes.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(outcome)) + "\n")
+        said = f"killed by {outcome.killed_by}" if outcome.killed_by else f"SURVIVED {outcome.tried} tests"
+        print(f"{outcome.name} ({outcome.text[:60]}): {said}", flush=True)
+    return done

@@ -1,0 +1,72 @@
+"""Counts at the end of docs/guarantees.md (`make proof`): of each test that the page names, and of no other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+_spec = importlib.util.spec_from_file_location("proof", ROOT / "tools" / "proof.py")
+assert _spec is not None
+assert _spec.loader is not None
+proof = importlib.util.module_from_spec(_spec)
+sys.modules["proof"] = proof
+_spec.loader.exec_module(proof)
+
+PAGE = """# Page
+
+| a | `tests/unit/test_plan.py::test_not_of_a_promise` |
+
+## 1. First
+
+| a | `tests/unit/test_x.py::test_a`, `tests/native/store/x_test.cc::Suite.case` |
+
+## 2. Second
+
+| b | `tests/unit/test_x.py::test_a` |
+"""
+
+
+def test_every_test_of_the_page_is_listed_and_no_other() -> None:
+    """After adding a row to the page: `make proof PROOF_ARGS=--missing`, or `--recorded`, which runs nothing."""
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    named, counted = proof.named_tests(page), proof.counted_tests(page)
+    assert len(named) > 150
+    assert sorted(named.keys() ^ proof.listed_tests(page)) == []
+    assert [name for name, count in counted.items() if count.failed or not count.cases] == []
+
+
+def test_the_section_is_read_as_it_was_written() -> None:
+    named = proof.named_tests(PAGE)
+    assert named["tests/unit/test_x.py::test_a"] == ["1", "2"]
+    assert named["tests/unit/test_plan.py::test_not_of_a_promise"] == [""]
+    counts = {name: proof.Count(4, 3, 1, "2026-01-02") for name in named}
+    section = proof.section(named, counts, [("crash", "2026-01-02", "5 states", "make crash")])
+    assert proof.counted_tests(PAGE + "\n" + section) == counts
+    assert proof.named_tests(PAGE + "\n" + section) == named
+    assert proof.listed_tests(PAGE + "\n" + section) == named.keys()
+    del counts["tests/unit/test_x.py::test_a"]
+    section = proof.section(named, counts, [])
+    assert proof.counted_tests(PAGE + "\n" + section) == counts
+    assert proof.listed_tests(PAGE + "\n" + section) == named.keys()
+    assert "| 1 | 2 | 8 | 6 | 2 |" in section
+
+
+def test_tests_are_run_and_counted_case_by_case(tmp_path: Path) -> None:
+    name = "tests/unit/test_plan.py::test_a_hole_an_overlap_and_a_stray_part_are_refused"
+    empty, counts = proof.run(["tests/native/store/no_test.cc::Not.built", name], tmp_path)
+    assert empty == {}
+    count = counts[name]
+    assert (count.passed, count.failed) == (count.cases, 0)
+    assert count.cases > 0
+
+
+def test_the_newest_document_of_each_kind_is_told(tmp_path: Path) -> None:
+    for day, states in (("2026-01-02", 5), ("2026-01-03", 1234)):
+        document = {"date": day, "command": "make crash", "states": states, "total": {"cuts": 7}}
+        (tmp_path / f"crash_machine_{day}.json").write_text(json.dumps(document))
+    assert proof.recorded_runs(tmp_path) == [
+        ("crash", "2026-01-03", "1,234 states after a crash, 7 cuts", "make crash"),
+    ]
