@@ -29,7 +29,7 @@ std::vector<std::uint8_t> manifest_digest_in(const os::Directory& checkpoint) {
 os::Directory open_base(const os::Directory& checkpoint) {
   if (!os::stat_at(checkpoint, kSharedName)) {
     os::make_directory_at(checkpoint, kSharedName);
-    os::sync_directory(checkpoint);
+    os::sync_directory(checkpoint, "repaired_base");
   }
   return os::open_directory_at(checkpoint, kSharedName);
 }
@@ -66,7 +66,7 @@ void replace_file(const Staging& staging, const std::string& source, const std::
   const std::string placed = aside + ".placed";
   const bool linked = link_if_there_are_links(staging.directory(), source, staging.directory(), placed);
   os::rename_at(staging.directory(), linked ? placed : source, directory, component);
-  os::sync_directory(directory);
+  os::sync_directory(directory, "repaired_entry");
 }
 
 }  // namespace snapstone::store

@@ -134,7 +134,7 @@ class _Repair:
     def _put(self, name: str, data: bytes) -> None:
         """A small file of the checkpoint, anew."""
         new = self._new_name()
-        self._staging.write_file(new, data)
+        self._staging.write_file(new, data, "repaired_file")
         self._staging.sync()
         self._place(new, self._path, name)
 
@@ -304,7 +304,7 @@ class _Repair:
         if not pending:
             return {}
         name = f"patch-{uuid.uuid4().hex}"
-        self._staging.write_file(name, b"".join(data for _, data in pending))
+        self._staging.write_file(name, b"".join(data for _, data in pending), "repaired_patch")
         places = {}
         at = 0
         for offset, data in pending:
