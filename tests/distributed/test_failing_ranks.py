@@ -192,12 +192,15 @@ def test_an_error_that_one_rank_did_not_collect_is_raised_there_and_leaves_the_r
 
 
 def _last_sync_fails(rank: int, run: Path) -> Any:
-    save(rank, run, 1)
+    save(rank, run, 1)  # the first save of a process looks at the file system, too
+    _native.fault_arm("")
+    save(rank, run, 2)
+    count = _native.fault_seen("fsync")
     if rank == 0:
-        _native.fault_arm("fsync:7:errno=EIO")
-    ended = attempt(lambda: save(rank, run, 2))
+        _native.fault_arm(f"fsync:{count}:errno=EIO")
+    ended = attempt(lambda: save(rank, run, 3))
     _native.fault_disarm()
-    save(rank, run, 3)
+    save(rank, run, 4)
     return ended
 
 
@@ -205,7 +208,7 @@ def test_a_commit_that_may_not_be_durable_is_an_error_on_every_rank(tmp_path: Pa
     results = values(run_ranks(2, _last_sync_fails, tmp_path))
     said(results, 0)
     assert results[0]["errno"] == 5
-    for step in (1, 2, 3):  # visible, and complete
+    for step in (1, 2, 3, 4):  # visible, and complete
         assert_holds(tmp_path / f"step-{step}", 2, step)
 
 

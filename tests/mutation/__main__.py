@@ -64,7 +64,12 @@ def main(arguments: Sequence[str]) -> int:
         judge_lists(tree, work)
     judge_all(todo, digests, reached, tree, work, given.jobs, given.seconds)
     known = _known(work, digests)
-    return document.report(sites, known, reached, work, given.json)
+    asked = [site for site in sites if _matches(site, given.sites)]
+    if given.sample is not None:
+        asked = todo
+    if given.json is not None:
+        document.write(sites, known, reached, work, given.json)
+    return document.report(asked, known, reached, work)
 
 
 def _import_all(tree: Path) -> None:
@@ -105,13 +110,16 @@ def _known(work: Path, digests: dict[str, str]) -> dict[str, Outcome]:
 def _chosen(sites: list[Site], given: argparse.Namespace, known: dict[str, Outcome], reached: Reached) -> list[Site]:
     reachable = [site for site in sites if site.name in reached.by_site]
     chosen = [site for site in reachable if site.name not in known or (given.again and not known[site.name].killed_by)]
-    if given.sites:
-        chosen = [site for site in chosen if any(fnmatch.fnmatch(site.name, pattern) for pattern in given.sites)]
+    chosen = [site for site in chosen if _matches(site, given.sites)]
     if not given.native:
         chosen = [site for site in chosen if site.path.endswith(".py")]
     if given.sample is not None:
         chosen = random.Random(given.seed).sample(chosen, min(given.sample, len(chosen)))
     return sorted(chosen, key=_importance)
+
+
+def _matches(site: Site, patterns: list[str]) -> bool:
+    return not patterns or any(fnmatch.fnmatch(site.name, pattern) for pattern in patterns)
 
 
 def _importance(site: Site) -> tuple[bool, int, str, int]:

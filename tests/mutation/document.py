@@ -15,11 +15,11 @@ from mutation.kill import Outcome
 from mutation.record import Reached
 from mutation.sites import EXCLUDED, Site
 
-__all__ = ["report"]
+__all__ = ["report", "write"]
 
 
-def report(sites: list[Site], known: dict[str, Outcome], reached: Reached, work: Path, folder: Path | None) -> int:
-    """1 where a site survives that is not in ACCEPTED."""
+def report(sites: list[Site], known: dict[str, Outcome], reached: Reached, work: Path) -> int:
+    """1 where a site of `sites` survives that is not in ACCEPTED, or no test reaches it."""
     names = {site.name for site in sites}
     survivors = [one for name, one in known.items() if name in names and not one.killed_by and one.tried]
     unexplained = [one for one in survivors if reason_of(one) is None]
@@ -31,8 +31,8 @@ def report(sites: list[Site], known: dict[str, Outcome], reached: Reached, work:
         f"{len(sites)} sites, {killed} killed, {len(survivors) - len(unexplained)} accepted, {len(unexplained)} not, "
         f"{len(unreached)} that no recorded test reaches"
     )
-    if folder is not None:
-        write(sites, known, reached, work, folder)
+    for site in unreached:
+        print(f"no recorded test reaches: {site.name}, line {site.line}: {site.text}")
     unnoticed = [name for row in lists_of(work) for name in row["not_noticed"]]
     print("\n".join(f"not noticed: {name}" for name in unnoticed))
     return 1 if unexplained or unreached or unnoticed else 0
