@@ -75,8 +75,8 @@ def fail_a_save(run: Path, failing: int, faults: str = "", sabotage: dict[str, A
     return results
 
 
-# Syncs of a rank: its data file, its index, the directory. Rank 0 has one before, of OWNER, and four after: of the
-# manifest, its digest, the directory and its parent.
+# Syncs of a rank: its data file, its index, the directory. Rank 0 has four after: of the manifest, its digest, the
+# directory and its parent.
 FAULTS = {
     "write": (1, "uring_write:1:errno=EIO;pwrite:1:errno=EIO", "EIO"),
     "write of rank 0": (0, "uring_write:1:errno=EIO;pwrite:2:errno=EIO", "EIO"),

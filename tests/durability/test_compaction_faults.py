@@ -105,6 +105,7 @@ def test_file_systems_that_cannot_exchange_refuse_and_keep_the_old_one(directory
 
 def compact_and_die(rank: int, run: str) -> list[int]:
     """A process for every second N that is killed at its Nth call, until one survives; their exit codes."""
+    ss.compact  # noqa: B018 - imported once, and not in each fork
     codes = []
     for nth in range(1, 500, 2):
         path = Path(run, f"n{nth}", "step-3")
