@@ -75,6 +75,10 @@ class Deadline:
     def expired(self) -> bool:
         return time.monotonic() >= self._end
 
+    def overdue(self) -> float:
+        """Seconds since it passed, negative before."""
+        return time.monotonic() - self._end
+
     def extended(self, seconds: float) -> Deadline:
         """`seconds` after this deadline, or from now when it has already passed."""
         return Deadline(self.remaining() + seconds)
@@ -387,6 +391,8 @@ class Channel:
         if decided:
             return wire.unpack(decided)
         if missing:
+            if deadline.overdue() > GRACE_S:
+                missing = sorted({0, *missing})  # stopped itself, and with it, perhaps, the store that votes wait for
             return self._settle(label, self._silent(label, missing, deadline), deadline)
         return self._settle(label, b"", deadline, combine([payload, *map(wire.unpack, votes)]))
 
@@ -405,7 +411,9 @@ class Channel:
             return None
         rank = self.group.ranks[self.group.rank]
         reason = f"{type(error).__qualname__}: {error}"[:REASON_CHARS_MAX]
-        blamed = error.failed_ranks if isinstance(error, RankFailedError) else ()
+        blamed = [*error.failed_ranks] if isinstance(error, RankFailedError) else []
+        if self.lost:  # who hears this has the store: the fault may be here, not with who serves it
+            blamed = sorted({rank, *blamed})
         mine = _verdict(f"{self.kind} ({label}): rank {rank} failed: {reason}", blamed or [rank])
         try:
             verdict, *_ = wire.unframe(self._settle(label, mine, deadline))

@@ -355,14 +355,26 @@ class Writer:
         )
 
     def _vote_bytes(self, label: str, error: BaseException | None, payload: bytes) -> list[bytes]:
+        error = self._explain_removal(error)
         with self.trace.span("vote"):
             try:
                 return self._vote(label, error, payload)
-            except FileNotFoundError as gone:
-                # Rank 0 removes a failed save's directory from under the others: what failed before is the news.
-                if isinstance(gone.__cause__, RankFailedError):
-                    raise gone.__cause__ from None
+            except RankFailedError as failure:
+                if failure is error and isinstance(failure.__cause__, RankFailedError):
+                    raise failure.__cause__ from None  # why rank 0 removed it is the news
                 raise
+
+    def _explain_removal(self, failure: BaseException | None) -> BaseException | None:
+        """Rank 0 removes a failed save's directory from under the others, also when it could not tell them why."""
+        if self.group.rank == 0 or not isinstance(failure, FileNotFoundError):
+            return failure
+        staging = os.path.join(self.target.parent, f".staging-{self.save_id}")
+        if os.path.lexists(staging):
+            return failure
+        lead = self.group.ranks[0]
+        gone = RankFailedError(f"rank {lead} has removed the save's files", path=staging, failed_ranks=(lead,))
+        gone.__context__ = failure
+        return gone
 
     def _commit(self, entries: list[Any]) -> Manifest:
         heed_unchanged(

@@ -1,0 +1,225 @@
+"""What the simulation must notice: each takes one rule of the engine away, for as long as the context lasts.
+
+`first_seed` is where the search begins: near a history that shows it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from simulation import engine
+from snapstone import collective, joint, opening, outcome, rounds, voting, wire, writer
+from snapstone.collective import Channel, Deadline, Group
+from snapstone.errors import RankFailedError
+
+__all__ = ["MUTATIONS", "Mutation", "mutated"]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    place: Any
+    name: str
+    replacement: Callable[[Any], Any]  # of what was there
+    first_seed: int = 0
+
+
+def _without_vote(label: str) -> Callable[[Any], Any]:
+    """The ranks still tell each other what they have, but nobody says that it failed, and nobody waits for the rest."""
+
+    def replace(vote: Any) -> Any:
+        def instead(self: Channel, name: str, error: Any, payload: bytes, deadline: Deadline) -> Any:
+            if name != label:
+                return vote(self, name, error, payload, deadline)
+            if error is not None:
+                raise error
+            self._take(name)
+            return [payload] * self.group.world_size
+
+        return instead
+
+    return replace
+
+
+def _without_waiting(lead: Any) -> Any:
+    def instead(self: Channel, label: str, payload: bytes, deadline: Deadline, combine: Any) -> bytes:
+        """Success, whoever is missing."""
+        votes = [payload] * self.group.world_size
+        for rank, name in enumerate(self._vote_names(label)):
+            if rank and self._call(lambda store, name=name: store.check([name]), deadline):
+                votes[rank] = wire.unpack(self._call(lambda store, name=name: wire.fetch(store, [name])[0], deadline))
+        return self._settle(label, b"", deadline, combine(votes))
+
+    return instead
+
+
+def _without_claim(settle: Any) -> Any:
+    def instead(self: Channel, label: str, verdict: bytes, deadline: Deadline, results: Any = ()) -> bytes:
+        """Everybody obeys what it found itself; the last one to say it is heard."""
+        mine = wire.frame([verdict, *results])
+        post = self._post(f"{label}/outcome/{self.group.rank}", mine)
+        me = str(self.group.rank).encode()
+
+        def say(store: Any) -> None:
+            post(store)
+            store.set(self._key(f"{label}/decision"), me)
+
+        self._call(say, deadline)
+        return mine
+
+    return instead
+
+
+def _claimed_before_posted(settle: Any) -> Any:
+    def instead(self: Channel, label: str, verdict: bytes, deadline: Deadline, results: Any = ()) -> bytes:
+        mine = wire.frame([verdict, *results])
+        me = str(self.group.rank).encode()
+
+        def claim(store: Any) -> bytes | None:
+            if store.compare_set(self._key(f"{label}/decision"), b"", me) == me:
+                self._post(f"{label}/outcome/{self.group.rank}", mine)(store)
+                return None
+            return self._decided(store, label)
+
+        found = self._call(claim, deadline)
+        return wire.unpack(found) if found else mine
+
+    return instead
+
+
+def _never_expires(poll: Any) -> Any:
+    return lambda self, ready, deadline: poll(self, ready, Deadline(None))
+
+
+def _waits_for_the_store(call: Any) -> Any:
+    return lambda self, operation, limit: call(self, operation, Deadline(None))
+
+
+def _late_followers(follow: Any) -> Any:
+    def instead(self: Channel, label: str, payload: bytes, deadline: Deadline, combine: Any) -> bytes:
+        return bytes(follow(self, label, payload, deadline.extended(30.0), combine))
+
+    return instead
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _committed_only(on_disk: Any) -> Any:
+    return lambda self: None if self.group.rank == 0 else self.committed()
+
+
+def _withdraws_blindly(on_disk: Any) -> Any:
+    def instead(self: Any) -> Any:
+        if self.group.rank == 0:
+            return None
+        self.staging.withdraw()
+        return None
+
+    return instead
+
+
+def _hears_or_fails(hear: Any) -> Any:
+    def instead(self: Any) -> None:
+        self.channel.broadcast("outcome", None, self.deadline)
+
+    return instead
+
+
+def _believes_in_success(hear: Any) -> Any:
+    def instead(self: Any) -> None:
+        try:
+            hear(self)
+        except RankFailedError:
+            return
+
+    return instead
+
+
+def _announces_success(announce: Any) -> Any:
+    return lambda self, error: announce(self, None)
+
+
+def _blames_itself(report: Any) -> Any:
+    def instead(self: Channel, label: str, error: BaseException, deadline: Deadline) -> Any:
+        if isinstance(error, RankFailedError):
+            error = ValueError(str(error))
+        return report(self, label, error, deadline)
+
+    return instead
+
+
+def _blames_nobody(silent: Any) -> Any:
+    return lambda self, label, missing, deadline: silent(self, label, [self.group.world_size - 1], deadline)
+
+
+def _keeps_going(_: Any) -> Any:
+    def instead(self: Any, *arguments: Any) -> None: ...
+
+    return instead
+
+
+def _without_label(label: str) -> Callable[[Any], Any]:
+    def replace(together: Any) -> Any:
+        def instead(channel: Any, name: str, deadline: Any, trace: Any, step: Any) -> Any:
+            if name != label:
+                return together(channel, name, deadline, trace, step)
+            return [step() or b""] * channel.group.world_size
+
+        return instead
+
+    return replace
+
+
+MUTATIONS: dict[str, Mutation] = {
+    "no vote plan": Mutation(Channel, "vote", _without_vote("plan")),
+    "no vote open": Mutation(Channel, "vote", _without_vote("open")),
+    "no vote written": Mutation(Channel, "vote", _without_vote("written")),
+    "rank 0 does not wait for all votes": Mutation(Channel, "_lead", _without_waiting),
+    "no claim": Mutation(Channel, "_settle", _without_claim),
+    "claimed before it is posted": Mutation(Channel, "_settle", _claimed_before_posted),
+    "no deadline of a poll": Mutation(Channel, "_poll", _never_expires),
+    "no deadline of a store call": Mutation(Group, "call", _waits_for_the_store),
+    "the others never decide": Mutation(Channel, "_follow", _late_followers),
+    "no rename away": Mutation(engine._Staging, "withdraw", lambda _: _nothing),
+    "no rename away, the disk is only looked at": Mutation(outcome.Outcome, "on_disk", _committed_only),
+    "no look at the disk": Mutation(outcome.Outcome, "on_disk", _withdraws_blindly),
+    "who does not hear fails": Mutation(outcome.Outcome, "hear", _hears_or_fails),
+    "who does not hear succeeds": Mutation(outcome.Outcome, "hear", _believes_in_success),
+    "a failed commit is announced as a success": Mutation(outcome.Outcome, "announce", _announces_success),
+    "nobody is told at the end": Mutation(Channel, "abort", _keeps_going),
+    "rank 0 does not linger": Mutation(collective, "LINGER_S", lambda _: 0.0),
+    "staging is not removed": Mutation(engine._Staging, "discard", lambda _: _nothing),
+    "the silent are not named": Mutation(Channel, "_silent", _blames_nobody),
+    "who names another is named": Mutation(Channel, "_report", _blames_itself),
+    "no explanation of removed files": Mutation(writer.Writer, "_explain_removal", lambda _: lambda self, error: error),
+    "no vote gathered": Mutation(opening, "together", _without_label("gathered")),
+    "no vote round-0": Mutation(joint, "together", _without_label("round-0")),
+    "no vote sent-0": Mutation(joint, "together", _without_label("sent-0")),
+    "no vote rounds": Mutation(joint, "together", _without_label("rounds")),
+    "no failure on the board": Mutation(engine._Board, "fail", lambda _: _nothing),
+    "no deadline on the board": Mutation(rounds.Rounds, "_keep_in_step", lambda _: _never_leaves_the_board),
+}
+
+
+def _never_leaves_the_board(self: Any) -> bytes:
+    with mock.patch.object(self, "_deadline", Deadline(None)):
+        return bytes(rounds.Rounds.__dict__["_keep_in_step"].__wrapped__(self))
+
+
+@contextmanager
+def mutated(mutation: Mutation) -> Iterator[None]:
+    original = getattr(mutation.place, mutation.name)
+    replacement = mutation.replacement(original)
+    if callable(replacement) and callable(original):
+        replacement.__wrapped__ = original
+    with mock.patch.object(mutation.place, mutation.name, replacement):
+        yield
+
+
+_ = (math, voting)
