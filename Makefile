@@ -7,7 +7,7 @@ PYTHON_BIN := .venv/bin
 NATIVE_SOURCES = $$(find csrc tests/native tests/cuda -name '*.h' -o -name '*.cc' -o -name '*.cu' | sort)
 PYTEST_ARGS ?=
 
-.PHONY: help setup build test test-native test-integrations sanitize demo bench readme-bench readme-table lint format stubs docs clean
+.PHONY: help setup build test test-native test-integrations crash-ranks sanitize demo bench readme-bench readme-table lint format stubs docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
@@ -28,6 +28,10 @@ test-integrations: setup  ## trainers in their real packages, in .venv-integrati
 	@tools/integrations.sh
 	@SNAPSTONE_TEST_TRAINERS=1 timeout --signal=INT --kill-after=30 2400 .venv-integrations/bin/python -m pytest tests/trainers \
 	  $(PYTEST_ARGS)
+
+crash-ranks: setup  ## 100,000 histories of simulated ranks (SEEDS=N FIRST=N); one again: python -m simulation --seed N
+	@PYTHONPATH=tests:$${PYTHONPATH:-} $(PYTHON_BIN)/python -m simulation --seeds $(or $(SEEDS),100000) --first $(or $(FIRST),0) \
+	  $(if $(OUT),--out $(OUT))
 
 sanitize: setup  ## native tests under ASan and UBSan, then under TSan
 	@tools/native_tests.sh address,undefined

@@ -418,7 +418,11 @@ class Writer:
 
     def _explain(self, failure: BaseException) -> BaseException:
         if isinstance(failure, FileNotFoundError) and not os.path.lexists(self._staging.path):
-            late = self._too_late()  # the other ranks gave up and withdrew the save
+            rank = self._outcome().withdrawn_by()
+            late: CheckpointError = self._too_late()  # the other ranks gave up and withdrew the save
+            if rank is not None and not self.deadline.expired:
+                message = f"not committed: rank {rank} lost the store, and withdrew the save"
+                late = RankFailedError(message, path=self.target.path, failed_ranks=(rank,))
             late.__cause__ = failure
             return late
         return failure

@@ -62,7 +62,10 @@ def many(options: argparse.Namespace) -> dict[str, Any]:
                 print(seed, *told, sep="\n    ", flush=True)
             if options.out is not None:
                 _write(options.out, options, done, total, time.monotonic() - begin)
-    print(f"{done} seeds from {options.first}, {len(total['failed'])} failed, {time.monotonic() - begin:.0f} s", flush=True)
+    print(
+        f"{done} seeds from {options.first}, {len(total['failed'])} failed, {time.monotonic() - begin:.0f} s",
+        flush=True,
+    )
     for seed, told in list(total["failed"].items())[:20]:
         print(f"failed: python -m simulation --seed {seed}", *told, sep="\n    ")
     return total

@@ -8,7 +8,7 @@ from typing import Any
 
 os.environ.setdefault("SNAPSTONE_STATUS_DIR", "")  # no page of saves that never were
 
-from simulation.history import play  # noqa: E402
+from simulation.history import play
 
 __all__ = ["batch", "nothing"]
 

@@ -288,5 +288,3 @@ def simulated(world: World, network: Fabric, *, real_shares: bool = False) -> It
             yield
         finally:
             world.end()
-
-

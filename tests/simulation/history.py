@@ -93,7 +93,11 @@ def _play(played: Played, directory: Path) -> None:
             if played.problems:
                 return
             stays = all(fault.kind != "leave" for fault in scenario.faults)
-            if scenario.seed % 2 == 0 and stays and all(process.alive and process.stopped_until < math.inf for process in processes):
+            if (
+                scenario.seed % 2 == 0
+                and stays
+                and all(process.alive and process.stopped_until < math.inf for process in processes)
+            ):
                 _again(played, processes, directory)
         if not played.problems:
             _new_job(played, directory)

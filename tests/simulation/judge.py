@@ -56,9 +56,7 @@ def first(played: Played, processes: list[Process], directory: Path, before: str
     committed = now is not None and now != (before if scenario.operation == "overwrite" else None)
     if committed:
         problems.extend(_incomplete(path, scenario.world_size))
-    judged = {
-        rank: ended for rank, ended in played.ended.items() if not isinstance(ended.error, KeyboardInterrupt)
-    }
+    judged = {rank: ended for rank, ended in played.ended.items() if not isinstance(ended.error, KeyboardInterrupt)}
     succeeded = sorted(rank for rank, ended in judged.items() if ended.error is None)
     failed = sorted(rank for rank, ended in judged.items() if ended.error is not None)
     if succeeded and failed:
@@ -127,7 +125,8 @@ def _ran_out_of_time(played: Played, ended: Ended) -> bool:
     """The deadline has passed for somebody who waited for nobody when it did: others were slow, and none was silent."""
     if any(fault.fired and (fault.kind not in SLOW or fault.seconds == math.inf) for fault in played.scenario.faults):
         return type(ended.error) is CheckpointError and ended.ended_s - ended.begun_s >= played.scenario.timeout_s
-    return "took longer than" in str(ended.error)
+    late = isinstance(ended.error, RankFailedError) or "took longer than" in str(ended.error)
+    return late and any(fault.fired for fault in played.scenario.faults)
 
 
 def _incomplete(path: Path, world_size: int) -> list[str]:
@@ -164,5 +163,6 @@ def clean(played: Played, directory: Path) -> None:
 def worst_s(played: Played, processes: Any = None) -> float:
     """How long after its deadline the last rank ended."""
     return max(
-        (ended.ended_s - ended.begun_s - played.scenario.timeout_s for ended in played.ended.values()), default=-math.inf
+        (ended.ended_s - ended.begun_s - played.scenario.timeout_s for ended in played.ended.values()),
+        default=-math.inf,
     )

@@ -1,11 +1,7 @@
-"""What the simulation must notice: each takes one rule of the engine away, for as long as the context lasts.
-
-`first_seed` is where the search begins: near a history that shows it.
-"""
+"""What the simulation must notice: each takes one rule of the engine away, for as long as the context lasts."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +9,8 @@ from typing import Any
 from unittest import mock
 
 from simulation import engine
-from snapstone import collective, joint, opening, outcome, rounds, voting, wire, writer
+from simulation.scenario import Fault, Scenario
+from snapstone import joint, opening, outcome, wire, writer
 from snapstone.collective import Channel, Deadline, Group
 from snapstone.errors import RankFailedError
 
@@ -25,7 +22,7 @@ class Mutation:
     place: Any
     name: str
     replacement: Callable[[Any], Any]  # of what was there
-    first_seed: int = 0
+    scenario: Scenario | None = None  # else the histories of the first seeds
 
 
 def _without_vote(label: str) -> Callable[[Any], Any]:
@@ -158,12 +155,6 @@ def _blames_nobody(silent: Any) -> Any:
     return lambda self, label, missing, deadline: silent(self, label, [self.group.world_size - 1], deadline)
 
 
-def _keeps_going(_: Any) -> Any:
-    def instead(self: Any, *arguments: Any) -> None: ...
-
-    return instead
-
-
 def _without_label(label: str) -> Callable[[Any], Any]:
     def replace(together: Any) -> Any:
         def instead(channel: Any, name: str, deadline: Any, trace: Any, step: Any) -> Any:
@@ -176,6 +167,9 @@ def _without_label(label: str) -> Callable[[Any], Any]:
     return replace
 
 
+# Rank 0 stops before its commit, and wakes when the others have given it up.
+SLOW_LEAD = Scenario(1, 3, "save", "launcher", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("stop", 0, "commit", seconds=4.0)])
+
 MUTATIONS: dict[str, Mutation] = {
     "no vote plan": Mutation(Channel, "vote", _without_vote("plan")),
     "no vote open": Mutation(Channel, "vote", _without_vote("open")),
@@ -186,30 +180,18 @@ MUTATIONS: dict[str, Mutation] = {
     "no deadline of a poll": Mutation(Channel, "_poll", _never_expires),
     "no deadline of a store call": Mutation(Group, "call", _waits_for_the_store),
     "the others never decide": Mutation(Channel, "_follow", _late_followers),
-    "no rename away": Mutation(engine._Staging, "withdraw", lambda _: _nothing),
-    "no rename away, the disk is only looked at": Mutation(outcome.Outcome, "on_disk", _committed_only),
+    "no rename away": Mutation(engine._Staging, "withdraw", lambda _: _nothing, SLOW_LEAD),
+    "no rename away, the disk is only looked at": Mutation(outcome.Outcome, "on_disk", _committed_only, SLOW_LEAD),
     "no look at the disk": Mutation(outcome.Outcome, "on_disk", _withdraws_blindly),
     "who does not hear fails": Mutation(outcome.Outcome, "hear", _hears_or_fails),
     "who does not hear succeeds": Mutation(outcome.Outcome, "hear", _believes_in_success),
     "a failed commit is announced as a success": Mutation(outcome.Outcome, "announce", _announces_success),
-    "nobody is told at the end": Mutation(Channel, "abort", _keeps_going),
-    "rank 0 does not linger": Mutation(collective, "LINGER_S", lambda _: 0.0),
-    "staging is not removed": Mutation(engine._Staging, "discard", lambda _: _nothing),
     "the silent are not named": Mutation(Channel, "_silent", _blames_nobody),
     "who names another is named": Mutation(Channel, "_report", _blames_itself),
     "no explanation of removed files": Mutation(writer.Writer, "_explain_removal", lambda _: lambda self, error: error),
     "no vote gathered": Mutation(opening, "together", _without_label("gathered")),
-    "no vote round-0": Mutation(joint, "together", _without_label("round-0")),
     "no vote sent-0": Mutation(joint, "together", _without_label("sent-0")),
-    "no vote rounds": Mutation(joint, "together", _without_label("rounds")),
-    "no failure on the board": Mutation(engine._Board, "fail", lambda _: _nothing),
-    "no deadline on the board": Mutation(rounds.Rounds, "_keep_in_step", lambda _: _never_leaves_the_board),
 }
-
-
-def _never_leaves_the_board(self: Any) -> bytes:
-    with mock.patch.object(self, "_deadline", Deadline(None)):
-        return bytes(rounds.Rounds.__dict__["_keep_in_step"].__wrapped__(self))
 
 
 @contextmanager
@@ -220,6 +202,3 @@ def mutated(mutation: Mutation) -> Iterator[None]:
         replacement.__wrapped__ = original
     with mock.patch.object(mutation.place, mutation.name, replacement):
         yield
-
-
-_ = (math, voting)

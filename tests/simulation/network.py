@@ -183,9 +183,7 @@ class Store:
 
     def compare_set(self, key: str, expected_value: bytes, desired_value: bytes) -> bytes:
         def operation(values: dict[str, bytes]) -> bytes:
-            if key not in values and not expected_value:
-                values[key] = desired_value
-            elif values.get(key) == expected_value:
+            if (key not in values and not expected_value) or values.get(key) == expected_value:
                 values[key] = desired_value
             return values.get(key, expected_value)
 

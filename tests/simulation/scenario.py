@@ -1,4 +1,4 @@
-"""What happens in one history, drawn from its seed: how many ranks do what, over which network, and what befalls them."""
+"""What happens in one history, drawn from its seed: how many ranks do what, over which network, what befalls them."""
 
 from __future__ import annotations
 
@@ -67,8 +67,9 @@ class Scenario:
     def __str__(self) -> str:
         what = self.operation + (f" ({self.strategy}, {self.node_count} nodes)" if self.operation == "load" else "")
         return (
-            f"seed {self.seed}: {what} on {self.world_size} ranks, store of {self.store}, timeout {self.timeout_s:.1f} s, "
-            f"latency {self.latency_s * 1e3:.2f} ms; " + ("; ".join(map(str, self.faults)) or "no fault")
+            f"seed {self.seed}: {what} on {self.world_size} ranks, store of {self.store}, "
+            f"timeout {self.timeout_s:.1f} s, latency {self.latency_s * 1e3:.2f} ms; "
+            + ("; ".join(map(str, self.faults)) or "no fault")
         )
 
 
