@@ -75,10 +75,6 @@ class Deadline:
     def expired(self) -> bool:
         return time.monotonic() >= self._end
 
-    def overdue(self) -> float:
-        """Seconds since it passed, negative before."""
-        return time.monotonic() - self._end
-
     def extended(self, seconds: float) -> Deadline:
         """`seconds` after this deadline, or from now when it has already passed."""
         return Deadline(self.remaining() + seconds)
@@ -391,8 +387,6 @@ class Channel:
         if decided:
             return wire.unpack(decided)
         if missing:
-            if deadline.overdue() > GRACE_S:
-                missing = sorted({0, *missing})  # stopped itself, and with it, perhaps, the store that votes wait for
             return self._settle(label, self._silent(label, missing, deadline), deadline)
         return self._settle(label, b"", deadline, combine([payload, *map(wire.unpack, votes)]))
 

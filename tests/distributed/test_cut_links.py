@@ -1,4 +1,4 @@
-"""Promise 6 on a real network: each rank in a network namespace of its own, joined by a bridge, and a link cut in mid-step.
+"""Promise 6 on a real network: each rank in a network namespace of its own, and a link cut in mid-step.
 
 Invariants: every rank ends by `LATE_S` after its deadline with a typed error that names a rank, or in success; never a
 success beside a visible nothing, nor a failure beside a visible checkpoint; when the link is back, the next save of a

@@ -66,11 +66,9 @@ class Scenario:
 
     def __str__(self) -> str:
         what = self.operation + (f" ({self.strategy}, {self.node_count} nodes)" if self.operation == "load" else "")
-        return (
-            f"seed {self.seed}: {what} on {self.world_size} ranks, store of {self.store}, "
-            f"timeout {self.timeout_s:.1f} s, latency {self.latency_s * 1e3:.2f} ms; "
-            + ("; ".join(map(str, self.faults)) or "no fault")
-        )
+        network = f"store of {self.store}, timeout {self.timeout_s:.1f} s, latency {self.latency_s * 1e3:.2f} ms"
+        told = "; ".join(map(str, self.faults)) or "no fault"
+        return f"seed {self.seed}: {what} on {self.world_size} ranks, {network}; {told}"
 
 
 def draw(seed: int) -> Scenario:
