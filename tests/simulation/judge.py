@@ -95,7 +95,13 @@ def _deadlines(played: Played, processes: list[Process]) -> None:
 
 
 def _names(played: Played) -> None:
-    fired = [fault for fault in played.scenario.faults if fault.fired]
+    # A process that leaves after a failure has heard of it as all others have.
+    failed_first = {rank for rank, ended in played.ended.items() if ended.error is not None}
+    fired = [
+        fault
+        for fault in played.scenario.faults
+        if fault.fired and not (fault.kind == "leave" and fault.rank in failed_first)
+    ]
     at_fault = {fault.rank for fault in fired}
     # A store that wakes may tell its own rank of the deadline before it takes the votes that have waited for it.
     host_woke = played.scenario.store == "rank 0" and any(
