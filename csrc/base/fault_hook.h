@@ -1,5 +1,5 @@
-// The fault seam: line one of every function in csrc/os/, every io_uring completion and every call of the CUDA driver
-// asks here whether to fail; every step that only ordering depends on asks whether to be left out.
+// The fault seam: line one of every function in csrc/os/, every io_uring submission and completion and every call of
+// the CUDA driver asks here whether to fail; every step that only ordering depends on asks whether to be left out.
 //
 // Off (always, outside tests): one relaxed load and a predictable branch.
 // Armed by arm() or by SNAPSTONE_FAULT in the environment with ';'-separated rules

@@ -7,6 +7,7 @@
 #include "codec/zstd_frame.h"
 #include "io/rung.h"
 #include "os/file_system.h"
+#include "os/journal.h"
 #include "pipeline/device_workspace.h"
 #include "pipeline/engine.h"
 #include "pipeline/save_sources.h"
@@ -137,6 +138,9 @@ void bind_engine(py::module_& module) {
       "Makes staging memory; with the ordinal of a device, near it and ready for its copies.");
   module.def("fault_arm", &fault::arm, py::arg("rules"), "See csrc/base/fault_hook.h for the syntax.");
   module.def("fault_disarm", &fault::disarm);
+  module.def("journal_start", &os::journal::start, py::arg("path"), "See csrc/os/journal.h.");
+  module.def("journal_stop", &os::journal::stop);
+  module.def("journal_mark", &os::journal::mark, py::arg("text"));
   module.def(
       "fault_skipped",
       [](const std::string& kind, const std::string& name) { return fault::skipped(kind.c_str(), name.c_str()); },

@@ -136,7 +136,7 @@ class FileOpener {
 };
 
 // The files that the plan needs; the others, of which a checkpoint with many saves before it has many, stay closed.
-std::vector<os::File> open_files(const FileArguments& arguments, const LoadPlan& plan, bool direct) {
+std::vector<os::File> open_files(const FileArguments& arguments, const LoadPlan& plan, bool direct, bool uncached) {
   std::vector<bool> needed = plan.files_needed();
   needed.resize(arguments.size());  // LoadJob refuses chunks in others
   std::vector<os::File> files(arguments.size());
@@ -145,6 +145,7 @@ std::vector<os::File> open_files(const FileArguments& arguments, const LoadPlan&
     if (!needed[i]) continue;
     const auto& [directory_path, name, nbytes] = arguments[i];
     files[i] = opener.open(directory_path, name);
+    if (uncached) os::drop_cached(files[i]);
     const std::uint64_t actual = os::file_nbytes(files[i]);
     if (actual != nbytes) {
       throw CorruptError("data file has the wrong size", files[i].path, CorruptError::kNoChunk,
@@ -157,7 +158,8 @@ std::vector<os::File> open_files(const FileArguments& arguments, const LoadPlan&
 std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileArguments& file_arguments,
                                        const U64Array& contiguous, const BoxArguments& boxes, const std::string& rung,
                                        bool verify, bool scrub, std::uint64_t slots_max, bool trace,
-                                       const DeviceTargets& devices, bool device_digests) {
+                                       const DeviceTargets& devices, bool device_digests,
+                                       std::optional<std::uint32_t> read_back_files) {
   LoadPlan plan = make_plan(tables);
   const pipeline::LoadOptions options{.rung = io::rung_from_name(rung),
                                       .verify = verify,
@@ -167,12 +169,13 @@ std::shared_ptr<LoadJob> make_load_job(const TableArguments& tables, const FileA
                                       .landing = {.kernels = device_digests}};
   py::gil_scoped_release release;
   if (scrub) {
-    plan.add_all_chunks();
+    plan.add_all_chunks(read_back_files.value_or(UINT32_MAX));
   } else {
     add_targets(plan, contiguous, boxes, devices);
   }
   plan.finish();
-  std::vector<os::File> files = open_files(file_arguments, plan, io::rung_is_direct(options.rung));
+  std::vector<os::File> files =
+      open_files(file_arguments, plan, io::rung_is_direct(options.rung), read_back_files.has_value());
   const std::uint64_t slot_bytes = std::max(round_up(plan.request_bytes_max(), kPageBytes), kChunkBytesDefault);
   const std::uint64_t slots_in_limit = std::min(slots_max, kLoadStagingBytesMax / slot_bytes);
   const std::uint64_t slots =
@@ -233,7 +236,11 @@ void bind_load(py::module_& module) {
       module, "LoadJob", "Chunks being read into memory; see csrc/pipeline/load_job.h.");
   job.def(py::init(&make_load_job), py::arg("tables"), py::arg("files"), py::arg("contiguous"), py::arg("boxes"),
           py::arg("rung"), py::arg("verify"), py::arg("scrub"), py::arg("slots_max"), py::arg("trace"),
-          py::arg("devices") = std::nullopt, py::arg("device_digests") = true)
+          py::arg("devices") = std::nullopt, py::arg("device_digests") = true,
+          py::arg("read_back_files") = std::nullopt,
+          "With `scrub` every chunk is read, and with `read_back_files` those of so many first files of each table, "
+          "past "
+          "the page cache.")
       .def(
           "start", [](const std::shared_ptr<LoadJob>& self) { pipeline::Engine::instance().start(self); },
           py::call_guard<py::gil_scoped_release>())

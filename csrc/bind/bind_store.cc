@@ -17,12 +17,13 @@ namespace {
 
 using store::Staging;
 
-py::bytes read_file(const std::string& directory_path, const std::string& name, std::uint64_t limit_nbytes) {
+py::bytes read_file(const std::string& directory_path, const std::string& name, std::uint64_t limit_nbytes,
+                    bool uncached) {
   std::vector<std::uint8_t> bytes;
   {
     py::gil_scoped_release release;
     const os::Directory directory = os::open_directory(directory_path);
-    bytes = os::read_file(directory.fd.get(), directory.path, name, limit_nbytes);
+    bytes = os::read_file(directory.fd.get(), directory.path, name, limit_nbytes, uncached);
   }
   return as_bytes(bytes.data(), bytes.size());
 }
@@ -92,12 +93,12 @@ void bind_staging(py::module_& module) {
       .def_property_readonly("path", &Staging::path)
       .def(
           "write_file",
-          [](const Staging& staging, const std::string& name, const py::bytes& data) {
+          [](const Staging& staging, const std::string& name, const py::bytes& data, const std::string& step) {
             const auto bytes = as_span(data);
             py::gil_scoped_release release;
-            staging.write_file(name, bytes);
+            staging.write_file(name, bytes, step.c_str());
           },
-          py::arg("name"), py::arg("data"))
+          py::arg("name"), py::arg("data"), py::arg("step") = os::kUnnamedStep)
       .def("copy_ranges", &copy_ranges, py::arg("name"), py::arg("sources"), py::arg("ranges"),
            py::arg("progress") = py::none(),
            "A new file of the bytes of `ranges`, rows of (source, offset, nbytes); returns its size. `progress` gets "
@@ -127,13 +128,14 @@ void bind_staging(py::module_& module) {
       .def(
           "commit",
           [](Staging& staging, const py::bytes& manifest, const py::bytes& manifest_digest,
-             const std::string& final_name, bool overwrite) {
+             const std::string& final_name, bool overwrite, bool read_back) {
             const auto manifest_bytes = as_span(manifest);
             const auto digest_bytes = as_span(manifest_digest);
             py::gil_scoped_release release;
-            staging.commit(manifest_bytes, digest_bytes, final_name, overwrite);
+            staging.commit(manifest_bytes, digest_bytes, final_name, overwrite, read_back);
           },
-          py::arg("manifest"), py::arg("manifest_digest"), py::arg("final_name"), py::arg("overwrite"))
+          py::arg("manifest"), py::arg("manifest_digest"), py::arg("final_name"), py::arg("overwrite"),
+          py::arg("read_back") = false)
       .def("withdraw", &Staging::withdraw, Released())
       .def("discard", &Staging::discard, Released())
       .def("close", &Staging::close, Released());
@@ -147,10 +149,20 @@ void bind_store(py::module_& module) {
   module.def("reap", &store::reap, py::arg("parent"), Released(),
              "Removes what dead saves left; returns the names removed.");
   module.def("is_file_name", &store::is_file_name, py::arg("name"));
-  module.def("read_file", &read_file, py::arg("directory"), py::arg("name"), py::arg("limit_nbytes"));
+  module.def("read_file", &read_file, py::arg("directory"), py::arg("name"), py::arg("limit_nbytes"),
+             py::arg("uncached") = false, "A whole small file; with `uncached` as the device has it.");
   module.def(
-      "sync_directory", [](const std::string& path) { os::sync_directory(os::open_directory(path)); }, py::arg("path"),
-      Released());
+      "sync_directory",
+      [](const std::string& path, const std::string& step) {
+        os::sync_directory(os::open_directory(path), step.c_str());
+      },
+      py::arg("path"), py::arg("step") = os::kUnnamedStep, Released());
+  module.def(
+      "make_directory",
+      [](const std::string& parent, const std::string& name) {
+        os::make_directory_at(os::open_directory(parent), name, false);
+      },
+      py::arg("parent"), py::arg("name"), Released(), "As os.mkdir.");
   module.def("check_chunk_table", &check_chunk_table, py::arg("table"), py::arg("file_nbytes"),
              py::arg("chunk_bytes_max"), py::arg("path"), py::arg("references") = 0);
 }

@@ -93,7 +93,7 @@ std::string exercise(const os::Directory& directory, Rung rung) {
   }
   std::string reason = transfer_block(*engine, file, blocks.source(), blocks.block_nbytes(), true);
   if (reason.empty()) {
-    os::sync(file);
+    os::sync(file, "probe");
     reason = transfer_block(*engine, file, blocks.target(), blocks.block_nbytes(), false);
   }
   engine->forget_file(file);

@@ -93,6 +93,10 @@ void ThreadEngine::start_threads() {
     if (threads_.empty()) {  // fewer than wanted are slower, none is the end
       throw OsError(error.code().value(), "pthread_create", "");
     }
+  } catch (const std::bad_alloc&) {
+    if (threads_.empty()) {
+      throw;
+    }
   }
 }
 

@@ -25,6 +25,7 @@
 #include "base/limits.h"
 #include "io/registered_files.h"
 #include "io/ring.h"
+#include "os/journal.h"
 
 namespace snapstone::io {
 namespace {
@@ -220,8 +221,10 @@ void UringEngine::queue(std::uint32_t index) {
 // first.
 void UringEngine::enter(unsigned minimum) {
   for (unsigned attempts = 0;;) {
-    const int result =
-        minimum > 0 ? io_uring_submit_and_wait(ring_.get(), minimum) : io_uring_submit_and_get_events(ring_.get());
+    const fault::Outcome outcome = fault::point("io_uring_enter", "");
+    const int result = outcome.error_number != 0 ? -outcome.error_number
+                       : minimum > 0             ? io_uring_submit_and_wait(ring_.get(), minimum)
+                                                 : io_uring_submit_and_get_events(ring_.get());
     if (result >= 0) {
       queued_ -= static_cast<unsigned>(result);
       in_kernel_ += static_cast<unsigned>(result);
@@ -304,6 +307,12 @@ std::optional<int> UringEngine::settle(Transfer& transfer, int result) {
     result = static_cast<int>(std::min<std::uint64_t>(static_cast<std::uint64_t>(result), outcome.limit_nbytes));
   }
   if (result > 0) {
+    if (request.write) {
+      const os::journal::Change change(os::journal::Op::kWrite);
+      change.done({.subject_fd = request.file->fd.get(),
+                   .offset = request.offset + transfer.done,
+                   .bytes = {request.buffer + transfer.done, static_cast<std::size_t>(result)}});
+    }
     const std::uint32_t end = transfer.done + static_cast<std::uint32_t>(result);
     // O_DIRECT takes up again at the last whole page: a few bytes twice rather than an unaligned rest.
     const auto page_end = static_cast<std::uint32_t>(end / kPageBytes * kPageBytes);

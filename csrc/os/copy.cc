@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "os/call.h"
+#include "os/journal.h"
 
 namespace snapstone::os {
 namespace {
@@ -34,8 +35,14 @@ std::uint64_t copy_some(const File& source, std::uint64_t source_offset, const F
     } else {
       auto from = static_cast<off_t>(source_offset);
       auto to = static_cast<off_t>(target_offset);
+      const journal::Change change(journal::Op::kWrite);
       copied = ::copy_file_range(source.fd.get(), &from, target.fd.get(), &to,
                                  std::min({nbytes, outcome.limit_nbytes, kTransferBytesMax}), 0);
+      if (copied > 0 && change.recording()) [[unlikely]] {
+        std::vector<std::uint8_t> bytes(static_cast<std::size_t>(copied));
+        pread_full(target.fd.get(), target.path, bytes.data(), bytes.size(), target_offset);
+        change.done({.subject_fd = target.fd.get(), .offset = target_offset, .bytes = bytes});
+      }
     }
     if (copied >= 0) {
       return static_cast<std::uint64_t>(copied);

@@ -13,11 +13,13 @@
 
 #include "base/error.h"
 #include "os/call.h"
+#include "os/journal.h"
 
 namespace snapstone::os {
 namespace {
 
 constexpr mode_t kDirectoryMode = 0700;
+constexpr mode_t kPublicDirectoryMode = 0777;
 // A checkpoint is three levels deep. Each level holds one descriptor and one stack frame, so a hostile tree must not
 // choose the depth.
 constexpr int kTreeDepthMax = 64;
@@ -36,16 +38,23 @@ Directory open_at(int parent_fd, const char* name, int flags, std::string path) 
 void unlink_component(const Directory& parent, const std::string& name, bool directory) {
   const char* verb = directory ? "rmdir" : "unlink";
   const std::string path = component_path(verb, parent.path, name);
+  const journal::Change change(directory ? journal::Op::kRmdir : journal::Op::kUnlink);
   if (call(verb, path, [&] { return ::unlinkat(parent.fd.get(), name.c_str(), directory ? AT_REMOVEDIR : 0); }) != 0) {
     throw OsError(errno, verb, path);
   }
+  change.done({.subject_fd = parent.fd.get(), .name = name});
 }
 
 int rename_with_flags(const Directory& parent, const std::string& from, const std::string& to, unsigned flags) {
   const std::string path = component_path("renameat2", parent.path, to);
   component_path("renameat2", parent.path, from);
   const int fd = parent.fd.get();
-  return call("renameat2", path, [&] { return ::renameat2(fd, from.c_str(), fd, to.c_str(), flags); }) == 0 ? 0 : errno;
+  const journal::Change change(flags == RENAME_EXCHANGE ? journal::Op::kExchange : journal::Op::kRename);
+  if (call("renameat2", path, [&] { return ::renameat2(fd, from.c_str(), fd, to.c_str(), flags); }) != 0) {
+    return errno;
+  }
+  change.done({.subject_fd = fd, .name = from, .other = to});
+  return 0;
 }
 
 Entry to_entry(const std::string& name, const struct stat& facts) {
@@ -144,16 +153,23 @@ Directory open_directory_at(const Directory& parent, const std::string& name) {
   return open_at(parent.fd.get(), name.c_str(), O_NOFOLLOW, component_path("open", parent.path, name));
 }
 
-void make_directory_at(const Directory& parent, const std::string& name) {
+void make_directory_at(const Directory& parent, const std::string& name, bool private_one) {
   const std::string path = component_path("mkdir", parent.path, name);
-  if (call("mkdir", path, [&] { return ::mkdirat(parent.fd.get(), name.c_str(), kDirectoryMode); }) != 0) {
+  const mode_t mode = private_one ? kDirectoryMode : kPublicDirectoryMode;
+  const journal::Change change(journal::Op::kMkdir);
+  if (call("mkdir", path, [&] { return ::mkdirat(parent.fd.get(), name.c_str(), mode); }) != 0) {
     throw OsError(errno, "mkdir", path);
   }
+  change.done({.subject_fd = parent.fd.get(), .name = name});
 }
 
-void sync_directory(const Directory& directory) {
-  if (call("fsync", directory.path, [&] { return ::fsync(directory.fd.get()); }) != 0) {
-    throw OsError(errno, "fsync", directory.path);
+void sync_directory(const Directory& directory, const char* step) {
+  if (fault::skipped("sync", step)) return;
+  const journal::Change change(journal::Op::kSync);
+  const int error_number = call("fsync", directory.path, [&] { return ::fsync(directory.fd.get()); }) == 0 ? 0 : errno;
+  change.done({.subject_fd = directory.fd.get(), .error_number = error_number});
+  if (error_number != 0) {
+    throw OsError(error_number, "fsync", directory.path);
   }
 }
 
@@ -161,9 +177,11 @@ void rename_at(const Directory& parent, const std::string& from, const std::stri
   const std::string path = component_path("rename", parent.path, to);
   component_path("rename", parent.path, from);
   const int fd = parent.fd.get();
+  const journal::Change change(journal::Op::kRename);
   if (call("rename", path, [&] { return ::renameat(fd, from.c_str(), fd, to.c_str()); }) != 0) {
     throw OsError(errno, "rename", path);
   }
+  change.done({.subject_fd = fd, .name = from, .other = to});
 }
 
 void rename_noreplace(const Directory& parent, const std::string& from, const std::string& to) {
@@ -202,11 +220,13 @@ void unlink_at(const Directory& parent, const std::string& name) { unlink_compon
 void link_at(const Directory& from_parent, const std::string& from, const Directory& to_parent, const std::string& to) {
   const std::string path = component_path("link", to_parent.path, to);
   component_path("link", from_parent.path, from);
+  const journal::Change change(journal::Op::kLink);
   const int result = call(
       "link", path, [&] { return ::linkat(from_parent.fd.get(), from.c_str(), to_parent.fd.get(), to.c_str(), 0); });
   if (result != 0) {
     throw OsError(errno, "link", path);
   }
+  change.done({.subject_fd = to_parent.fd.get(), .name = from, .other = to});
 }
 
 std::vector<Entry> list_directory(const Directory& directory) {

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "os/file.h"
 #include "os/unique_fd.h"
 
 namespace snapstone::os {
@@ -16,9 +17,11 @@ struct Directory {
 };
 
 Directory open_directory(const std::string& path);  // O_DIRECTORY; follows links: the user's own path
-Directory open_directory_at(const Directory& parent, const std::string& name);            // O_DIRECTORY|O_NOFOLLOW
-void make_directory_at(const Directory& parent, const std::string& name);                 // mkdirat 0700; EEXIST throws
-void sync_directory(const Directory& directory);                                          // fsync
+Directory open_directory_at(const Directory& parent, const std::string& name);  // O_DIRECTORY|O_NOFOLLOW
+// mkdirat, 0700 or for others too as the umask says; EEXIST throws.
+void make_directory_at(const Directory& parent, const std::string& name, bool private_one = true);
+// fsync; `step` as for sync().
+void sync_directory(const Directory& directory, const char* step = kUnnamedStep);
 void rename_at(const Directory& parent, const std::string& from, const std::string& to);  // renameat: replaces
 // RENAME_NOREPLACE where the file system has it. Elsewhere plain rename, which cannot replace a non-empty directory.
 // EEXIST or ENOTEMPTY (reported as EEXIST) when `to` is there.

@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "os/call.h"
+#include "os/journal.h"
 
 namespace snapstone::os {
 namespace {
@@ -37,6 +38,15 @@ struct stat stat_file(const File& file) {
   return facts;
 }
 
+ssize_t write_some(int fd, const std::uint8_t* data, std::uint64_t nbytes, std::uint64_t offset) {
+  const journal::Change change(journal::Op::kWrite);
+  const ssize_t written = ::pwrite(fd, data, nbytes, static_cast<off_t>(offset));
+  if (written > 0) {
+    change.done({.subject_fd = fd, .offset = offset, .bytes = {data, static_cast<std::size_t>(written)}});
+  }
+  return written;
+}
+
 enum class Transfer { kRead, kWrite };
 
 // Moves up to `nbytes` and returns how many, 0 at end of file; throws OsError.
@@ -51,7 +61,7 @@ std::uint64_t transfer_some(Transfer kind, int fd, const std::string& path, std:
     } else {
       const std::uint64_t count = std::min({nbytes, outcome.limit_nbytes, kTransferBytesMax});
       moved = kind == Transfer::kRead ? ::pread(fd, data, count, static_cast<off_t>(offset))
-                                      : ::pwrite(fd, data, count, static_cast<off_t>(offset));
+                                      : write_some(fd, data, count, offset);
     }
     if (moved >= 0) {
       return static_cast<std::uint64_t>(moved);
@@ -91,8 +101,15 @@ void drop_direct(int fd) noexcept {
   }
 }
 
+void drop_cached(const File& file) noexcept { ::posix_fadvise(file.fd.get(), 0, 0, POSIX_FADV_DONTNEED); }
+
 File create_file(int directory_fd, const std::string& directory_path, const std::string& name, bool direct) {
-  File file = open_file(directory_fd, directory_path, name, O_RDWR | O_CREAT | O_EXCL);
+  File file;
+  {
+    const journal::Change change(journal::Op::kCreate);
+    file = open_file(directory_fd, directory_path, name, O_RDWR | O_CREAT | O_EXCL);
+    change.done({.subject_fd = directory_fd, .object_fd = file.fd.get(), .name = name});
+  }
   // Not O_DIRECT in the open itself: the kernel refuses it only after it has created the file, and then O_EXCL bars the
   // second try.
   file.direct = direct && set_direct(file.fd.get(), file.path);
@@ -118,7 +135,9 @@ bool preallocate(const File& file, std::uint64_t nbytes) {
   if (nbytes == 0) {
     return true;  // fallocate(2) calls an empty range EINVAL
   }
+  const journal::Change change(journal::Op::kAllocate);
   if (call("fallocate", file.path, [&] { return ::fallocate(file.fd.get(), 0, 0, static_cast<off_t>(nbytes)); }) == 0) {
+    change.done({.subject_fd = file.fd.get(), .offset = nbytes});
     return true;
   }
   if (errno == EOPNOTSUPP || errno == ENOSYS || errno == EINVAL) {
@@ -128,14 +147,20 @@ bool preallocate(const File& file, std::uint64_t nbytes) {
 }
 
 void truncate(const File& file, std::uint64_t nbytes) {
+  const journal::Change change(journal::Op::kTruncate);
   if (call("ftruncate", file.path, [&] { return ::ftruncate(file.fd.get(), static_cast<off_t>(nbytes)); }) != 0) {
     throw OsError(errno, "ftruncate", file.path, nbytes);
   }
+  change.done({.subject_fd = file.fd.get(), .offset = nbytes});
 }
 
-void sync(const File& file) {
-  if (call("fsync", file.path, [&] { return ::fsync(file.fd.get()); }) != 0) {
-    throw OsError(errno, "fsync", file.path);
+void sync(const File& file, const char* step) {
+  if (fault::skipped("sync", step)) return;
+  const journal::Change change(journal::Op::kSync);
+  const int error_number = call("fsync", file.path, [&] { return ::fsync(file.fd.get()); }) == 0 ? 0 : errno;
+  change.done({.subject_fd = file.fd.get(), .error_number = error_number});
+  if (error_number != 0) {
+    throw OsError(error_number, "fsync", file.path);
   }
 }
 
@@ -168,17 +193,27 @@ void pread_full(int fd, const std::string& path, void* target, std::uint64_t nby
   }
 }
 
-void write_file_durably(int directory_fd, const std::string& directory_path, const std::string& name,
-                        std::span<const std::uint8_t> bytes) {
+void write_file(int directory_fd, const std::string& directory_path, const std::string& name,
+                std::span<const std::uint8_t> bytes) {
   File file = create_file(directory_fd, directory_path, name, false);
   pwrite_full(file.fd.get(), file.path, bytes.data(), bytes.size(), 0);
-  sync(file);
+  file.fd.close(file.path);
+}
+
+void write_file_durably(int directory_fd, const std::string& directory_path, const std::string& name,
+                        std::span<const std::uint8_t> bytes, const char* step) {
+  File file = create_file(directory_fd, directory_path, name, false);
+  pwrite_full(file.fd.get(), file.path, bytes.data(), bytes.size(), 0);
+  sync(file, step);
   file.fd.close(file.path);
 }
 
 std::vector<std::uint8_t> read_file(int directory_fd, const std::string& directory_path, const std::string& name,
-                                    std::uint64_t limit_nbytes) {
+                                    std::uint64_t limit_nbytes, bool uncached) {
   const File file = open_for_read(directory_fd, directory_path, name, false);
+  if (uncached) {
+    drop_cached(file);
+  }
   const std::uint64_t nbytes = file_nbytes(file);
   if (nbytes > limit_nbytes) {
     throw CorruptError("file is larger than allowed", file.path, CorruptError::kNoChunk,

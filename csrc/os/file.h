@@ -14,6 +14,8 @@
 
 namespace snapstone::os {
 
+inline constexpr const char* kUnnamedStep = "unnamed";
+
 struct File {
   UniqueFd fd;
   std::string path;     // for messages
@@ -31,22 +33,29 @@ std::uint64_t file_nbytes(const File& file);  // fstat
 // (EOPNOTSUPP).
 bool preallocate(const File& file, std::uint64_t nbytes);
 void truncate(const File& file, std::uint64_t nbytes);  // ftruncate
-void sync(const File& file);                            // fsync; never call again on this file after it threw
+// fsync; never call again on this file after it threw. `step` is what tests leave out (base/fault_hook.h): sync/STEP.
+void sync(const File& file, const char* step = kUnnamedStep);
 // Sets O_DIRECT on the open file; false where the file system refuses it (EINVAL).
 bool set_direct(int fd, const std::string& path);
 // Clears O_DIRECT on the open file, for file systems that refuse it at write time; not through the seam.
 void drop_direct(int fd) noexcept;
+// Lets go of the file's pages in the page cache, but for dirty ones: reads after it are the device's. Best effort.
+void drop_cached(const File& file) noexcept;
 
 // Whole transfers: loop over short counts. pread_full throws CorruptError("file is shorter than recorded") at end of
 // file.
 void pwrite_full(int fd, const std::string& path, const void* source, std::uint64_t nbytes, std::uint64_t offset);
 void pread_full(int fd, const std::string& path, void* target, std::uint64_t nbytes, std::uint64_t offset);
 
-// O_EXCL create, write, fsync, close: one small durable file (the caller syncs the directory).
+// O_EXCL create, write, close: one small file.
+void write_file(int directory_fd, const std::string& directory_path, const std::string& name,
+                std::span<const std::uint8_t> bytes);
+// The same with an fsync before the close (the caller syncs the directory).
 void write_file_durably(int directory_fd, const std::string& directory_path, const std::string& name,
-                        std::span<const std::uint8_t> bytes);
-// Whole small file; refuses non-regular files and more than `limit_nbytes` (CorruptError, before allocating).
+                        std::span<const std::uint8_t> bytes, const char* step = kUnnamedStep);
+// Whole small file; refuses non-regular files and more than `limit_nbytes` (CorruptError, before allocating). With
+// `uncached` as the device has it.
 std::vector<std::uint8_t> read_file(int directory_fd, const std::string& directory_path, const std::string& name,
-                                    std::uint64_t limit_nbytes);
+                                    std::uint64_t limit_nbytes, bool uncached = false);
 
 }  // namespace snapstone::os

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -109,6 +110,8 @@ Engine::Engine() {
   } catch (const std::system_error& error) {
     // Fewer lanes than wanted are slower, none is the end.
     if (lanes_.empty()) throw OsError(error.code().value(), "pthread_create", "");
+  } catch (const std::bad_alloc&) {
+    if (lanes_.empty()) throw;
   }
 }
 

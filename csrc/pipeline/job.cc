@@ -55,7 +55,13 @@ void Job::rethrow() const {
   if (error_) std::rethrow_exception(error_);
 }
 
-void Job::cancel() noexcept { fail(std::make_exception_ptr(CancelledError("cancelled"))); }
+void Job::cancel() noexcept {
+  try {
+    throw CancelledError("cancelled");
+  } catch (...) {
+    fail(std::current_exception());  // without memory for its text it ends with std::bad_alloc
+  }
+}
 
 StageTotals Job::totals() const {
   std::lock_guard lock(mutex_);

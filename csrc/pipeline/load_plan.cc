@@ -77,10 +77,10 @@ void LoadPlan::add_box(const StoredShard& shard, BoxTarget box, ChunkWindow wind
   boxes_.push_back(box.collapsed());
 }
 
-void LoadPlan::add_all_chunks() {
+void LoadPlan::add_all_chunks(std::uint32_t files_max) {
   for (std::uint32_t table = 0; table < tables_.size(); ++table) {
     for (std::uint64_t chunk = 0; chunk < tables_[table].records->size(); ++chunk) {
-      wanted_.push_back({{table, chunk}, {}, false});
+      if ((*tables_[table].records)[chunk].file < files_max) wanted_.push_back({{table, chunk}, {}, false});
     }
   }
 }

@@ -87,7 +87,7 @@ class LoadPlan {
                       std::int32_t device = kHost);
   // Part of it, strided.
   void add_box(const StoredShard& shard, BoxTarget box, ChunkWindow window = {}, std::int32_t device = kHost);
-  void add_all_chunks();  // no target: verification
+  void add_all_chunks(std::uint32_t files_max = UINT32_MAX);  // of each table's first files; no target: verification
   // Sorts chunks by file and offset, groups their targets and lays out the requests: of at most `request_bytes`, or one
   // chunk. Call once, last.
   void finish(std::uint64_t request_bytes = kChunkBytesDefault);

@@ -375,7 +375,7 @@ void SaveJob::finish() {
   } else if (reserved_bytes_ > file_bytes_) {
     os::truncate(file_, file_bytes_);
   }
-  os::sync(file_);
+  os::sync(file_, "data");
   file_.fd.close(file_.path);
   base_.append_references(table_);
   base_.files.clear();

@@ -80,7 +80,7 @@ std::vector<std::string> reap(const std::string& parent_path) {
       std::optional<os::Directory> held;
       if (staging && !(held = lock_if_dead(parent, entry.name, shared))) continue;
       // An overwrite whose last sync failed leaves the old checkpoint here: the swap of names must be durable first.
-      os::sync_directory(parent);
+      os::sync_directory(parent, "reap");
       os::remove_tree_at(parent, entry.name);
       removed.push_back(entry.name);
     } catch (const OsError&) {

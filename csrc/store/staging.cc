@@ -10,6 +10,8 @@
 //   5. lead: unlink what is in `base/` and not used, and fsync it then; check the rest; write MANIFEST.json and
 //      MANIFEST.xxh128, fsync each; unlink OWNER.
 //   6. lead: fsync the staging directory.
+//  6b. lead, if asked to: read both manifest files past the page cache, and compare. (All ranks have done so with their
+//      files between 3 and 4.)
 //   7. lead: rename to the final name. THE COMMIT POINT. A crash leaves the old state or the committed one.
 //            absent target: renameat2(RENAME_NOREPLACE). overwrite: renameat2(RENAME_EXCHANGE), so the old checkpoint
 //            takes the staging name and either name order is a complete checkpoint. The old one is flocked before, so
@@ -60,11 +62,11 @@ void lock_if_there_are_locks(const os::Directory& directory) {
   throw OsError(EWOULDBLOCK, "flock", directory.path);
 }
 
-// Best effort: neither staging nor trash is ever read as a checkpoint, and a later reap() tries again.
+// Best effort: neither staging nor trash is ever read as a checkpoint, and a later reap() tries again. Not synced, for
+// the same reason.
 void remove_quietly(const os::Directory& parent, const std::string& name) noexcept {
   try {
     os::remove_tree_at(parent, name);
-    os::sync_directory(parent);
   } catch (...) {
   }
 }
@@ -101,8 +103,10 @@ Staging Staging::create(const std::string& parent_path, const std::string& save_
   try {
     os::Directory directory = os::open_directory_at(parent, name);
     lock_if_there_are_locks(directory);
-    os::write_file_durably(directory.fd.get(), directory.path, kOwnerName, as_bytes(owners));
-    return Staging(std::move(parent), std::move(directory), save_id);
+    // Not synced: without a readable OWNER reap() goes by the directory's age.
+    os::write_file(directory.fd.get(), directory.path, kOwnerName, as_bytes(owners));
+    std::string id = save_id;  // before `parent` is moved from: removing the directory needs it
+    return Staging(std::move(parent), std::move(directory), std::move(id));
   } catch (...) {
     remove_quietly(parent, name);
     throw;
@@ -120,8 +124,8 @@ os::File Staging::create_file(const std::string& name, bool direct) const {
   return os::create_file(directory_.fd.get(), directory_.path, name, direct);
 }
 
-void Staging::write_file(const std::string& name, std::span<const std::uint8_t> bytes) const {
-  os::write_file_durably(directory_.fd.get(), directory_.path, name, bytes);
+void Staging::write_file(const std::string& name, std::span<const std::uint8_t> bytes, const char* step) const {
+  os::write_file_durably(directory_.fd.get(), directory_.path, name, bytes, step);
 }
 
 std::uint64_t Staging::copy_ranges(const std::string& name, std::span<const os::File> sources,
@@ -142,7 +146,7 @@ std::uint64_t Staging::copy_ranges(const std::string& name, std::span<const os::
         if (at) at(done);
       }
     }
-    os::sync(file);
+    os::sync(file, "copied");
     file.fd.close(file.path);
   } catch (...) {
     try {
@@ -178,35 +182,48 @@ void Staging::keep_shared(std::span<const SharedFile> files) {
     return;
   }
   open_shared();
-  if (keep_shared_files(*shared_, files)) os::sync_directory(*shared_);
+  if (keep_shared_files(*shared_, files)) os::sync_directory(*shared_, "shared_kept");
 }
 
 void Staging::sync(std::span<const std::string> shared) const {
   for (const std::string& name : shared) {
     if (!shared_) throw OsError(ENOENT, "fsync", directory_.path + "/" + kSharedName + "/" + name);
-    os::sync(os::open_for_read(shared_->fd.get(), shared_->path, name, false));
+    os::sync(os::open_for_read(shared_->fd.get(), shared_->path, name, false), "shared_file");
   }
-  if (shared_) os::sync_directory(*shared_);
-  os::sync_directory(directory_);
+  if (shared_) os::sync_directory(*shared_, "shared_entries");
+  os::sync_directory(directory_, "entries");
 }
 
 void Staging::commit(std::span<const std::uint8_t> manifest, std::span<const std::uint8_t> manifest_digest,
-                     const std::string& final_name, bool overwrite) {
-  write_file(kManifestName, manifest);
-  write_file(kManifestDigestName, manifest_digest);
+                     const std::string& final_name, bool overwrite, bool read_back) {
+  write_file(kManifestName, manifest, "manifest");
+  write_file(kManifestDigestName, manifest_digest, "manifest_digest");
   os::unlink_at(directory_, kOwnerName);
-  sync();
+  os::sync_directory(directory_, "manifest_entries");
+  if (read_back) {
+    this->read_back(kManifestName, manifest);
+    this->read_back(kManifestDigestName, manifest_digest);
+  }
   publish(final_name, overwrite);
+}
+
+void Staging::read_back(const std::string& name, std::span<const std::uint8_t> bytes) const {
+  const std::vector<std::uint8_t> actual =
+      os::read_file(directory_.fd.get(), directory_.path, name, bytes.size(), true);
+  if (!std::ranges::equal(actual, bytes)) {
+    throw CorruptError("read back after it was synced, it is not what was written", directory_.path + "/" + name,
+                       CorruptError::kNoChunk);
+  }
 }
 
 void Staging::publish(const std::string& final_name, bool overwrite) {
   const std::string staging = staging_name(save_id_);
-  const std::string final_path = parent_.path + "/" + final_name;
+  std::string final_path = parent_.path + "/" + final_name;
   if (!overwrite || !os::stat_at(parent_, final_name)) {
     os::rename_noreplace(parent_, staging, final_name);
     published_ = true;
-    directory_.path = final_path;
-    os::sync_directory(parent_);
+    directory_.path = std::move(final_path);
+    os::sync_directory(parent_, "commit");
     return;
   }
   const os::Directory old = os::open_directory_at(parent_, final_name);
@@ -217,12 +234,12 @@ void Staging::publish(const std::string& final_name, bool overwrite) {
   const std::string trash = trash_name(save_id_);
   os::rename_exchange(parent_, staging, final_name);
   published_ = true;
-  directory_.path = final_path;
-  os::sync_directory(parent_);
+  directory_.path = std::move(final_path);
+  os::sync_directory(parent_, "exchange");
   // The new checkpoint is committed and durable: from here on nothing is a failure.
   try {
     os::rename_at(parent_, staging, trash);
-  } catch (const OsError&) {
+  } catch (...) {
     return;
   }
   remove_quietly(parent_, trash);
@@ -244,17 +261,17 @@ void Staging::withdraw() {
 
 void Staging::discard() noexcept {
   if (published_) return;
-  const std::string staging = staging_name(save_id_);
-  remove_quietly(parent_, staging);
-  // A writer that has not heard yet may have made a file meanwhile. Without its OWNER, what is left of the directory
-  // would be nobody's for minutes; under the other name the next reap() removes it.
-  const std::string trash = trash_name(save_id_);
   try {
+    const std::string staging = staging_name(save_id_);
+    remove_quietly(parent_, staging);
+    // A writer that has not heard yet may have made a file meanwhile. Without its OWNER, what is left of the directory
+    // would be nobody's for minutes; under the other name the next reap() removes it.
+    const std::string trash = trash_name(save_id_);
     os::rename_at(parent_, staging, trash);
-  } catch (const OsError&) {
-    return;  // gone, as it should be
+    remove_quietly(parent_, trash);
+  } catch (...) {
+    // Gone, as it should be; or there is no memory for its name, and a later reap() removes it.
   }
-  remove_quietly(parent_, trash);
 }
 
 }  // namespace snapstone::store

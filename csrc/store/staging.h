@@ -43,8 +43,8 @@ class Staging {
   const os::Directory& directory() const noexcept { return directory_; }
 
   os::File create_file(const std::string& name, bool direct) const;
-  void write_file(const std::string& name,
-                  std::span<const std::uint8_t> bytes) const;  // durable but for the directory entry
+  void write_file(const std::string& name, std::span<const std::uint8_t> bytes,
+                  const char* step = os::kUnnamedStep) const;  // durable but for the directory entry
   // A file of the ranges' bytes, one range after the other; returns its size. Durable but for the directory entry.
   // Calls `at` with the bytes copied so far, after each 64 MiB at the latest; what it throws ends the copy. On failure
   // the file is removed again.
@@ -61,9 +61,9 @@ class Staging {
   void sync(std::span<const std::string> shared = {}) const;
 
   // Steps 5 to 8 of the protocol in staging.cc. `final_name` is a component of the parent directory. OsError(EEXIST) if
-  // it exists and `overwrite` is false, or if what exists is not a checkpoint.
+  // it exists and `overwrite` is false, or if what exists is not a checkpoint. With `read_back` step 6b, too.
   void commit(std::span<const std::uint8_t> manifest, std::span<const std::uint8_t> manifest_digest,
-              const std::string& final_name, bool overwrite);
+              const std::string& final_name, bool overwrite, bool read_back = false);
   // Any writer that gives up on a silent lead: after it a commit() fails that has not renamed yet. Whoever renames
   // first decides, so look for the checkpoint before (withdrawing a finished exchange trashes the old one) and after.
   void withdraw();
@@ -74,6 +74,7 @@ class Staging {
  private:
   Staging(os::Directory parent, os::Directory directory, std::string save_id);
   void open_shared();
+  void read_back(const std::string& name, std::span<const std::uint8_t> bytes) const;
   void publish(const std::string& final_name, bool overwrite);
 
   os::Directory parent_;

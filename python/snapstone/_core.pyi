@@ -43,6 +43,10 @@ __all__: list[str] = [
     "fault_skipped",
     "file_system_facts",
     "is_file_name",
+    "journal_mark",
+    "journal_start",
+    "journal_stop",
+    "make_directory",
     "memlock_limit_bytes",
     "read_file",
     "reap",
@@ -67,7 +71,9 @@ class Staging:
     @staticmethod
     def join(parent: str, save_id: str) -> Staging: ...
     def close(self) -> None: ...
-    def commit(self, manifest: bytes, manifest_digest: bytes, final_name: str, overwrite: bool) -> None: ...
+    def commit(
+        self, manifest: bytes, manifest_digest: bytes, final_name: str, overwrite: bool, read_back: bool = False
+    ) -> None: ...
     def copy_ranges(
         self,
         name: str,
@@ -90,7 +96,7 @@ class Staging:
     ) -> None: ...
     def sync(self, shared: collections.abc.Sequence[str] = []) -> None: ...
     def withdraw(self) -> None: ...
-    def write_file(self, name: str, data: bytes) -> None: ...
+    def write_file(self, name: str, data: bytes, step: str = "unnamed") -> None: ...
     @property
     def path(self) -> str: ...
     @property
@@ -291,7 +297,11 @@ class LoadJob:
         ]
         | None = None,
         device_digests: bool = True,
-    ) -> None: ...
+        read_back_files: typing.SupportsInt | typing.SupportsIndex | None = None,
+    ) -> None:
+        """
+        With `scrub` every chunk is read, and with `read_back_files` those of so many first files of each table, past the page cache.
+        """
     def cancel(self) -> None: ...
     def fence(
         self, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex
@@ -461,8 +471,26 @@ def fault_skipped(kind: str, name: str) -> bool:
 
 def file_system_facts(directory: str) -> dict: ...
 def is_file_name(name: str) -> bool: ...
+def journal_mark(text: str) -> None: ...
+def journal_start(path: str) -> None:
+    """
+    See csrc/os/journal.h.
+    """
+
+def journal_stop() -> None: ...
+def make_directory(parent: str, name: str) -> None:
+    """
+    As os.mkdir.
+    """
+
 def memlock_limit_bytes() -> int: ...
-def read_file(directory: str, name: str, limit_nbytes: typing.SupportsInt | typing.SupportsIndex) -> bytes: ...
+def read_file(
+    directory: str, name: str, limit_nbytes: typing.SupportsInt | typing.SupportsIndex, uncached: bool = False
+) -> bytes:
+    """
+    A whole small file; with `uncached` as the device has it.
+    """
+
 def reap(parent: str) -> list[str]:
     """
     Removes what dead saves left; returns the names removed.
@@ -500,7 +528,7 @@ def snapshot(state: dict, guards: list, tensor_types: tuple) -> tuple:
     (copy of the nested dicts and lists, [(copied container, key, value), ...] of what is neither guarded nor immutable)
     """
 
-def sync_directory(path: str) -> None: ...
+def sync_directory(path: str, step: str = "unnamed") -> None: ...
 def try_hard_link(directory: str) -> None:
     """
     Raises OSError where a file cannot have two names.

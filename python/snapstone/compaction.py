@@ -159,7 +159,7 @@ class _Compaction:
         writers = [self._copy_writer(*one) for one in zip(old.writers, self._source.indexes, plans, strict=True)]
         with suppress(FileNotFoundError):
             marker = _native.read_file(self._source.path, manifest.DCP_MARKER_NAME, _native.INDEX_HEADER_BYTES_MAX)
-            self._staging.write_file(manifest.DCP_MARKER_NAME, marker)
+            self._staging.write_file(manifest.DCP_MARKER_NAME, marker, "marker")
         with self._trace.span("sync"):
             self._staging.sync()
         return replace(old, save_id=self._staging.save_id, writers=tuple(writers), base=None, shared=())
@@ -190,7 +190,7 @@ class _Compaction:
             table=plan.table,
             references=one.references,
         )
-        self._staging.write_file(index_name, data)
+        self._staging.write_file(index_name, data, "index")
         return manifest.Writer(
             writer.rank,
             FileEntry(index_name, len(data), _native.digest_hex(data)),

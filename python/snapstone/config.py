@@ -152,6 +152,7 @@ class SaveOptions:
     full_every: int | None
     on_unchanged: str
     dcp_marker: bool
+    verify_after_save: bool
     device: DeviceOptions
 
     @classmethod
@@ -169,6 +170,7 @@ class SaveOptions:
         keyframe_every: int = KEYFRAME_EVERY_DEFAULT,
         on_unchanged: str = "warn",
         dcp_marker: bool = False,
+        verify_after_save: bool = False,
     ) -> SaveOptions:
         budget = (
             _integer("SNAPSTONE_HOST_MEMORY_BUDGET", HOST_MEMORY_BUDGET_DEFAULT)
@@ -201,6 +203,7 @@ class SaveOptions:
             full_every=None if full_every is None else _count("full_every", full_every),
             on_unchanged=_on_unchanged(on_unchanged),
             dcp_marker=dcp_marker,
+            verify_after_save=verify_after_save,
             device=DeviceOptions.of(),
         )
 

@@ -15,10 +15,10 @@ __all__ = ["files_of", "not_regular", "open_index"]
 _DTYPE_BYTES: Mapping[str, int] = {name: tensors.dtype_bytes(name) for name in tensors.dtype_names()}
 
 
-def open_index(directory: str, document: Manifest, writer: manifest.Writer) -> Index:
-    """The index of one writer, checked."""
+def open_index(directory: str, document: Manifest, writer: manifest.Writer, *, uncached: bool = False) -> Index:
+    """The index of one writer, checked; with `uncached` as the device has it, and not the page cache."""
     path = os.path.join(directory, writer.index.name)
-    parsed = index.parse(_read_index(directory, writer, path), path=path, dtype_bytes=_DTYPE_BYTES)
+    parsed = index.parse(_read_index(directory, writer, path, uncached), path=path, dtype_bytes=_DTYPE_BYTES)
     own = tuple(entry.name for entry in writer.data)
     expected = (document.save_id, writer.rank, document.world_size, own)
     actual = (parsed.save_id, parsed.rank, parsed.world_size, parsed.files[: len(own)])
@@ -49,10 +49,10 @@ def files_of(document: Manifest, writer: manifest.Writer, parsed: Index) -> list
     return [*writer.data, *(document.shared_by_name[name] for name in shared)]
 
 
-def _read_index(directory: str, writer: manifest.Writer, path: str) -> bytes:
+def _read_index(directory: str, writer: manifest.Writer, path: str, uncached: bool) -> bytes:
     try:
         limit_nbytes = min(writer.index.nbytes, index.FILE_BYTES_MAX)
-        data: bytes = _native.read_file(directory, writer.index.name, limit_nbytes)
+        data: bytes = _native.read_file(directory, writer.index.name, limit_nbytes, uncached)
     except FileNotFoundError:
         raise IncompleteCheckpointError("index file is missing", path=path, rank=writer.rank) from None
     except OSError as error:

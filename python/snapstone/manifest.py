@@ -31,6 +31,7 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "Writer",
+    "base_of",
     "digest_line",
     "is_checkpoint",
     "is_file_of_checkpoint",
@@ -261,7 +262,7 @@ def _parse(document: Any, manifest_path: str) -> Manifest:
         metadata=_typed(document["metadata"], dict),
         environment=_typed(document["environment"], dict),
         format_version=version,
-        base=None if base is None else _base(base),
+        base=None if base is None else base_of(base),
         shared=shared,
     )
 
@@ -291,7 +292,8 @@ def _shared_file(entry: Any) -> FileEntry:
     return FileEntry(f"{BASE_NAME}/{_file_name(component)}", _count(entry["nbytes"]), _hex(entry["xxh128"]))
 
 
-def _base(entry: Any) -> Base:
+def base_of(entry: Any) -> Base:
+    """The inverse of Base.to_json; raises ValueError, KeyError or TypeError."""
     depth = _count(entry["depth"])
     if depth == 0:
         raise ValueError("depth of a delta save is 0")

@@ -28,13 +28,13 @@ class Outcome:
     channel: Channel
     deadline: Deadline
 
-    def commit(self, document: Manifest, *, overwrite: bool, dcp_marker: bool = False) -> None:
+    def commit(self, document: Manifest, *, overwrite: bool, dcp_marker: bool = False, read_back: bool = False) -> None:
         """Steps 5 to 8 of the protocol in `csrc/store/staging.cc`."""
         data = document.to_bytes()
         if dcp_marker:
-            self.staging.write_file(manifest.DCP_MARKER_NAME, manifest.DCP_MARKER)
+            self.staging.write_file(manifest.DCP_MARKER_NAME, manifest.DCP_MARKER, "marker")
         self.staging.keep_shared([(os.path.basename(entry.name), entry.nbytes) for entry in document.shared])
-        self.staging.commit(data, manifest.digest_line(data), self.target.name, overwrite)
+        self.staging.commit(data, manifest.digest_line(data), self.target.name, overwrite, read_back)
 
     def announce(self, error: BaseException | None) -> None:
         if self.group.world_size == 1:
@@ -94,5 +94,5 @@ class Outcome:
             return None
         if found.save_id != self.save_id:
             return None
-        _native.sync_directory(self.target.parent)
+        _native.sync_directory(self.target.parent, "heard")
         return found

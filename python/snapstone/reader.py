@@ -231,10 +231,15 @@ class Reader:
                     return int(job.bytes_needed)
         return 0
 
-    def start_scrub(self) -> Any:
-        """A job that reads every chunk that this checkpoint uses, for `scrub`; `bytes_read` says how much that is."""
+    def start_scrub(self, read_back_files: int | None = None) -> Any:
+        """A job that reads every chunk that this checkpoint uses, for `scrub`; `bytes_read` says how much that is. With
+        `read_back_files` only those in so many first files of each writer, and from the device.
+        """
         every = list(range(len(self._tables)))
-        job = self._make_job(every, np.empty((0, 8), np.uint64), [], None, verify=True, scrub=True, trace=None)
+        nothing = np.empty((0, 8), np.uint64)
+        job = self._make_job(
+            every, nothing, [], None, verify=True, scrub=True, trace=None, read_back_files=read_back_files
+        )
         job.start()
         return job
 
@@ -289,6 +294,7 @@ class Reader:
         verify: bool,
         scrub: bool,
         trace: Trace | None,
+        read_back_files: int | None = None,
     ) -> Any:
         """`tables`: those that rows and boxes number; of their files the job opens those that its chunks are in.
         `targets_on`: the devices of rows and boxes.
@@ -315,6 +321,7 @@ class Reader:
                 detailed,
                 targets_on,
                 targets_on is None or DeviceOptions.of().digest != "host",
+                read_back_files,
             )
         except FileNotFoundError as error:
             raise IncompleteCheckpointError(

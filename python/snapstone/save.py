@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,6 +51,7 @@ def save(
     derive: bool = False,
     on_unchanged: Literal["warn", "raise", "ignore"] = "warn",
     dcp_marker: bool = False,
+    verify_after_save: bool = False,
     allow_pickle: bool = False,
     host_memory_budget: int | None = None,
     timeout: timedelta | float | None = None,
@@ -81,6 +82,8 @@ def save(
             every rank.
         dcp_marker: put a file `.metadata` into the checkpoint, a line of text, for trainers that look for one to find
             finished checkpoints.
+        verify_after_save: before the commit every rank reads what it wrote from the device again, past the page cache,
+            and compares digests: for storage that loses writes it has acknowledged.
         allow_pickle: pickle Python values that have no typed-JSON form.
         host_memory_budget: bytes of staging memory (SNAPSTONE_HOST_MEMORY_BUDGET, 1 GiB).
         timeout: seconds after which the save fails on every rank (SNAPSTONE_TIMEOUT, 1800 s).
@@ -89,6 +92,7 @@ def save(
     Raises:
         FileExistsError: the target exists and `overwrite` is False, or it is not a checkpoint.
         RankFailedError: another rank raised, died or missed the deadline.
+        CorruptCheckpointError: with verify_after_save, the device holds other bytes than were written.
         CheckpointError: the deadline passed; the base that was named cannot be read; nothing has changed, with
             on_unchanged="raise".
         OSError: the file system refused; errno and filename are set.
@@ -104,6 +108,7 @@ def save(
         derive=derive,
         on_unchanged=on_unchanged,
         dcp_marker=dcp_marker,
+        verify_after_save=verify_after_save,
         allow_pickle=allow_pickle,
         host_memory_budget=host_memory_budget,
         timeout=timeout,
@@ -138,6 +143,7 @@ def async_save(
     derive: bool = False,
     on_unchanged: Literal["warn", "raise", "ignore"] = "warn",
     dcp_marker: bool = False,
+    verify_after_save: bool = False,
     allow_pickle: bool = False,
     host_memory_budget: int | None = None,
     timeout: timedelta | float | None = None,
@@ -146,10 +152,9 @@ def async_save(
     """Saves `state_dict` in the background. The arguments of `save`, and:
 
     Args:
-        fence: "now": the snapshot is taken when this returns. An optimizer, or several: it is taken before their
-            next step, which waits for it; what those optimizers do not own is copied at the call. The state must not
-            change in other ways until then. Of tensors on CUDA devices the same holds for what the current streams are
-            given after this, or from the step on; the host does not wait for them, see docs/gpu.md.
+        fence: "now": the snapshot is taken when this returns. An optimizer, or several: before their next step, which
+            waits for it; what they do not own is copied at the call. The state must not change in other ways until
+            then. CUDA streams wait for their copies, and the host does not, see docs/gpu.md.
 
     Returns:
         A SaveHandle. Its errors, if nobody collects them, are raised by the next `save`, `async_save` or `wait`.
@@ -168,6 +173,7 @@ def async_save(
         derive=derive,
         on_unchanged=on_unchanged,
         dcp_marker=dcp_marker,
+        verify_after_save=verify_after_save,
         allow_pickle=allow_pickle,
         host_memory_budget=host_memory_budget,
         timeout=timeout,
@@ -175,8 +181,7 @@ def async_save(
     writer = _open(state_dict, checkpoint_id, step, process_group, no_dist, metadata, make_options)
     taken: Mapping[str, Any] | None = None
     try:
-        optimizers = OptimizerFence.of(fence)
-        if optimizers is None:
+        if (optimizers := OptimizerFence.of(fence)) is None:
             writer.take(lambda: state.flatten(state_dict))
         else:
             taken = _snapshot(writer, optimizers, state_dict)
@@ -187,8 +192,7 @@ def async_save(
         writer.close(error)
         raise
     handle = SaveHandle(writer.target.step, writer.trace.stats, writer.cancel)
-    go = threading.Event()
-    background = _Background(writer, handle, None if optimizers is None else Future(), taken, progress, go)
+    background = _Background(writer, handle, None if optimizers is None else Future(), taken, progress)
     # Not a daemon: the interpreter waits for it at exit, so a save that was begun ends by its deadline.
     try:
         if background.snapshot is not None and optimizers is not None:
@@ -203,7 +207,7 @@ def async_save(
         handle.upload_completion.exception()  # the caller gets it here
         raise
     finally:
-        go.set()
+        background.go.set()
     return handle
 
 
@@ -237,7 +241,8 @@ class _Background:
     snapshot: Future[None] | None  # done when it is enqueued, or the save has ended; None: it was before
     taken: Mapping[str, Any] | None
     progress: ProgressWanted
-    go: threading.Event  # keeps this thread off the interpreter lock until the caller is on its way
+    # Keeps this thread off the interpreter lock until the caller is on its way.
+    go: threading.Event = field(default_factory=threading.Event)
     abandoned: bool = False  # the caller has ended the save
 
     def run(self) -> None:

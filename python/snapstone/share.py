@@ -281,7 +281,7 @@ class Share:
         )
         name = f"rank-{self._rank:05d}.index"
         with self._trace.span("sync", len(data)):
-            self._staging.write_file(name, data)
+            self._staging.write_file(name, data, "index")
         entries = [
             FileEntry(file, nbytes, _native.digest_hex(records[records["file"] == number].tobytes()))
             for number, (file, nbytes) in enumerate(own.items())

@@ -96,8 +96,10 @@ class Target:
             missing.append(path)
             path = os.path.dirname(path)
         for directory in reversed(missing):
-            os.makedirs(directory, exist_ok=True)
-            _native.sync_directory(os.path.dirname(directory))
+            parent, name = os.path.split(directory)
+            with suppress(FileExistsError):
+                _native.make_directory(parent, name)
+            _native.sync_directory(parent, "parents")
 
     def join_staging(self, save_id: str, deadline: Deadline, check: Callable[[], None]) -> Any:
         """Opens rank 0's staging directory, waiting until a network file system shows it. `check` raises when there is

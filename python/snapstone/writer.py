@@ -24,6 +24,7 @@ from .errors import CheckpointError, RankFailedError
 from .manifest import Manifest
 from .outcome import Outcome
 from .progress import Progress
+from .read_back import read_back
 from .share import Share
 from .staleness import heed_unchanged, owned_unchanged
 from .structure import Structure, StructureCache, StructureKeys, describe_all, make_structure, without_derived
@@ -346,12 +347,25 @@ class Writer:
         entry, self._stored = share.write_index(self.save_id, self.group.world_size, step, self._objects)
         with self.trace.span("sync"):
             self._staging.sync([os.path.basename(one.name) for one in self._stored.shared])
+        if self.options.verify_after_save:
+            self._read_back(entry, tuple(self._stored.shared))
         return _json(
             {
                 "writer": entry.to_json(),
                 "shared": [one.to_json() for one in self._stored.shared],
                 "unchanged": unchanged,
             }
+        )
+
+    def _read_back(self, entry: manifest.Writer, shared: tuple[manifest.FileEntry, ...]) -> None:
+        read_back(
+            self._staging.path,
+            entry,
+            shared,
+            save_id=self.save_id,
+            world_size=self.group.world_size,
+            deadline=self.deadline,
+            trace=self.trace,
         )
 
     def _vote_bytes(self, label: str, error: BaseException | None, payload: bytes) -> list[bytes]:
@@ -404,7 +418,13 @@ class Writer:
         error: BaseException | None = None
         try:
             self._enter_commit()
-            self._outcome().commit(document, overwrite=self.options.overwrite, dcp_marker=self.options.dcp_marker)
+            options = self.options
+            self._outcome().commit(
+                document,
+                overwrite=options.overwrite,
+                dcp_marker=options.dcp_marker,
+                read_back=options.verify_after_save,
+            )
             self._committed_bytes = document.nbytes
         except BaseException as failure:
             error = self._explain(failure)

@@ -66,17 +66,19 @@ def killed_at(rank: int, run: str, kind: str, rules: list[str]) -> list[int]:
     return codes
 
 
-def save_and_die(run: Path, kind: str, rule: str) -> None:
-    """State 1 as "previous", unharmed; then state 2 as "next" or, when kind is "overwrite", in the place of state 1. Of
-    the kinds in `small.DELTAS`, a delta save in a copy of the run "prepared" beside `run`.
+def save_and_die(run: Path, kind: str, rule: str, ready: Callable[[], object] = lambda: None) -> None:
+    """State 1 as "previous", unharmed; then `ready`, and state 2 as "next", or of the kind "overwrite" in the place of
+    state 1. Of the kinds in `small.DELTAS`, a delta save in a copy of the run "prepared" beside `run`.
     """
     if kind in small.DELTAS:
         shutil.copytree(run.with_name("prepared"), run, copy_function=os.link)
         _native.fault_arm(rule)
+        ready()
         small.save_delta(run, kind)
         return
     ss.save(small.state(1), checkpoint_id=run / "previous")
     _native.fault_arm(rule)
+    ready()
     if kind == "overwrite":
         ss.save(small.state(2), checkpoint_id=run / "previous", overwrite=True)
     elif kind == "async":

@@ -3,17 +3,59 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import snapstone as ss
 from snapstone import _native
 
-# The names of csrc/os/call.h and csrc/io/.
-CALLS = ["open", "fcntl", "opendir", "readdir", "stat", "fstat", "statfs", "mkdir", "unlink", "rmdir", "rename"]
-CALLS += ["renameat2", "link", "fallocate", "ftruncate", "fsync", "pwrite", "pread", "flock", "mmap", "madvise"]
-CALLS += ["close", "copy_file_range", "uring_write", "uring_read"]
+# What each call can answer, by its manual page and the file systems that people keep checkpoints on: the one place
+# where this stands. "short" is a transfer that stops early. The names are those of csrc/os/call.h and csrc/io/.
+FULL = ("ENOSPC", "EDQUOT")
+GIVES: dict[str, tuple[str, ...]] = {
+    "open": ("EIO", *FULL, "EINTR", "EMFILE", "EACCES"),
+    "fcntl": ("EINTR", "EACCES"),
+    "opendir": ("EMFILE", "EACCES"),
+    "readdir": ("EIO",),
+    "stat": ("EIO", "EINTR", "EACCES"),
+    "fstat": ("EIO",),
+    "statfs": ("EIO", "EINTR", "EACCES"),
+    "mkdir": ("EIO", *FULL, "EINTR", "EACCES"),
+    "unlink": ("EIO", "EINTR", "EBUSY", "EACCES"),
+    "rmdir": ("EIO", "EINTR", "EBUSY", "EACCES"),
+    "rename": ("EIO", *FULL, "EINTR", "EBUSY", "EACCES"),
+    "renameat2": ("EIO", *FULL, "EINTR", "EBUSY", "EACCES"),
+    "link": ("EIO", *FULL, "EINTR", "EACCES"),
+    "fallocate": ("EIO", *FULL, "EINTR"),
+    "ftruncate": ("EIO", *FULL, "EINTR"),
+    "fsync": ("EIO", *FULL, "EINTR"),
+    "pwrite": ("EIO", *FULL, "EINTR", "EAGAIN", "short"),
+    "pread": ("EIO", "EINTR", "EAGAIN", "short"),
+    "flock": ("EINTR", "EAGAIN"),  # EAGAIN: somebody else has it, for as long as a save waits
+    "mmap": ("EAGAIN",),
+    "madvise": ("EIO", "EAGAIN"),
+    "close": ("EIO", *FULL, "EINTR"),
+    "copy_file_range": ("EIO", *FULL, "EINTR", "short"),
+    "io_uring_setup": ("EMFILE", "EACCES"),
+    "io_uring_enter": ("EINTR", "EAGAIN", "EBUSY"),
+    "uring_write": ("EIO", *FULL, "EINTR", "EAGAIN", "ECANCELED", "short"),
+    "uring_read": ("EIO", "EINTR", "EAGAIN", "ECANCELED", "short"),
+}
+CALLS = list(GIVES)
 CALLS_MAX = 400
+SHORT_BYTES = 4096
+IS_LONG = os.environ.get("SNAPSTONE_SWEEP") == "long"
+# What a retry gets over. The kernel gives EINTR once for a signal, never for ever; of the files that O_DIRECT and I/O
+# threads do not serve nothing gives EAGAIN.
+RETRIED = {("io_uring_enter", "EAGAIN"), ("io_uring_enter", "EBUSY"), ("uring_write", "EAGAIN"), ("flock", "EAGAIN")}
+RETRIED |= {("uring_read", "EAGAIN")}
+# As often as threads happen to need it, and not each time as often.
+UNCOUNTED = {"io_uring_enter"}
+# For these a call is tried for a second, a lock for ten, before that is an error: for ever at the first call alone.
+PATIENT = {(call, name) for call in ("pwrite", "pread", "uring_write", "uring_read") for name in ("EAGAIN",)}
+PATIENT |= {("io_uring_enter", "EAGAIN"), ("io_uring_enter", "EBUSY")}
+NEVER_FOR_EVER = {("flock", "EAGAIN")}
 
 
 def calls_of(operation: Callable[[], Any]) -> dict[str, int]:
@@ -29,11 +71,13 @@ def calls_of(operation: Callable[[], Any]) -> dict[str, int]:
 class Fault:
     """The Nth call of a kind fails, from now until `stop`; with `lasting` all later ones, too."""
 
-    def __init__(self, call: str, nth: int, action: str, lasting: bool = False) -> None:
-        self.call, self.nth = call, nth
+    def __init__(self, call: str, nth: int, action: str, lasting: bool = False, armed: bool = True) -> None:
+        self.call, self.nth, self.lasting = call, nth, lasting
+        self.name = action.partition("=")[2] if action.startswith("errno=") else "short"
         self.rule = f"{call}:{nth}{'+' if lasting else ''}:{action}"
         self.reached: bool | None = None
-        _native.fault_arm(self.rule)
+        if armed:
+            _native.fault_arm(self.rule)
 
     def stop(self) -> bool:
         """Whether the operation got that far."""
@@ -42,8 +86,54 @@ class Fault:
             _native.fault_disarm()
         return self.reached
 
+    @property
+    def is_got_over(self) -> bool:
+        """Whether the operation must succeed all the same, since trying again is right."""
+        return self.name in ("EINTR", "short") or (not self.lasting and (self.call, self.name) in RETRIED)
+
+    @property
+    def may_be_got_over(self) -> bool:
+        """EAGAIN of a transfer is tried again by I/O threads, which small files do without."""
+        return self.is_got_over or self.name == "EAGAIN"
+
+    @property
+    def number(self) -> int:
+        return 0 if self.name == "short" else int(getattr(errno, self.name))
+
     def __repr__(self) -> str:
         return self.rule
+
+
+def every_fault(counts: dict[str, int], only: tuple[str, ...] = ()) -> Iterator[tuple[str, int, str, bool]]:
+    """(call, nth, action, for ever): each call that a fault-free run makes fails once with each errno that it can give,
+    and for ever from there on with one of these, another one for each; with SNAPSTONE_SWEEP=long with each. With `only`
+    these, once.
+    """
+    for call, count in counts.items():
+        names = [name for name in GIVES[call] if not only or name in only]
+        lasting = [] if only else [name for name in names if lasts(call, name)]
+        for nth in range(1, count + 1):
+            yield from ((call, nth, action_of(name), False) for name in names)
+            some = [name for name in lasting if nth == 1 or (call, name) not in PATIENT]
+            if some and not IS_LONG:
+                some = [some[nth % len(some)]]
+            yield from ((call, nth, action_of(name), True) for name in some)
+
+
+def lasts(call: str, name: str) -> bool:
+    return name not in ("EINTR", "short") and (call, name) not in NEVER_FOR_EVER
+
+
+def action_of(name: str) -> str:
+    return f"short={SHORT_BYTES}" if name == "short" else f"errno={name}"
+
+
+def sweep(counts: dict[str, int], only: tuple[str, ...] = ()) -> Iterator[Fault]:
+    """Each of `every_fault`, armed; the loop's body runs the operation and may `stop` it sooner."""
+    for one in every_fault(counts, only):
+        fault = Fault(*one)
+        yield fault
+        assert fault.stop() or fault.call in UNCOUNTED, f"{fault} was never reached"
 
 
 def faults(call: str, action: str, lasting: bool = False) -> Iterator[Fault]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,20 @@ def leftovers(run: Path) -> list[str]:
     return sorted(name for name in os.listdir(run) if name.startswith("."))
 
 
+def reap_all(run: Path) -> None:
+    """Removes leftovers of any age; there must be none then."""
+    for name in leftovers(run):
+        os.utime(run / name, (0, 0))
+    _native.reap(str(run))
+    assert leftovers(run) == []
+
+
+def in_memory(otherwise: Path) -> Path:
+    """A new directory in memory, where an fsync costs microseconds; `otherwise` where there is none."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="snapstone-test-", dir=memory)) if os.access(memory, os.W_OK) else otherwise
+
+
 def open_files(under: Path) -> list[str]:
     """What this process has open in a directory. Rings and probes that the engine keeps are elsewhere."""
     links = []
@@ -115,3 +131,38 @@ def open_files(under: Path) -> list[str]:
 def assert_slots_free() -> None:
     facts = _native.ring_facts()
     assert facts["free_slots"] == facts["slots"], facts
+
+
+def threads() -> list[str]:
+    """Names of this process's threads, sorted; but for those that the kernel adds for its rings."""
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            names.append(Path(f"/proc/self/task/{task}/comm").read_text().strip())
+    return sorted(name for name in names if not name.startswith("iou-"))
+
+
+class Resources:
+    """What must not grow from one operation to the next: threads, slots in use, descriptors under a directory."""
+
+    IO_THREADS_MAX = (
+        2 * 2 * 4
+    )  # lanes make them when they first have work: for reads and writes of two kinds, four each
+
+    def __init__(self, under: Path) -> None:
+        self.under = under
+        self.before = self.others()
+
+    def others(self) -> list[str]:
+        names = threads()
+        others = [name for name in names if name != "snapstone-io"]
+        assert len(names) - len(others) <= self.IO_THREADS_MAX, names
+        return others
+
+    def assert_none_leaked(self, what: object) -> None:
+        assert open_files(self.under) == [], what
+        assert_slots_free()
+        end = time.monotonic() + 5
+        while len(now := self.others()) > len(self.before) and time.monotonic() < end:
+            time.sleep(0.005)  # one that has been told to end
+        assert len(now) <= len(self.before), (what, now, self.before)

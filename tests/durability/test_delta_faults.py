@@ -26,7 +26,7 @@ import torch
 import snapstone as ss
 from durability import small
 from durability.based import forget
-from durability.seam import Fault, calls_of, faults, outcome_of
+from durability.seam import IS_LONG, Fault, calls_of, faults, outcome_of, sweep
 from durability.small import DELTAS, RUNGS
 from snapstone import _native, manifest
 
@@ -102,12 +102,23 @@ class Scene:
         assert small.open_files(self.run) == []
         self.restore()
 
+    def check_quickly(self, error: str | None) -> None:
+        """As `check`, for a save beside its base: the base's files are as they were, the next save works."""
+        assert small.tree(self.kept) == self.before
+        if error is not None:
+            shutil.rmtree(self.target, ignore_errors=True)
+            assert self.saved() == "shared"
+        assert small.load(self.target, DELTAS[self.kind]) == small.bits(small.layers(DELTAS[self.kind]))
+        assert small.load(self.base, small.PREVIOUS) == small.bits(small.layers(small.PREVIOUS))
+        small.reap_all(self.run)
+        shutil.rmtree(self.target)
+
     def restore(self) -> None:
         shutil.rmtree(self.run)
         shutil.copytree(self.kept, self.run, copy_function=os.link)
 
 
-def sweep(scene: Scene, call: str, name: str) -> Iterator[tuple[Fault, str | None, str]]:
+def swept(scene: Scene, call: str, name: str) -> Iterator[tuple[Fault, str | None, str]]:
     """(fault, the error's text or None, how it was saved then), for each call that the save makes."""
     for fault in faults(call, f"errno={name}"):
         how = []
@@ -135,7 +146,7 @@ def test_one_failing_call_of_a_delta_save(
     assert ("copy_file_range" in counts) == (kind == "carry")
     outcomes = []
     for call in counts:
-        for fault, error, how in sweep(scene, call, "EIO"):
+        for fault, error, how in swept(scene, call, "EIO"):
             assert error is not None or call not in NEEDED or (kind == "replace" and is_late(call, fault, counts)), (
                 fault
             )
@@ -144,6 +155,26 @@ def test_one_failing_call_of_a_delta_save(
     assert outcomes.count("failed") >= 30
     assert outcomes.count("full") >= 6, "a base that cannot be used is done without"
     small.assert_slots_free()
+
+
+@pytest.mark.parametrize("kind", ["carry", "link"] if IS_LONG else ["carry"])
+def test_a_delta_save_with_every_error_that_a_call_can_give(use_rung: Callable[[str], Path], kind: str) -> None:
+    scene = Scene(use_rung("buffered") / "run", kind, remembered=False)
+    counts = calls_of(scene.save)
+    scene.restore()
+    resources, call = small.Resources(scene.run), ""
+    for fault in sweep(counts):
+        how: list[str] = []
+        error = outcome_of(lambda how=how: how.append(scene.saved()), fault.number)
+        fault.stop()
+        assert error is None or not fault.is_got_over, (fault, error)
+        assert not fault.is_got_over or how == ["shared"], fault
+        if call != fault.call:
+            call = fault.call
+            scene.check(error)
+        else:
+            scene.check_quickly(error)
+        resources.assert_none_leaked(fault)
 
 
 def is_late(call: str, fault: Fault, counts: dict[str, int]) -> bool:
@@ -156,7 +187,7 @@ def test_a_disk_that_is_full_at_one_call_of_a_delta_save(use_rung: Callable[[str
     scene = Scene(use_rung("threads-direct") / "run", kind, remembered=False)
     failed = 0
     for call in FULL_DISK:
-        for fault, error, how in sweep(scene, call, "ENOSPC"):
+        for fault, error, how in swept(scene, call, "ENOSPC"):
             if call in ("link", "mkdir"):
                 assert (how == "full") == (call == "link" or fault.nth == 2), fault
             else:  # of the data file more is reserved than it may need; what it does need is asked for then
@@ -170,8 +201,8 @@ def test_a_disk_that_is_full_at_one_call_of_a_delta_save(use_rung: Callable[[str
 def test_where_files_cannot_be_linked_the_save_is_a_full_one(directory: Path, kind: str) -> None:
     scene = Scene(directory / "run", kind, remembered=True)
     for name in NO_LINKS:
-        swept = [(error, how) for _, error, how in sweep(scene, "link", name)]
-        assert swept == [(None, "full")] * 2, name
+        outcomes = [(error, how) for _, error, how in swept(scene, "link", name)]
+        assert outcomes == [(None, "full")] * 2, name
 
 
 @pytest.mark.parametrize("name", ["EXDEV", "EINVAL", "ENOSYS", "EOPNOTSUPP", "EPERM", "EINTR"])
@@ -245,8 +276,8 @@ def test_an_async_delta_save_fails_as_a_sync_one_does(directory: Path) -> None:
         small.layers(DELTAS["carry"]), checkpoint_id=scene.target, base=scene.base
     ).result(30)
     for call, least in (("link", 0), ("copy_file_range", 1), ("fsync", 9), ("unlink", 2)):
-        swept = [(error, how) for _, error, how in sweep(scene, call, "EIO")]
-        assert sum(error is not None for error, _ in swept) >= least
+        outcomes = [(error, how) for _, error, how in swept(scene, call, "EIO")]
+        assert sum(error is not None for error, _ in outcomes) >= least
     small.assert_slots_free()
 
 

@@ -22,6 +22,7 @@ import pytest
 import snapstone as ss
 from distributed import ranks
 from durability import doomed, small
+from durability.recovered import assert_recovered, owner_of
 from snapstone import _native
 
 SEED = 9909
@@ -34,42 +35,6 @@ KILLED = -signal.SIGKILL
 def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     print(f"seed {SEED}")
     monkeypatch.setenv("SNAPSTONE_CHUNK_BYTES", "65536")
-
-
-def assert_recovered(run: Path, kind: str) -> str:
-    """Checks a run directory in which a save was killed; says whether the save had been committed."""
-    previous, following = (small.PREVIOUS, small.DELTAS[kind]) if kind in small.DELTAS else (1, 2)
-    if kind in ("overwrite", "replace"):
-        assert ss.verify(run / "previous"), run
-        held = small.load(run / "previous", following)
-        old, new = small.bits(small.make(previous)), small.bits(small.make(following))
-        assert held in (old, new), run
-        committed = held == new
-    else:
-        small.assert_holds(run / "previous", previous)
-        committed = (run / "next").exists()
-        if committed:
-            small.assert_holds(run / "next", following)
-    assert sorted(set(os.listdir(run)) - {"origin", "previous", "next"}) == small.leftovers(run)
-    before = small.leftovers(run)
-    assert len(before) <= 1
-    if kind in small.DELTAS:
-        small.assert_holds(run / "origin", small.ORIGIN)
-        ss.save(small.layers("45678"), checkpoint_id=run / "after", base="auto")
-        for name in ("origin", "after"):
-            shutil.rmtree(run / name)
-        if committed:
-            small.assert_holds(run / ("previous" if kind == "replace" else "next"), following)
-    else:
-        ss.save(small.state(3), checkpoint_id=run / "after")
-        small.assert_holds(run / "after", 3)
-    for name in small.leftovers(run):
-        # Killed before it could say whose it is, or after it had said that all is done: a matter of ten minutes.
-        assert not owner_of(run / name), name
-        os.utime(run / name, (0, 0))
-    _native.reap(str(run))
-    assert small.leftovers(run) == []
-    return "committed" if committed else "left " + "".join(name[:5] for name in before)
 
 
 @pytest.mark.parametrize(
@@ -103,11 +68,6 @@ def test_killed_at_every_call(
     outcomes = [assert_recovered(directory / f"n{nth}", kind) for nth, _ in ended]
     assert {"committed", "left .stag", "left "} <= set(outcomes), set(outcomes)
     assert sorted(outcomes, key="committed".__eq__) == outcomes, "once committed, it stays committed"
-
-
-def owner_of(staging: Path) -> str:
-    owner = staging / "OWNER"
-    return owner.read_text() if owner.exists() else ""
 
 
 RULES = ["mkdir:1:kill", "flock:1:kill", "fsync:1:kill", "fsync:2:kill", "fsync:3:kill", "fsync:4:kill", "fsync:5:kill"]

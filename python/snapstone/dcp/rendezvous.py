@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from typing import Any
 from .. import _native
 from ..collective import Deadline
 from ..errors import CheckpointError
-from ..manifest import Base
+from ..manifest import Base, base_of
 from ..target import Target
 
 __all__ = ["Note"]
 
 _NOTE_BYTES_MAX = 64 << 10
+_SAVE_ID = re.compile(r"[0-9a-f]{32}")
 _POLL_SECONDS = 0.05
 
 
@@ -74,11 +76,13 @@ def _read(target: Target) -> Note | None:
     try:
         document = json.loads(data)
         base = document.get("base")
+        if not _SAVE_ID.fullmatch(document["save_id"]):  # it becomes part of a path
+            return None
         return Note(
-            str(document["save_id"]),
+            document["save_id"],
             int(document["world_size"]),
             str(document.get("base_path", "")),
-            None if base is None else Base(**base),
+            None if base is None else base_of(base),
         )
-    except (ValueError, KeyError, TypeError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         return None

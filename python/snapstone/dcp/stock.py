@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import pickletools
 from typing import Any, cast
 
 import torch
@@ -42,6 +43,46 @@ def is_stock(path: str, rank: int | None = None) -> bool:
     """
     names = [_METADATA_NAME] if rank is None else [_METADATA_NAME, f"__{rank}{_METADATA_NAME}"]
     return any(os.path.isfile(os.path.join(path, name)) for name in names)
+
+
+_ARGUMENT_BYTES = {ord(op.code): 0 if op.arg is None else op.arg.n for op in pickletools.opcodes}
+_LENGTH_BYTES = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+_STOP, _PUT, _LONG_BINPUT = b"."[0], b"p"[0], b"r"[0]
+_TWO_LINES = b"ci"  # GLOBAL and INST
+
+
+def check_claims(data: bytes) -> None:
+    """Raises UnpicklingError for a pickle with a length, or a place in the memo, beyond its own size: the unpickler
+    takes memory for either before it looks at what is there.
+    """
+    at = 0
+    while at < len(data) and data[at] != _STOP:
+        opcode, argument_bytes = data[at], _ARGUMENT_BYTES.get(data[at])
+        at += 1
+        claimed = 0
+        if argument_bytes is None:
+            raise pickle.UnpicklingError(f"invalid opcode {opcode:#04x}")
+        if argument_bytes >= 0:
+            if opcode == _LONG_BINPUT:
+                claimed = int.from_bytes(data[at : at + 4], "little")
+            at += argument_bytes
+        elif argument_bytes == pickletools.UP_TO_NEWLINE:
+            for _ in range(2 if opcode in _TWO_LINES else 1):
+                line = data[at : (data.find(b"\n", at) + 1) or len(data)]
+                at += len(line)
+            if opcode == _PUT:
+                claimed = int(line[:20] or b"0")
+        else:
+            at += (width := _LENGTH_BYTES[argument_bytes])
+            claimed = int.from_bytes(data[at - width : at], "little")
+            at += claimed
+        if claimed > len(data):
+            raise pickle.UnpicklingError(f"a pickle of {len(data)} bytes claims {claimed}")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -82,10 +123,12 @@ class StockReader(FileSystemReader):
         if not os.path.exists(path):
             path = self._get_metadata_path()
         with open(path, "rb") as file:
-            try:
-                metadata = _Unpickler(file).load()
-            except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, TypeError) as error:
-                raise CorruptCheckpointError(f"not the metadata of a checkpoint: {error}", path=str(path)) from None
+            data = file.read()
+        try:
+            check_claims(data)
+            metadata = _Unpickler(io.BytesIO(data)).load()
+        except Exception as error:  # of the classes allowed, too: what they are given is anything
+            raise CorruptCheckpointError(f"not the metadata of a checkpoint: {error}", path=str(path)) from None
         if not isinstance(metadata, Metadata):
             raise CorruptCheckpointError("not the metadata of a checkpoint", path=str(path))
         metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()

@@ -382,7 +382,7 @@ class StorageWriter(StorageWriterInterface):
             marker = manifest.DCP_MARKER
             if self.dcp_metadata:
                 marker = pickled(metadata, [entry["stored"] for entry in entries], self.storage_meta())
-            saving.staging.write_file(manifest.DCP_MARKER_NAME, marker)
+            saving.staging.write_file(manifest.DCP_MARKER_NAME, marker, "marker")
             data = document.to_bytes()
             saving.staging.keep_shared([(os.path.basename(entry.name), entry.nbytes) for entry in shared])
             saving.staging.commit(data, manifest.digest_line(data), saving.target.name, self.overwrite)

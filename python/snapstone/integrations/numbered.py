@@ -45,7 +45,7 @@ def what_is_wrong(path: str, witness: str, level: Literal["quick", "full"]) -> l
         try:
             with open(os.path.join(path, witness), encoding="utf-8") as file:
                 json.load(file)
-        except ValueError:
+        except (ValueError, RecursionError):
             found.append(f"{path}/{witness} ends in the middle")
     if os.path.exists(os.path.join(path, SENTINEL_NAME)):
         found.append(f"{path} holds {SENTINEL_NAME}")
@@ -106,7 +106,7 @@ def _is_whole(path: str) -> bool:
             return False
         try:
             header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             return False
     return size == 8 + length + max(ends, default=0)

@@ -191,6 +191,10 @@ class _Unpacking:
             if type(pair) is not list or len(pair) != 2:
                 raise CorruptCheckpointError(f"{place}: not an item of a dict")
             key = values.decode(pair[0], name=place)
+            try:
+                hash(key)
+            except TypeError:
+                raise CorruptCheckpointError(f"{place}: a key that no dict can have") from None
             yield key, self.value(pair[1], _below(place, key))
 
     def _saved(self, node: Mapping[str, Any], text: Any, place: str) -> Any:

@@ -255,6 +255,18 @@ def _marker(path: str) -> dict[str, Any]:
             raise ValueError("its digest is another")
         if body["version"] != 1:
             raise ValueError(f"version {body['version']}, this is for version 1")
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(map(_is_inside, [*body["checkpoints"], *body["files"].keys()])):
+            raise ValueError("a name that leads elsewhere")
+        if not all(type(nbytes) is int and type(digest) is str for nbytes, digest in body["files"].values()):
+            raise ValueError("a file without a size and a digest")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(f"not the marker of a complete checkpoint: {error}", path=file) from None
     return body
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether a marker names a place under its own directory, in letters that a file system takes."""
+    if type(name) is not str or "\0" in name or os.path.isabs(name) or ".." in name.split("/"):
+        return False
+    os.fsencode(name)
+    return True

@@ -153,7 +153,7 @@ TEST_F(DeviceFault, DISABLED_lost_device) {
   ring_->register_with(cuda::Device::of(0));
   options_.device.drain_patience = 50ms;
   SNAPSTONE_FAKE(fakecuda_fail)("work:12:719");
-  static auto* const state = new DeviceTensors(random_, on_one(60 * kTestChunkBytes), streams());  // nothing frees it
+  static auto* const state = new DeviceTensors(random_, on_one(300 * kTestChunkBytes), streams());  // nothing frees it
   state->produce();
   const auto job = device_job(*state, "a");
   job->enqueue(*state->mark());
