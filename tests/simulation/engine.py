@@ -104,9 +104,9 @@ class _Staging:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._native, name)
 
-    def write_file(self, name: str, data: bytes) -> None:
+    def write_file(self, name: str, data: bytes, step: str = "unnamed") -> None:
         self._process.step("write_file")
-        self._native.write_file(name, data)
+        self._native.write_file(name, data, step)
 
     def sync(self, shared: list[str]) -> None:
         self._process.step("sync")
