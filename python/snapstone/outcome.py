@@ -78,13 +78,45 @@ class Outcome:
                     self.staging.write_file(_WITHDRAWN_BY, str(self.group.ranks[self.group.rank]).encode())
         return committed
 
-    def withdrawn_by(self) -> int | None:
-        """The rank that has withdrawn this save from rank 0, if it is known."""
+    def withdrawal(self) -> RankFailedError | None:
+        """Says which rank has withdrawn this save from rank 0, if it is known."""
         try:
             trash = os.path.join(self.target.parent, f".trash-{self.save_id}")
-            return int(_native.read_file(trash, _WITHDRAWN_BY, 16))
+            rank = int(_native.read_file(trash, _WITHDRAWN_BY, 16))
         except (OSError, ValueError):
             return None
+        message = f"not committed: rank {rank} lost the store, and withdrew the save"
+        return RankFailedError(message, path=self.target.path, failed_ranks=(rank,))
+
+    def explain_withdrawal(self, failure: BaseException) -> BaseException:
+        """For rank 0, which may find nothing to commit any more."""
+        if not isinstance(failure, FileNotFoundError) or os.path.lexists(self.staging.path):
+            return failure
+        # After the deadline any rank may withdraw, and none is at fault.
+        late = (None if self.deadline.expired else self.withdrawal()) or self.too_late()
+        late.__cause__ = failure
+        return late
+
+    def too_late(self) -> CheckpointError:
+        message = f"not committed: the save took longer than {self.deadline.seconds:g} s"
+        return CheckpointError(message, path=self.target.path, rank=self.group.rank)
+
+    def explain_removal(self, failure: BaseException | None, label: str) -> BaseException | None:
+        """A failed save's directory goes from under the ranks that still write: rank 0 removes it, also when it could
+        not tell them why, or another rank has withdrawn it. `label`: the vote that this rank is to take part in.
+        """
+        staging = os.path.join(self.target.parent, f".staging-{self.save_id}")
+        if self.group.rank == 0 or not isinstance(failure, FileNotFoundError) or os.path.lexists(staging):
+            return failure
+        lead = self.group.ranks[0]
+        removed = RankFailedError(f"rank {lead} has removed the save's files", path=staging, failed_ranks=(lead,))
+        try:
+            self.channel.raise_if_failed(label, self.deadline)
+            why = self.withdrawal() or removed
+        except RankFailedError as known:
+            why = known
+        why.__context__ = failure
+        return why
 
     def committed(self) -> Manifest | None:
         """The manifest, if this save is visible; it is made durable then, which rank 0 may have left undone."""
