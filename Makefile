@@ -38,7 +38,8 @@ test-integrations: setup  ## trainers in their real packages, in .venv-integrati
 	@SNAPSTONE_TEST_TRAINERS=1 timeout --signal=INT --kill-after=30 2400 .venv-integrations/bin/python -m pytest tests/trainers \
 	  $(PYTEST_ARGS)
 
-crash-ranks: setup  ## 100,000 histories of simulated ranks (SEEDS=N FIRST=N); one again: python -m simulation --seed N
+crash-ranks: setup  ## every cut of real links, 100,000 histories of simulated ranks (SEEDS=N FIRST=N OUT=FILE)
+	@SNAPSTONE_TEST_CUTS=all $(PYTHON_BIN)/python -m pytest tests/distributed/test_cut_links.py $(PYTEST_ARGS)
 	@PYTHONPATH=tests:$${PYTHONPATH:-} $(PYTHON_BIN)/python -m simulation --seeds $(or $(SEEDS),100000) --first $(or $(FIRST),0) \
 	  $(if $(OUT),--out $(OUT))
 

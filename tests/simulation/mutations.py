@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from typing import Any
 from unittest import mock
 
 from simulation import engine
-from simulation.scenario import Fault, Scenario
-from snapstone import joint, opening, outcome, wire, writer
+from simulation.scenario import FOREVER, Fault, Scenario
+from snapstone import collective, joint, opening, outcome, wire, writer
 from snapstone.collective import Channel, Deadline, Group
 from snapstone.errors import RankFailedError
 
@@ -155,6 +156,14 @@ def _blames_nobody(silent: Any) -> Any:
     return lambda self, label, missing, deadline: silent(self, label, [self.group.world_size - 1], deadline)
 
 
+def _aborts_only(tell: Any) -> Any:
+    return lambda self, error: self.channel.abort(writer.VOTES, error)
+
+
+def _waits_on(wait_for: Any) -> Any:
+    return lambda self, value, seconds: wait_for(self, value, math.inf)
+
+
 def _without_label(label: str) -> Callable[[Any], Any]:
     def replace(together: Any) -> Any:
         def instead(channel: Any, name: str, deadline: Any, trace: Any, step: Any) -> Any:
@@ -170,12 +179,31 @@ def _without_label(label: str) -> Callable[[Any], Any]:
 # Rank 0 stops before its commit, and wakes when the others have given it up.
 SLOW_LEAD = Scenario(1, 3, "save", "launcher", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("stop", 0, "commit", seconds=4.0)])
 
+# Ctrl-C on a rank whose vote is there, while rank 0 counts.
+VOTED = Scenario(1, 3, "load", "launcher", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("interrupt", 1, "set fill/vote/1")])
+# Rank 0 serves the store, and its process ends with the operation, which another rank fails or does not.
+STUCK = Scenario(
+    1, 4, "save", "rank 0", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("stop", 2, "start", FOREVER), Fault("leave", 0, 0)]
+)
+LAST = Scenario(1, 4, "load", "rank 0", 1.0, 5e-5, 1.0, "auto", 1, 2, [Fault("leave", 0, 0)])
+# Ctrl-C between two votes, and inside a load.
+INTERRUPTED = Scenario(1, 3, "save", "launcher", 2.0, 1e-4, 1.0, "auto", 1, 2, [Fault("interrupt", 1, "start")])
+INTERRUPTED_LOAD = Scenario(
+    1, 3, "load", "launcher", 2.0, 1e-4, 1.0, "scatter", 1, 2, [Fault("interrupt", 1, "post 1")]
+)
+INTERRUPTED_LEAD = Scenario(
+    1, 3, "save", "launcher", 2.0, 1e-4, 1.0, "auto", 1, 2, [Fault("interrupt", 0, "claim written/decision")]
+)
+STOPPED_LOAD = Scenario(
+    1, 3, "load", "launcher", 1.0, 1e-4, 1.0, "scatter", 1, 2, [Fault("stop", 1, "post 1", FOREVER)]
+)
+
 MUTATIONS: dict[str, Mutation] = {
     "no vote plan": Mutation(Channel, "vote", _without_vote("plan")),
     "no vote open": Mutation(Channel, "vote", _without_vote("open")),
     "no vote written": Mutation(Channel, "vote", _without_vote("written")),
     "rank 0 does not wait for all votes": Mutation(Channel, "_lead", _without_waiting),
-    "no claim": Mutation(Channel, "_settle", _without_claim),
+    "no claim": Mutation(Channel, "_settle", _without_claim, VOTED),
     "claimed before it is posted": Mutation(Channel, "_settle", _claimed_before_posted),
     "no deadline of a poll": Mutation(Channel, "_poll", _never_expires),
     "no deadline of a store call": Mutation(Group, "call", _waits_for_the_store),
@@ -188,7 +216,16 @@ MUTATIONS: dict[str, Mutation] = {
     "a failed commit is announced as a success": Mutation(outcome.Outcome, "announce", _announces_success),
     "the silent are not named": Mutation(Channel, "_silent", _blames_nobody),
     "who names another is named": Mutation(Channel, "_report", _blames_itself),
-    "no explanation of removed files": Mutation(writer.Writer, "_explain_removal", lambda _: lambda self, error: error),
+    "no explanation of removed files": Mutation(
+        outcome.Outcome, "explain_removal", lambda _: lambda self, error, label: error
+    ),
+    "nobody keeps the store after a failure": Mutation(collective, "FAILED_LINGER_S", lambda _: 0.0, STUCK),
+    "nobody keeps the store after a success": Mutation(collective, "LINGER_S", lambda _: 0.0, LAST),
+    "who leaves tells nobody": Mutation(Channel, "abort", lambda _: _nothing, INTERRUPTED),
+    "a lead that leaves announces nothing": Mutation(writer.Writer, "_tell", _aborts_only, INTERRUPTED_LEAD),
+    "no vote rounds": Mutation(joint, "together", _without_label("rounds"), INTERRUPTED_LOAD),
+    "no failure on a board": Mutation(engine._Board, "fail", lambda _: _nothing, INTERRUPTED_LOAD),
+    "no deadline of a board": Mutation(engine._Board, "wait_for", _waits_on, STOPPED_LOAD),
     "no vote gathered": Mutation(opening, "together", _without_label("gathered")),
     "no vote sent-0": Mutation(joint, "together", _without_label("sent-0")),
 }
