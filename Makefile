@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 SECONDS ?= 60
 FUZZ_ARGS ?=
 
-.PHONY: help setup build test test-native test-integrations sanitize fuzz demo bench readme-bench readme-table lint format stubs docs clean crash sweep kill soak mutate proof
+.PHONY: help setup build test test-native test-integrations sanitize fuzz demo bench readme-bench readme-table lint format stubs docs clean crash sweep kill soak mutate proof crash-ranks
 MUTATE_ARGS ?=
 PROOF_ARGS ?=
 SOAK_ARGS ?=
@@ -39,6 +39,11 @@ test-integrations: setup  ## trainers in their real packages, in .venv-integrati
 	@tools/integrations.sh
 	@SNAPSTONE_TEST_TRAINERS=1 timeout --signal=INT --kill-after=30 2400 .venv-integrations/bin/python -m pytest tests/trainers \
 	  $(PYTEST_ARGS)
+
+crash-ranks: setup  ## every cut of real links, 100,000 histories of simulated ranks (SEEDS=N FIRST=N OUT=FILE)
+	@SNAPSTONE_TEST_CUTS=all $(PYTHON_BIN)/python -m pytest tests/distributed/test_cut_links.py $(PYTEST_ARGS)
+	@PYTHONPATH=tests:$${PYTHONPATH:-} $(PYTHON_BIN)/python -m simulation --seeds $(or $(SEEDS),100000) --first $(or $(FIRST),0) \
+	  $(if $(OUT),--out $(OUT))
 
 sanitize: setup  ## native tests under ASan and UBSan, then under TSan
 	@tools/native_tests.sh address,undefined

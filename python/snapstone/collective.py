@@ -54,6 +54,7 @@ POLL_MAX_S: Final = 0.05
 EAGER_POLL_MAX_S: Final = 0.004  # where ranks wait for each other again and again
 POLL_S_PER_RANK: Final = 0.0001  # all ranks together ask a store at most 10,000 times per second
 LINGER_S: Final = 2.0  # rank 0 may serve the store from this process: how long close() keeps it for slower readers
+FAILED_LINGER_S: Final = 0.5  # the same after a failure, of which some ranks may never hear
 LEAVE_S: Final = 2.0  # at exit, for store calls that are under way
 RETIRED_COUNT_MAX: Final = 32  # closed channels whose keys wait for slower ranks
 REASON_CHARS_MAX: Final = 2000
@@ -262,8 +263,8 @@ class Group:
 class Channel:
     """One operation's conversation. Every rank makes the same calls in the same order; a label is used once.
 
-    `number`: of the group's channels, from 1, the same on every rank.
-    `lost`: the store broke or was silent, so that what the other ranks decided is unknown here.
+    `number`: of the group's channels, from 1, the same on every rank. `failed`: a vote ended in failure. `lost`: the
+    store broke or was silent, so that what the other ranks decided is unknown here.
     """
 
     def __init__(self, group: Group, kind: str, number: int) -> None:
@@ -273,7 +274,7 @@ class Channel:
         self._prefix: Final = f"{number}.{kind}"
         self._labels: set[str] = set()
         self._posted: list[str] = []
-        self._failed = False
+        self.failed = False
         self._closed = False
         self.lost = False
         self.poll_max_s = group.poll_max_s
@@ -337,25 +338,25 @@ class Channel:
         For what ends an operation elsewhere than in a vote, Ctrl-C above all: the others hear of it in the vote that
         they are in, or come to. Does nothing after a failure, which they know already.
         """
-        if not self._failed:
+        if not self.failed:
             for label in labels:
                 self._report(label, error, Deadline(0))
                 if self.lost:
                     break
 
     def close(self) -> None:
-        """Let the keys go once every rank is done with them. Never raises.
-
-        Rank 0 waits up to `LINGER_S` for the others: the store may end with this process, and the last outcome with it.
+        """Let the keys go once every rank is done with them. Never raises. Rank 0 waits a while for the others: with
+        its process the store may end, and the last outcome too.
         """
         if self._closed or self.group.world_size == 1:
             return
         self._closed = True
         done = self._key("done")
         self.group.retire(done, self._posted)
-        if self.group.rank == 0 and not self._failed:
+        if self.group.rank == 0 and not self.lost:
+            limit = Deadline(FAILED_LINGER_S if self.failed else LINGER_S)
             with suppress(RankFailedError):  # nobody can read from a store that is gone
-                self._poll(lambda store: None if store.check([done]) else True, Deadline(LINGER_S))
+                self._poll(lambda store: None if store.check([done]) else True, limit)
 
     def _decide(
         self, label: str, error: BaseException | None, payload: bytes, deadline: Deadline, combine: _Combine
@@ -402,12 +403,14 @@ class Channel:
 
     def _report(self, label: str, error: BaseException, deadline: Deadline) -> RankFailedError | None:
         """Tells the other ranks of `error`. Returns how the vote had failed before, if it had."""
-        self._failed = True
+        self.failed = True
         if self.group.world_size == 1:
             return None
         rank = self.group.ranks[self.group.rank]
         reason = f"{type(error).__qualname__}: {error}"[:REASON_CHARS_MAX]
-        blamed = error.failed_ranks if isinstance(error, RankFailedError) else ()
+        blamed = [*error.failed_ranks] if isinstance(error, RankFailedError) else []
+        if self.lost:  # who hears this has the store: the fault may be here, not with who serves it
+            blamed = sorted({rank, *blamed})
         mine = _verdict(f"{self.kind} ({label}): rank {rank} failed: {reason}", blamed or [rank])
         try:
             verdict, *_ = wire.unframe(self._settle(label, mine, deadline))
@@ -469,7 +472,7 @@ class Channel:
         try:
             return self.group.call(operation, deadline.extended(GRACE_S))
         except RankFailedError:
-            self._failed = self.lost = True
+            self.failed = self.lost = True
             raise
 
     def _take(self, label: str) -> None:
@@ -490,7 +493,7 @@ class Channel:
         return _verdict(f"{self.kind} ({label}): no answer from {who} within {deadline.seconds:g} s", ranks)
 
     def _failure(self, verdict: bytes) -> RankFailedError:
-        self._failed = True
+        self.failed = True
         failure = json.loads(verdict)
         return RankFailedError(failure["message"], failed_ranks=tuple(failure["failed_ranks"]))
 

@@ -13,7 +13,7 @@ import numpy as np
 from . import garbage, manifest
 from .catalog import KEY_BYTES, Catalog, Columns
 from .collective import Channel, Deadline, Group
-from .errors import CorruptCheckpointError
+from .errors import CorruptCheckpointError, RankFailedError
 from .fabric import Fabric
 from .index import Index
 from .index_file import open_index
@@ -24,7 +24,7 @@ from .voting import together
 
 __all__ = ["VOTES", "decode_indexes", "encode_indexes", "open_together"]
 
-VOTES = ("open", "indexes")
+VOTES = ("open", "indexes", "gathered")
 SHARED_FROM = 8  # writers; fewer indexes are faster read than exchanged
 _LENGTHS = struct.Struct("<QQQ")  # header, numbers, table
 
@@ -63,9 +63,22 @@ def open_together(
     told_before: set[bytes] = set().union(*keys[: group.rank])
     indexes: list[Any] = [None] * len(document.writers)
     columns: list[Any] = [None] * len(document.writers)
+    gathered: list[bytes] = []
+
+    def gather() -> bytes:
+        """Empty, or why not: a collective cannot tell which rank broke it, but that one will be missing in the vote."""
+        try:
+            gathered.extend(fabric.all_gather(encode_indexes(mine, told_before), deadline))
+        except RankFailedError as failure:
+            return str(failure).encode()
+        return b""
+
+    for rank, reason in enumerate(together(channel, "gathered", deadline, trace, gather)):
+        if reason:
+            raise RankFailedError(f"rank {group.ranks[rank]}: {reason.decode()}", path=path)
     with garbage.paused():
         blocks: dict[bytes, str] = {}
-        for rank, data in enumerate(fabric.all_gather(encode_indexes(mine, told_before), deadline)):
+        for rank, data in enumerate(gathered):
             indexes[rank :: group.world_size], columns[rank :: group.world_size] = decode_indexes(data, blocks)
         return Reader(path, document, indexes, Catalog(path, columns))
 

@@ -16,6 +16,8 @@ from .target import Target
 
 __all__ = ["Outcome"]
 
+_WITHDRAWN_BY = "WITHDRAWN"  # in what is left of a save that a rank took from a silent rank 0
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -39,7 +41,8 @@ class Outcome:
             return
         # Ctrl-C is seen when the native call is over, which may well have committed.
         failed = error is not None and (isinstance(error, Exception) or self.committed() is None)
-        outcome = {"error": f"{type(error).__name__}: {error}" if failed else None}
+        blamed = error.failed_ranks if isinstance(error, RankFailedError) else ()
+        outcome = {"error": f"{type(error).__name__}: {error}" if failed else None, "failed_ranks": blamed}
         with suppress(RankFailedError):  # the others look at the disk then, where the outcome stands
             self.channel.broadcast("outcome", json.dumps(outcome).encode(), self.deadline)
 
@@ -53,7 +56,9 @@ class Outcome:
             return
         if outcome["error"] is not None:
             raise RankFailedError(
-                f"rank 0 could not commit: {outcome['error']}", path=self.target.path, failed_ranks=self.group.ranks[:1]
+                f"rank 0 could not commit: {outcome['error']}",
+                path=self.target.path,
+                failed_ranks=outcome["failed_ranks"] or self.group.ranks[:1],
             )
 
     def on_disk(self) -> Manifest | None:
@@ -68,7 +73,50 @@ class Outcome:
         if committed is None:
             self.staging.withdraw()
             committed = self.committed()
+            if committed is None:  # and never will be: the directory is nobody's now
+                with suppress(OSError):
+                    self.staging.write_file(_WITHDRAWN_BY, str(self.group.ranks[self.group.rank]).encode())
         return committed
+
+    def withdrawal(self) -> RankFailedError | None:
+        """Says which rank has withdrawn this save from rank 0, if it is known."""
+        try:
+            trash = os.path.join(self.target.parent, f".trash-{self.save_id}")
+            rank = int(_native.read_file(trash, _WITHDRAWN_BY, 16))
+        except (OSError, ValueError):
+            return None
+        message = f"not committed: rank {rank} lost the store, and withdrew the save"
+        return RankFailedError(message, path=self.target.path, failed_ranks=(rank,))
+
+    def explain_withdrawal(self, failure: BaseException) -> BaseException:
+        """For rank 0, which may find nothing to commit any more."""
+        if not isinstance(failure, FileNotFoundError) or os.path.lexists(self.staging.path):
+            return failure
+        # After the deadline any rank may withdraw, and none is at fault.
+        late = (None if self.deadline.expired else self.withdrawal()) or self.too_late()
+        late.__cause__ = failure
+        return late
+
+    def too_late(self) -> CheckpointError:
+        message = f"not committed: the save took longer than {self.deadline.seconds:g} s"
+        return CheckpointError(message, path=self.target.path, rank=self.group.rank)
+
+    def explain_removal(self, failure: BaseException | None, label: str) -> BaseException | None:
+        """A failed save's directory goes from under the ranks that still write: rank 0 removes it, also when it could
+        not tell them why, or another rank has withdrawn it. `label`: the vote that this rank is to take part in.
+        """
+        staging = os.path.join(self.target.parent, f".staging-{self.save_id}")
+        if self.group.rank == 0 or not isinstance(failure, FileNotFoundError) or os.path.lexists(staging):
+            return failure
+        lead = self.group.ranks[0]
+        removed = RankFailedError(f"rank {lead} has removed the save's files", path=staging, failed_ranks=(lead,))
+        try:
+            self.channel.raise_if_failed(label, self.deadline)
+            why = self.withdrawal() or removed
+        except RankFailedError as known:
+            why = known
+        why.__context__ = failure
+        return why
 
     def committed(self) -> Manifest | None:
         """The manifest, if this save is visible; it is made durable then, which rank 0 may have left undone."""

@@ -71,6 +71,7 @@ class Writer:
         self._shards: list[LocalShard] = []
         self._commit_lock = threading.Lock()
         self._state = "open"  # -> "committing" or "cancelled"
+        self._announced = False
         self._status = status.begin(target, group.rank, group.world_size, trace)
         self.save_id = ""
         self.rung = ""
@@ -135,9 +136,7 @@ class Writer:
 
     def _prepare(self, keep_staged: bool, deferred: bool) -> None:
         if self._staging is None:
-            self._staging = self.target.join_staging(
-                self.save_id, self.deadline, lambda: self.channel.raise_if_failed("written", self.deadline)
-            )
+            self._staging = self.target.join_staging(self.save_id, self.deadline, self._check_joinable)
             self.rung, self.trace.stats["passed_over"] = _native.choose_rung(self.target.parent)
         assert self._structure is not None
         if self.options.derive:
@@ -171,6 +170,12 @@ class Writer:
         )
         self._status.save_id = self.save_id
         self._status.writes(self._share)
+
+    def _check_joinable(self) -> None:
+        """Raises why there will be no staging directory any more."""
+        self.channel.raise_if_failed("written" if self._base is None else "shared", self.deadline)
+        if (withdrawn := self._outcome().withdrawal()) is not None:
+            raise withdrawn
 
     def _describe(self) -> bytes:
         self._shards = describe_all(self._flattened)
@@ -251,7 +256,7 @@ class Writer:
         if self._error is None:
             assert self._share is not None
             if not self._share.wait_snapshot(self.deadline):
-                self._error = self._too_late()
+                self._error = self._outcome().too_late()
 
     def fence(self) -> None:
         """What this thread's current streams are given from now on may change the state; after `wait_snapshot`."""
@@ -264,7 +269,7 @@ class Writer:
         if self._error is None:
             assert self._share is not None
             if not self._share.wait_staged(self.deadline):
-                self._error = self._too_late()
+                self._error = self._outcome().too_late()
         if self.staged:
             assert self._share is not None
             self._share.release()
@@ -286,11 +291,11 @@ class Writer:
         try:
             share.wait_written(self.deadline, progress)
         except CancelledError:
-            raise self._cancelled() if self._state == "cancelled" else self._too_late() from None
+            raise self._cancelled() if self._state == "cancelled" else self._outcome().too_late() from None
         except CheckpointError:
             if not self.deadline.expired:
                 raise
-            raise self._too_late() from None
+            raise self._outcome().too_late() from None
 
     # Vote and commit --------------------------------------------------------------------------------------------------
 
@@ -369,13 +374,13 @@ class Writer:
         )
 
     def _vote_bytes(self, label: str, error: BaseException | None, payload: bytes) -> list[bytes]:
+        error = self._outcome().explain_removal(error, label)
         with self.trace.span("vote"):
             try:
                 return self._vote(label, error, payload)
-            except FileNotFoundError as gone:
-                # Rank 0 removes a failed save's directory from under the others: what failed before is the news.
-                if isinstance(gone.__cause__, RankFailedError):
-                    raise gone.__cause__ from None
+            except RankFailedError as failure:
+                if failure is error and isinstance(failure.__cause__, RankFailedError):
+                    raise failure.__cause__ from None  # why it was removed is the news
                 raise
 
     def _commit(self, entries: list[Any]) -> Manifest:
@@ -415,7 +420,8 @@ class Writer:
             )
             self._committed_bytes = document.nbytes
         except BaseException as failure:
-            error = self._explain(failure)
+            error = self._outcome().explain_withdrawal(failure)
+        self._announced = True
         self._outcome().announce(error)
         if error is not None:
             raise error
@@ -423,13 +429,6 @@ class Writer:
 
     def _outcome(self) -> Outcome:
         return Outcome(self.target, self.save_id, self._staging, self.group, self.channel, self.deadline)
-
-    def _explain(self, failure: BaseException) -> BaseException:
-        if isinstance(failure, FileNotFoundError) and not os.path.lexists(self._staging.path):
-            late = self._too_late()  # the other ranks gave up and withdrew the save
-            late.__cause__ = failure
-            return late
-        return failure
 
     def _enter_commit(self) -> None:
         with self._commit_lock:
@@ -440,14 +439,10 @@ class Writer:
         if self._state == "cancelled":
             raise self._cancelled()
         if self.deadline.expired:
-            raise self._too_late()
+            raise self._outcome().too_late()
 
     def _cancelled(self) -> CheckpointError:
         return CheckpointError("cancelled before the commit", path=self.target.path, rank=self.group.rank)
-
-    def _too_late(self) -> CheckpointError:
-        message = f"not committed: the save took longer than {self.options.timeout_seconds:g} s"
-        return CheckpointError(message, path=self.target.path, rank=self.group.rank)
 
     def cancel(self) -> bool:
         with self._commit_lock:
@@ -465,7 +460,7 @@ class Writer:
         """
         self._status.end(error, cancelled=self._state == "cancelled", nbytes=self._committed_bytes)
         if error is not None:
-            self.channel.abort(VOTES, error)
+            self._tell(error)
         share, self._share = self._share, None
         if share is not None:
             share.close()
@@ -478,6 +473,13 @@ class Writer:
         self._staging = None
         self.channel.close()
         self.trace.close()
+
+    def _tell(self, error: BaseException) -> None:
+        """The other ranks hear of an error that was in no vote, Ctrl-C above all."""
+        if not self.channel.failed:
+            self.channel.abort(VOTES, error)
+            if self.group.rank == 0 and not self._announced:  # the last vote may be won, and they wait for the outcome
+                self._outcome().announce(error)
 
     def _vote(self, label: str, error: BaseException | None, payload: bytes) -> list[bytes]:
         with self.trace.within("vote"):

@@ -72,6 +72,7 @@ HELPERS = {
     "Writer._vote",  # Channel.vote, by label
     "Writer._vote_bytes",
     "Outcome.__init__",
+    "Outcome.explain_removal",
     "Target.of",
     "Target.__init__",
     "Target.parent",

@@ -1,0 +1,102 @@
+"""Plays many seeds, or one of them with its story:
+
+python -m simulation --seed 4711             (PYTHONPATH=python:tests)
+python -m simulation --seeds 100000 --first 0 --jobs 2 --out result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from simulation.batches import batch, nothing
+from simulation.history import play
+
+BATCH = 100
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m simulation")
+    parser.add_argument("--seed", type=int, help="play this one and tell what happened")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=100_000)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no seeds after this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help="a JSON document")
+    options = parser.parse_args()
+    if options.seed is not None:
+        played = play(options.seed)
+        print(played.tell())
+        return bool(played.problems)
+    return bool(many(options)["failed"])
+
+
+def many(options: argparse.Namespace) -> dict[str, Any]:
+    begin = time.monotonic()
+    total = nothing()
+    done = 0
+    firsts = iter(range(options.first, options.first + options.seeds, BATCH))
+    with multiprocessing.get_context("forkserver").Pool(options.jobs) as pool:
+        running: list[tuple[int, Any]] = []
+        while True:
+            while len(running) < options.jobs and time.monotonic() - begin < options.seconds:
+                if (first := next(firsts, None)) is None:
+                    break
+                count = min(BATCH, options.first + options.seeds - first)
+                running.append((count, pool.apply_async(batch, (first, count))))
+            if not running:
+                break
+            count, result = running.pop(0)
+            for name, counts in result.get().items():
+                total[name].update(counts)
+            done += count
+            for seed, told in list(total["failed"].items())[-3:] if done % 1000 < BATCH else []:
+                print(seed, *told, sep="\n    ", flush=True)
+            if options.out is not None:
+                _write(options.out, options, done, total, time.monotonic() - begin)
+    print(
+        f"{done} seeds from {options.first}, {len(total['failed'])} failed, {time.monotonic() - begin:.0f} s",
+        flush=True,
+    )
+    for seed, told in list(total["failed"].items())[:20]:
+        print(f"failed: python -m simulation --seed {seed}", *told, sep="\n    ")
+    return total
+
+
+def _write(path: Path, options: argparse.Namespace, done: int, total: dict[str, Any], seconds: float) -> None:
+    document = {
+        "theme": "ranks",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": f"python -m simulation --first {options.first} --seeds {options.seeds} --jobs {options.jobs}",
+        "machine": {
+            "cpu": _cpu(),
+            "cpu_count": os.cpu_count(),
+            "kernel": platform.release(),
+            "python": platform.python_version(),
+        },
+        "first_seed": options.first,
+        "seeds": done,
+        "seconds": round(seconds),
+        **{name: dict(sorted(total[name].items(), key=str)) for name in ("operations", "ranks", "faults", "ends")},
+        "failed": total["failed"],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

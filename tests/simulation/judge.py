@@ -1,0 +1,173 @@
+"""The invariants.
+
+1. One outcome: when a rank reports success of a save, none reports failure, and every byte is visible under its name.
+   When all report failure, nothing is visible, except that a commit whose last sync failed stays (it says so).
+2. No rank waits past its deadline plus `LATE_S`.
+3. A rank that fails through no fault of its own names one that was at fault, and none when none was.
+4. The next save of the same ranks works, and of a new job too, which removes all that was left.
+5. A load gives every rank right bytes or an error. Only a rank that lost the store may differ from the others.
+6. What a rank of a save says itself, the others know at once, not at the deadline.
+
+Not judged: a rank that is dead or stopped for good, and what Ctrl-C makes of the rank that gets it (it may come after
+the commit).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simulation.engine import data_of
+from simulation.scenario import COMMIT_ERRORS
+from simulation.world import Process
+from snapstone.errors import CheckpointError, RankFailedError
+
+if TYPE_CHECKING:
+    from simulation.history import Ended, Played
+
+__all__ = ["clean", "first", "seen", "undisturbed"]
+
+LATE_S = 6.0
+AT_ONCE_S = 0.9
+SLOW = ("stop", "cut", "slow write")
+
+
+def seen(path: Path) -> str | None:
+    """The save_id of what is visible there."""
+    try:
+        return str(json.loads((path / "MANIFEST.json").read_bytes())["save_id"])
+    except FileNotFoundError:
+        return None
+
+
+def first(played: Played, processes: list[Process], directory: Path, before: str | None) -> None:
+    """Judges the operation that the faults befell."""
+    scenario, problems = played.scenario, played.problems
+    _deadlines(played, processes)
+    _names(played)
+    if scenario.operation == "load":
+        _load(played)
+        return
+    path = directory / ("old" if scenario.operation == "overwrite" else "new")
+    now = seen(path)
+    committed = now is not None and now != (before if scenario.operation == "overwrite" else None)
+    if committed:
+        problems.extend(_incomplete(path, scenario.world_size))
+    judged = {rank: ended for rank, ended in played.ended.items() if not isinstance(ended.error, KeyboardInterrupt)}
+    succeeded = sorted(rank for rank, ended in judged.items() if ended.error is None)
+    failed = sorted(rank for rank, ended in judged.items() if ended.error is not None)
+    if succeeded and failed:
+        problems.append(f"two outcomes: success on {succeeded}, failure on {failed}")
+    if succeeded and not committed:
+        problems.append(f"success on {succeeded}, and nothing is visible")
+    if failed and not succeeded and committed and not _uncertain(played):
+        problems.append(f"failure on {failed}, and the checkpoint is visible")
+    if scenario.operation == "overwrite" and now is None:
+        problems.append("neither the old checkpoint nor the new one is visible")
+
+
+def _uncertain(played: Played) -> bool:
+    """A commit whose last sync failed."""
+    return any(fault.rules and COMMIT_ERRORS[fault.rules] for fault in played.scenario.faults)
+
+
+def _load(played: Played) -> None:
+    problems = played.problems
+    outcomes: dict[bool, list[int]] = {True: [], False: []}
+    for rank, ended in sorted(played.ended.items()):
+        if ended.error is None and ended.value is not True:
+            problems.append(f"rank {rank} loaded wrong bytes")
+        if isinstance(ended.error, KeyboardInterrupt) or "is unknown" in str(ended.error):
+            continue
+        outcomes[ended.error is None].append(rank)
+    if outcomes[True] and outcomes[False]:
+        problems.append(f"two outcomes: loaded on {outcomes[True]}, failed on {outcomes[False]}")
+
+
+def _deadlines(played: Played, processes: list[Process]) -> None:
+    for rank, ended in played.ended.items():
+        due = max(ended.begun_s + played.scenario.timeout_s, processes[rank].stopped_until) + LATE_S
+        if ended.ended_s > due:
+            played.problems.append(f"rank {rank} ended {ended.ended_s - due + LATE_S:.2f} s after its deadline")
+
+
+def _names(played: Played) -> None:
+    # A process that leaves after a failure has heard of it as all others have; if all it does is leave, all is well.
+    failed_first = {rank for rank, ended in played.ended.items() if ended.error is not None}
+    fired = [fault for fault in played.scenario.faults if fault.fired]
+    only_leaves = all(fault.kind == "leave" for fault in fired)
+    fired = [fault for fault in fired if fault.kind != "leave" or not (only_leaves or fault.rank in failed_first)]
+    at_fault = {fault.rank for fault in fired}
+    # A store that wakes may tell its own rank of the deadline before it takes the votes that have waited for it.
+    host_woke = played.scenario.store == "rank 0" and any(
+        (fault.kind, fault.rank) == ("stop", 0) and fault.seconds < math.inf for fault in fired
+    )
+    failed = {rank: ended for rank, ended in played.ended.items() if ended.error is not None}
+    for rank, ended in failed.items():
+        if not at_fault and played.scenario.slow > 1:
+            continue  # too many slow messages in a row
+        if rank in at_fault or _ran_out_of_time(played, ended):
+            continue
+        if host_woke and isinstance(ended.error, RankFailedError):
+            continue
+        if not isinstance(ended.error, RankFailedError) or not at_fault.intersection(ended.error.failed_ranks):
+            played.problems.append(
+                f"rank {rank} names none of {sorted(at_fault)}: {type(ended.error).__name__}: {ended.error}"
+            )
+    # gloo's waits end at the deadline, or with their peer.
+    told = played.scenario.operation != "load" or (played.scenario.node_count == 1 and played.scenario.writers < 8)
+    if told and len(fired) == 1 and fired[0].kind in ("interrupt", "write error") and failed:
+        begin = min(failed[rank].ended_s for rank in failed)
+        for rank, ended in failed.items():
+            if ended.ended_s - begin > AT_ONCE_S:
+                played.problems.append(f"rank {rank} heard of it {ended.ended_s - begin:.2f} s after another")
+
+
+def _ran_out_of_time(played: Played, ended: Ended) -> bool:
+    """The deadline has passed for somebody who waited for nobody when it did: others were slow, and none was silent."""
+    if any(fault.fired and (fault.kind not in SLOW or fault.seconds == math.inf) for fault in played.scenario.faults):
+        return type(ended.error) is CheckpointError and ended.ended_s - ended.begun_s >= played.scenario.timeout_s
+    late = isinstance(ended.error, RankFailedError) or "took longer than" in str(ended.error)
+    return late and any(fault.fired for fault in played.scenario.faults)
+
+
+def _incomplete(path: Path, world_size: int) -> list[str]:
+    document = json.loads((path / "MANIFEST.json").read_bytes())
+    problems = []
+    if document["world_size"] != world_size:
+        problems.append(f"{path.name} is of {document['world_size']} ranks, not {world_size}")
+    for entry in document["writers"]:
+        for file in (entry["index"], *entry["data"]):
+            there = path / file["name"]
+            if not there.exists() or there.read_bytes() != data_of(document["save_id"], entry["rank"]):
+                problems.append(f"{path.name} is visible without {file['name']}")
+    return problems
+
+
+def undisturbed(played: Played, ended: dict[int, Ended], processes: list[Process], path: Path) -> None:
+    errors = {rank: one.error for rank, one in ended.items() if one.error is not None}
+    if errors or len(ended) < len(processes):
+        told = {rank: f"{type(error).__name__}: {error}" for rank, error in errors.items()}
+        played.problems.append(f"{played.stage}: the next save failed: {told}, {len(ended)} ended")
+        return
+    played.problems.extend(f"{played.stage}: {problem}" for problem in _incomplete(path, len(processes)))
+
+
+def clean(played: Played, directory: Path) -> None:
+    """Nothing is left but checkpoints."""
+    left = sorted(name for name in os.listdir(directory) if name.startswith("."))
+    # Without OWNER it is nobody's for a while: of a lead that died in its commit, or an exchange that may not last.
+    left = [name for name in left if not name.startswith(".staging-") or (directory / name / "OWNER").exists()]
+    if left:
+        played.problems.append(f"left over: {left}")
+
+
+def worst_s(played: Played, processes: Any = None) -> float:
+    """How long after its deadline the last rank ended."""
+    return max(
+        (ended.ended_s - ended.begun_s - played.scenario.timeout_s for ended in played.ended.values()),
+        default=-math.inf,
+    )

@@ -1,0 +1,241 @@
+"""What the simulation must notice: each takes one rule of the engine away, for as long as the context lasts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from simulation import engine
+from simulation.scenario import FOREVER, Fault, Scenario
+from snapstone import collective, joint, opening, outcome, wire, writer
+from snapstone.collective import Channel, Deadline, Group
+from snapstone.errors import RankFailedError
+
+__all__ = ["MUTATIONS", "Mutation", "mutated"]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    place: Any
+    name: str
+    replacement: Callable[[Any], Any]  # of what was there
+    scenario: Scenario | None = None  # else the histories of the first seeds
+
+
+def _without_vote(label: str) -> Callable[[Any], Any]:
+    """The ranks still tell each other what they have, but nobody says that it failed, and nobody waits for the rest."""
+
+    def replace(vote: Any) -> Any:
+        def instead(self: Channel, name: str, error: Any, payload: bytes, deadline: Deadline) -> Any:
+            if name != label:
+                return vote(self, name, error, payload, deadline)
+            if error is not None:
+                raise error
+            self._take(name)
+            return [payload] * self.group.world_size
+
+        return instead
+
+    return replace
+
+
+def _without_waiting(lead: Any) -> Any:
+    def instead(self: Channel, label: str, payload: bytes, deadline: Deadline, combine: Any) -> bytes:
+        """Success, whoever is missing."""
+        votes = [payload] * self.group.world_size
+        for rank, name in enumerate(self._vote_names(label)):
+            if rank and self._call(lambda store, name=name: store.check([name]), deadline):
+                votes[rank] = wire.unpack(self._call(lambda store, name=name: wire.fetch(store, [name])[0], deadline))
+        return self._settle(label, b"", deadline, combine(votes))
+
+    return instead
+
+
+def _without_claim(settle: Any) -> Any:
+    def instead(self: Channel, label: str, verdict: bytes, deadline: Deadline, results: Any = ()) -> bytes:
+        """Everybody obeys what it found itself; the last one to say it is heard."""
+        mine = wire.frame([verdict, *results])
+        post = self._post(f"{label}/outcome/{self.group.rank}", mine)
+        me = str(self.group.rank).encode()
+
+        def say(store: Any) -> None:
+            post(store)
+            store.set(self._key(f"{label}/decision"), me)
+
+        self._call(say, deadline)
+        return mine
+
+    return instead
+
+
+def _claimed_before_posted(settle: Any) -> Any:
+    def instead(self: Channel, label: str, verdict: bytes, deadline: Deadline, results: Any = ()) -> bytes:
+        mine = wire.frame([verdict, *results])
+        me = str(self.group.rank).encode()
+
+        def claim(store: Any) -> bytes | None:
+            if store.compare_set(self._key(f"{label}/decision"), b"", me) == me:
+                self._post(f"{label}/outcome/{self.group.rank}", mine)(store)
+                return None
+            return self._decided(store, label)
+
+        found = self._call(claim, deadline)
+        return wire.unpack(found) if found else mine
+
+    return instead
+
+
+def _never_expires(poll: Any) -> Any:
+    return lambda self, ready, deadline: poll(self, ready, Deadline(None))
+
+
+def _waits_for_the_store(call: Any) -> Any:
+    return lambda self, operation, limit: call(self, operation, Deadline(None))
+
+
+def _late_followers(follow: Any) -> Any:
+    def instead(self: Channel, label: str, payload: bytes, deadline: Deadline, combine: Any) -> bytes:
+        return bytes(follow(self, label, payload, deadline.extended(30.0), combine))
+
+    return instead
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _committed_only(on_disk: Any) -> Any:
+    return lambda self: None if self.group.rank == 0 else self.committed()
+
+
+def _withdraws_blindly(on_disk: Any) -> Any:
+    def instead(self: Any) -> Any:
+        if self.group.rank == 0:
+            return None
+        self.staging.withdraw()
+        return None
+
+    return instead
+
+
+def _hears_or_fails(hear: Any) -> Any:
+    def instead(self: Any) -> None:
+        self.channel.broadcast("outcome", None, self.deadline)
+
+    return instead
+
+
+def _believes_in_success(hear: Any) -> Any:
+    def instead(self: Any) -> None:
+        try:
+            hear(self)
+        except RankFailedError:
+            return
+
+    return instead
+
+
+def _announces_success(announce: Any) -> Any:
+    return lambda self, error: announce(self, None)
+
+
+def _blames_itself(report: Any) -> Any:
+    def instead(self: Channel, label: str, error: BaseException, deadline: Deadline) -> Any:
+        if isinstance(error, RankFailedError):
+            error = ValueError(str(error))
+        return report(self, label, error, deadline)
+
+    return instead
+
+
+def _blames_nobody(silent: Any) -> Any:
+    return lambda self, label, missing, deadline: silent(self, label, [self.group.world_size - 1], deadline)
+
+
+def _aborts_only(tell: Any) -> Any:
+    return lambda self, error: self.channel.abort(writer.VOTES, error)
+
+
+def _waits_on(wait_for: Any) -> Any:
+    return lambda self, value, seconds: wait_for(self, value, math.inf)
+
+
+def _without_label(label: str) -> Callable[[Any], Any]:
+    def replace(together: Any) -> Any:
+        def instead(channel: Any, name: str, deadline: Any, trace: Any, step: Any) -> Any:
+            if name != label:
+                return together(channel, name, deadline, trace, step)
+            return [step() or b""] * channel.group.world_size
+
+        return instead
+
+    return replace
+
+
+# Rank 0 stops before its commit, and wakes when the others have given it up.
+SLOW_LEAD = Scenario(1, 3, "save", "launcher", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("stop", 0, "commit", seconds=4.0)])
+
+# Ctrl-C on a rank whose vote is there, while rank 0 counts.
+VOTED = Scenario(1, 3, "load", "launcher", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("interrupt", 1, "set fill/vote/1")])
+# Rank 0 serves the store, and its process ends with the operation, which another rank fails or does not.
+STUCK = Scenario(
+    1, 4, "save", "rank 0", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("stop", 2, "start", FOREVER), Fault("leave", 0, 0)]
+)
+LAST = Scenario(1, 4, "load", "rank 0", 1.0, 5e-5, 1.0, "auto", 1, 2, [Fault("leave", 0, 0)])
+# Ctrl-C between two votes, and inside a load.
+INTERRUPTED = Scenario(1, 3, "save", "launcher", 2.0, 1e-4, 1.0, "auto", 1, 2, [Fault("interrupt", 1, "start")])
+INTERRUPTED_LOAD = Scenario(
+    1, 3, "load", "launcher", 2.0, 1e-4, 1.0, "scatter", 1, 2, [Fault("interrupt", 1, "post 1")]
+)
+INTERRUPTED_LEAD = Scenario(
+    1, 3, "save", "launcher", 2.0, 1e-4, 1.0, "auto", 1, 2, [Fault("interrupt", 0, "claim written/decision")]
+)
+STOPPED_LOAD = Scenario(
+    1, 3, "load", "launcher", 1.0, 1e-4, 1.0, "scatter", 1, 2, [Fault("stop", 1, "post 1", FOREVER)]
+)
+
+MUTATIONS: dict[str, Mutation] = {
+    "no vote plan": Mutation(Channel, "vote", _without_vote("plan")),
+    "no vote open": Mutation(Channel, "vote", _without_vote("open")),
+    "no vote written": Mutation(Channel, "vote", _without_vote("written")),
+    "rank 0 does not wait for all votes": Mutation(Channel, "_lead", _without_waiting),
+    "no claim": Mutation(Channel, "_settle", _without_claim, VOTED),
+    "claimed before it is posted": Mutation(Channel, "_settle", _claimed_before_posted),
+    "no deadline of a poll": Mutation(Channel, "_poll", _never_expires),
+    "no deadline of a store call": Mutation(Group, "call", _waits_for_the_store),
+    "the others never decide": Mutation(Channel, "_follow", _late_followers),
+    "no rename away": Mutation(engine._Staging, "withdraw", lambda _: _nothing, SLOW_LEAD),
+    "no rename away, the disk is only looked at": Mutation(outcome.Outcome, "on_disk", _committed_only, SLOW_LEAD),
+    "no look at the disk": Mutation(outcome.Outcome, "on_disk", _withdraws_blindly),
+    "who does not hear fails": Mutation(outcome.Outcome, "hear", _hears_or_fails),
+    "who does not hear succeeds": Mutation(outcome.Outcome, "hear", _believes_in_success),
+    "a failed commit is announced as a success": Mutation(outcome.Outcome, "announce", _announces_success),
+    "the silent are not named": Mutation(Channel, "_silent", _blames_nobody),
+    "who names another is named": Mutation(Channel, "_report", _blames_itself),
+    "no explanation of removed files": Mutation(
+        outcome.Outcome, "explain_removal", lambda _: lambda self, error, label: error
+    ),
+    "nobody keeps the store after a failure": Mutation(collective, "FAILED_LINGER_S", lambda _: 0.0, STUCK),
+    "nobody keeps the store after a success": Mutation(collective, "LINGER_S", lambda _: 0.0, LAST),
+    "who leaves tells nobody": Mutation(Channel, "abort", lambda _: _nothing, INTERRUPTED),
+    "a lead that leaves announces nothing": Mutation(writer.Writer, "_tell", _aborts_only, INTERRUPTED_LEAD),
+    "no vote rounds": Mutation(joint, "together", _without_label("rounds"), INTERRUPTED_LOAD),
+    "no failure on a board": Mutation(engine._Board, "fail", lambda _: _nothing, INTERRUPTED_LOAD),
+    "no deadline of a board": Mutation(engine._Board, "wait_for", _waits_on, STOPPED_LOAD),
+    "no vote gathered": Mutation(opening, "together", _without_label("gathered")),
+    "no vote sent-0": Mutation(joint, "together", _without_label("sent-0")),
+}
+
+
+@contextmanager
+def mutated(mutation: Mutation) -> Iterator[None]:
+    original = getattr(mutation.place, mutation.name)
+    replacement = mutation.replacement(original)
+    if callable(replacement) and callable(original):
+        replacement.__wrapped__ = original
+    with mock.patch.object(mutation.place, mutation.name, replacement):
+        yield

@@ -1,0 +1,51 @@
+"""Saves and loads of 2 to 64 simulated ranks, with what befalls them drawn from a seed; `judge` holds the invariants.
+
+A seed that fails is replayed, with its story, by `PYTHONPATH=python:tests python -m simulation --seed N`.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from simulation.batches import batch
+from simulation.history import play
+from simulation.mutations import MUTATIONS, mutated
+
+SEEDS = 2000
+BATCH = 250
+SEARCHED = 80  # seeds in which a missing rule must show
+
+
+@pytest.fixture(autouse=True)
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SNAPSTONE_STATUS_DIR", "")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
+def test_every_history_has_one_outcome_by_its_deadline_and_names_who_was_at_fault(first: int) -> None:
+    found = batch(first, BATCH)
+    assert found["failed"] == {}, "replay: python -m simulation --seed N"
+    assert found["ends"]["success"] > BATCH / 5
+    assert found["ends"]["RankFailedError"] > BATCH / 5
+    assert found["operations"].keys() == {"save", "overwrite", "delta", "load"}
+
+
+def test_a_seed_replays_event_by_event() -> None:
+    for seed in (3, 13, 19, 52):
+        first, second = play(seed).world.history, play(seed).world.history
+        assert first == second
+        assert len(first) > 30
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_no_rule_can_be_left_out(name: str) -> None:
+    mutation = MUTATIONS[name]
+    if mutation.scenario is not None:
+        assert play(1, mutation.scenario).problems == []
+    for seed in range(1, SEARCHED + 1):
+        with mutated(mutation):
+            if play(seed, mutation.scenario).problems:
+                return
+    pytest.fail(f"{SEARCHED} histories without {name!r} were all right")
