@@ -53,8 +53,8 @@ POLL_MIN_S: Final = 0.001
 POLL_MAX_S: Final = 0.05
 EAGER_POLL_MAX_S: Final = 0.004  # where ranks wait for each other again and again
 POLL_S_PER_RANK: Final = 0.0001  # all ranks together ask a store at most 10,000 times per second
-LINGER_S: Final = 2.0  # rank 0 may serve the store from this process: how long close() keeps it for slower readers
-FAILED_LINGER_S: Final = 0.5  # the same after a failure, of which some ranks may never hear
+LINGER_S: Final = 2.0  # rank 0 may serve the store: how long close() keeps it for slower readers; after a failure,
+FAILED_LINGER_S: Final = 0.5  # of which some ranks may never hear, that long
 LEAVE_S: Final = 2.0  # at exit, for store calls that are under way
 RETIRED_COUNT_MAX: Final = 32  # closed channels whose keys wait for slower ranks
 REASON_CHARS_MAX: Final = 2000
@@ -155,8 +155,7 @@ class Group:
     def create(cls, process_group: dist.ProcessGroup | None = None, *, no_dist: bool = False) -> Group:
         """The group of `process_group` (default: all ranks); one rank alone if `no_dist` or nothing is initialised.
 
-        Raises ValueError when this rank is not a member, the backend has no store, or the group is the one of the
-        process that forked this one.
+        Raises ValueError if this rank is no member, the backend has no store, or the group is a forking parent's.
         """
         if no_dist or not (dist.is_available() and dist.is_initialized()):
             return cls(0, [0])
@@ -345,18 +344,16 @@ class Channel:
                     break
 
     def close(self) -> None:
-        """Let the keys go once every rank is done with them. Never raises. Rank 0 waits a while for the others: with
-        its process the store may end, and the last outcome too.
-        """
+        """Let the keys go once every rank is done with them. Never raises. Rank 0, who may serve the store, waits."""
         if self._closed or self.group.world_size == 1:
             return
         self._closed = True
         done = self._key("done")
         self.group.retire(done, self._posted)
         if self.group.rank == 0 and not self.lost:
-            limit = Deadline(FAILED_LINGER_S if self.failed else LINGER_S)
+            seconds = FAILED_LINGER_S if self.failed else LINGER_S
             with suppress(RankFailedError):  # nobody can read from a store that is gone
-                self._poll(lambda store: None if store.check([done]) else True, limit)
+                self._poll(lambda store: None if store.check([done]) else True, Deadline(seconds))
 
     def _decide(
         self, label: str, error: BaseException | None, payload: bytes, deadline: Deadline, combine: _Combine

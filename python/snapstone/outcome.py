@@ -75,7 +75,8 @@ class Outcome:
             committed = self.committed()
             if committed is None:  # and never will be: the directory is nobody's now
                 with suppress(OSError):
-                    self.staging.write_file(_WITHDRAWN_BY, str(self.group.ranks[self.group.rank]).encode())
+                    rank = self.group.ranks[self.group.rank]
+                    self.staging.write_file(_WITHDRAWN_BY, str(rank).encode(), "withdrawn_by")
         return committed
 
     def withdrawal(self) -> RankFailedError | None:

@@ -10,6 +10,7 @@ __all__ = ["ROOT", "UNNEEDED", "named_syncs", "unnamed_syncs"]
 ROOT = Path(__file__).resolve().parents[2]
 
 UNNEEDED = {"sync/probe"}  # of a file without a name, which shows whether a way of doing I/O works
+UNNEEDED |= {"sync/withdrawn_by"}  # a note to ranks that are alive
 # No scenario repairs a checkpoint: tests/durability/test_repair.py kills repairs, and nothing cuts their power.
 UNNEEDED |= {"sync/repaired_base", "sync/repaired_entry", "sync/repaired_file", "sync/repaired_patch"}
 
