@@ -66,11 +66,13 @@ def needed(*lacks: Callable[[], str]) -> None:
             pytest.skip(why)
 
 
-def make_image(path: Path, nbytes: int = IMAGE_BYTES) -> Path:
-    """An ext4 file system in a sparse file."""
+def make_image(path: Path, nbytes: int = IMAGE_BYTES, block_bytes: int = 4096) -> Path:
+    """An ext4 file system in a sparse file. Blocks are pages: of a write that does not begin at one FUSE may fail the
+    rest alone, and the loop device takes what is short for success.
+    """
     with path.open("wb") as file:
         file.truncate(nbytes)
-    run("mkfs.ext4", "-qF", "-E", "lazy_itable_init=0,lazy_journal_init=0", path)
+    run("mkfs.ext4", "-qF", "-b", str(block_bytes), "-E", "lazy_itable_init=0,lazy_journal_init=0", path)
     return path
 
 
@@ -180,7 +182,8 @@ def failing_disk(directory: Path, percent: int) -> Iterator[tuple[Mount, Path]]:
 @contextmanager
 def forgetful_disk(directory: Path) -> Iterator[tuple[Mount, Path]]:
     """A mount whose device acknowledges writes and flushes, and forgets them, while the file `trigger` is there."""
-    image, trigger = make_image(directory / "image"), directory / "trigger"
+    # Blocks smaller than a page: whole pages would stay in the cache below the loop device, and be read from there.
+    image, trigger = make_image(directory / "image", block_bytes=1024), directory / "trigger"
     plugin = ["eval", f"get_size=echo {IMAGE_BYTES}", f"pread={READS}", f"pwrite={FORGETS}", "can_write=true"]
     plugin += ["flush=true", "can_flush=true"]
     env = {"image": str(image), "trigger": str(trigger)}
