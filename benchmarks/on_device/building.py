@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["assemble", "commands", "extension_name", "tool"]
+__all__ = ["SITE_CUSTOMIZE", "assemble", "commands", "extension_name", "tool"]
 
 ROOT = Path(__file__).resolve().parents[2]
 # An editable installation puts a finder of its own before PYTHONPATH.

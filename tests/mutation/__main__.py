@@ -24,7 +24,7 @@ from mutation.kill import Outcome, judge_all
 from mutation.lists import judge_lists
 from mutation.record import Reached, record, record_native
 from mutation.sites import Site
-from mutation.tree import ROOT, build_native, digest_of, make_tree
+from mutation.tree import ROOT, build_native, building, digest_of, make_tree
 
 # The commit path and the read path first.
 FIRST = (
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         build_native(tree, given.jobs)
     # Imported before the forks, which then take no time.
     sys.path[:0] = [str(tree / "python"), str(tree / "tests"), str(tree)]
+    exec(building.SITE_CUSTOMIZE)
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:3], os.environ.get("PYTHONPATH", "")])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _import_all(tree)

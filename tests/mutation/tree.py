@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import shutil
 import subprocess
-import sysconfig
+import sys
 from pathlib import Path
 
 from mutation.sites import Site, find, instrumented, sites_of
@@ -15,6 +16,8 @@ __all__ = ["ROOT", "build_native", "digest_of", "make_tree"]
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(ROOT / "benchmarks"))
+building = importlib.import_module("on_device.building")
 COPIED = ("csrc", "python", "tests", "cmake", "docs", "tools", "CMakeLists.txt", "pyproject.toml", "README.md")
 NATIVE_FOLDERS = ("base", "os", "codec", "format", "mem", "io", "store", "pipeline")
 # Who falls out of a function for the lack of a `throw` dies at once, and takes nothing along.
@@ -37,6 +40,12 @@ def make_tree(tree: Path) -> list[Site]:
         _write_changed(tree / path, instrumented((ROOT / path).read_text(), here))
     _write_changed(tree / "csrc/base/mutant.h", (HERE / "mutant.h").read_text())
     _write_changed(tree / "python/snapstone/_mutant.py", (HERE / "mutant.py").read_text())
+    extension = tree / "python/snapstone" / building.extension_name()
+    if not extension.exists():  # it is installed elsewhere
+        where = [sys.executable, "-c", "import snapstone._core as core; print(core.__file__)"]
+        installed = subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip()
+        shutil.copy2(installed, extension)
+    _write_changed(tree / "python/sitecustomize.py", building.SITE_CUSTOMIZE)
     return sites
 
 
@@ -53,7 +62,7 @@ def build_native(tree: Path, jobs: int = 2) -> None:
     targets = ["_core", *(name.replace("/", "_").removesuffix("_test") for name in programs)]
     subprocess.run(["cmake", "--build", str(build), "-j", str(jobs), "-t", *targets], check=True, env=environment)
     (extension,) = build.glob("_core*.so")
-    target = tree / "python/snapstone" / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = tree / "python/snapstone" / building.extension_name()
     shutil.copy2(extension, target.with_suffix(".new"))
     target.with_suffix(".new").replace(target)  # never under a process that has it mapped
 
