@@ -46,7 +46,19 @@ FUNCTIONS: dict[int, tuple[str, ...]] = {
 # Steps 6, 7 and what else is the native code's alone have system calls only.
 CALLS: dict[int, tuple[str, ...]] = {
     1: ("opendir", "readdir", "stat", "statfs", "fstat", "mkdir", "open", "flock"),
-    2: ("fallocate", "ftruncate", "pwrite", "uring_write", "fsync", "close", "link", "pread", "uring_read", "fcntl"),
+    2: (
+        "fallocate",
+        "ftruncate",
+        "pwrite",
+        "uring_write",
+        "io_uring_enter",
+        "fsync",
+        "close",
+        "link",
+        "pread",
+        "uring_read",
+        "fcntl",
+    ),
     5: ("unlink",),
     7: ("renameat2",),
     9: ("rename", "rmdir"),
