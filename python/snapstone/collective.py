@@ -302,7 +302,7 @@ class Channel:
             raise self._failure(verdict)
 
     def gather(self, label: str, payload: bytes, deadline: Deadline, vote: str) -> list[bytes] | None:
-        """Rank 0 gets every rank's payload, the others None at once. `vote`, which comes next, tells all who is missing."""
+        """Rank 0 gets every rank's payload, the others None at once. `vote` comes next, and tells who is missing."""
         self._take(label)
         if self.group.rank != 0:
             self._call(self._post(f"{label}/vote/{self.group.rank}", payload), deadline)

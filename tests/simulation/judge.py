@@ -132,7 +132,9 @@ def _names(played: Played) -> None:
 
 def _ran_out_of_time(played: Played, ended: Ended) -> bool:
     """The deadline has passed for somebody who waited for nobody when it did: others were slow, and none was silent."""
-    faults = [fault for fault in played.scenario.faults if fault.fired and fault.kind != "leave"]
+    first_s = min(one.ended_s for one in played.ended.values() if one.error is not None)
+    faults = [fault for fault in played.scenario.faults if fault.fired and fault.fired_s < first_s]
+    faults = [fault for fault in faults if fault.kind != "leave"]
     if any(fault.kind not in SLOW or fault.seconds == math.inf for fault in faults):
         return type(ended.error) is CheckpointError and ended.ended_s - ended.begun_s >= played.scenario.timeout_s
     late = isinstance(ended.error, RankFailedError) or "took longer than" in str(ended.error)
