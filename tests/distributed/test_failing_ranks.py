@@ -194,7 +194,7 @@ def test_an_error_that_one_rank_did_not_collect_is_raised_there_and_leaves_the_r
 def _last_sync_fails(rank: int, run: Path) -> Any:
     save(rank, run, 1)
     if rank == 0:
-        _native.fault_arm("fsync:8:errno=EIO")
+        _native.fault_arm("fsync:7:errno=EIO")
     ended = attempt(lambda: save(rank, run, 2))
     _native.fault_disarm()
     save(rank, run, 3)
