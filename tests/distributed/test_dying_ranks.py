@@ -107,7 +107,7 @@ def test_rank_0_killed_before_the_rename_is_named_and_nothing_is_visible(
 
 @pytest.mark.parametrize("store", ["launcher", "tcp"])
 def test_rank_0_killed_between_rename_and_announcement_leaves_a_success(tmp_path: Path, store: Store) -> None:
-    results = survivors(run_ranks(3, _dies, tmp_path, 0, "fsync:8:kill", {}, 1.5, store=store), 0)
+    results = survivors(run_ranks(3, _dies, tmp_path, 0, "fsync:7:kill", {}, 1.5, store=store), 0)
     for ended in results[1:]:
         assert ended["error"] is None, ended
         assert ended["seconds"] < 1.5 + LATE_S
@@ -125,7 +125,7 @@ def _rank_0_dies_replacing(rank: int, run: Path, faults: str) -> Any:
     return attempt(lambda: ss.save(state(rank, 2), checkpoint_id=path, overwrite=True, timeout=1.5))
 
 
-@pytest.mark.parametrize(("faults", "seed"), [("renameat2:1:kill", 1), ("fsync:8:kill", 2), ("rename:1:kill", 2)])
+@pytest.mark.parametrize(("faults", "seed"), [("renameat2:1:kill", 1), ("fsync:7:kill", 2), ("rename:1:kill", 2)])
 def test_rank_0_killed_around_a_replacement_leaves_the_old_or_the_new(tmp_path: Path, faults: str, seed: int) -> None:
     results = run_ranks(2, _rank_0_dies_replacing, tmp_path, faults, store="launcher")
     assert results[0].outcome == "died"
