@@ -20,7 +20,7 @@ def assign(channel: Channel, deadline: Deadline, items: Sequence[TensorItem], ti
     gathered: list[bytes] | None = None
     answer = b""
     try:
-        gathered = channel.gather("items", _json([items, ties]), deadline)
+        gathered = channel.gather("items", _json([items, ties]), deadline, "assign")
     except RankFailedError as failure:
         error = failure  # only rank 0 knows who is missing: the vote tells
     if gathered is not None:

@@ -302,16 +302,17 @@ class Channel:
         if decided and (verdict := wire.unframe(wire.unpack(decided))[0]):
             raise self._failure(verdict)
 
-    def gather(self, label: str, payload: bytes, deadline: Deadline) -> list[bytes] | None:
-        """Rank 0 gets every rank's payload, the others None at once. Only rank 0 learns who is missing: vote after."""
+    def gather(self, label: str, payload: bytes, deadline: Deadline, vote: str) -> list[bytes] | None:
+        """Rank 0 gets every rank's payload, the others None at once. `vote` comes next, and tells who is missing."""
         self._take(label)
         if self.group.rank != 0:
             self._call(self._post(f"{label}/vote/{self.group.rank}", payload), deadline)
             return None
         if self.group.world_size == 1:
             return [payload]
-        names = self._vote_names(label)[1:]
-        self._poll(lambda store: store.check(names) or None, deadline)
+        names, decision = self._vote_names(label)[1:], self._key(f"{vote}/decision")
+        self._poll(lambda store: store.check(names) or store.check([decision]) or None, deadline)
+        self.raise_if_failed(vote, deadline)
         if missing := self._call(lambda store: wire.absent(store, names, 1), deadline):
             raise self._failure(self._silent(label, missing, deadline))
         return [payload, *map(wire.unpack, self._call(lambda store: wire.fetch(store, names), deadline))]
@@ -339,17 +340,15 @@ class Channel:
         """
         if not self.failed:
             for label in labels:
-                self._report(label, error, Deadline(0))
-                if self.lost:
-                    break
+                if not self.lost:
+                    self._report(label, error, Deadline(0))
 
     def close(self) -> None:
         """Let the keys go once every rank is done with them. Never raises. Rank 0, who may serve the store, waits."""
         if self._closed or self.group.world_size == 1:
             return
         self._closed = True
-        done = self._key("done")
-        self.group.retire(done, self._posted)
+        self.group.retire(done := self._key("done"), self._posted)
         if self.group.rank == 0 and not self.lost:
             seconds = FAILED_LINGER_S if self.failed else LINGER_S
             with suppress(RankFailedError):  # nobody can read from a store that is gone

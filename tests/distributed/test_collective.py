@@ -50,7 +50,7 @@ def _all_verbs(rank: int) -> dict[str, Any]:
     deadline = Deadline(20)
     heard = {
         "exchange": channel.exchange("names", _own(rank), deadline),
-        "gather": channel.gather("index", _own(rank), deadline),
+        "gather": channel.gather("index", _own(rank), deadline, "after"),
         "broadcast": channel.broadcast("id", b"save id" if rank == 0 else None, deadline),
         "agree": channel.agree("config", b"same", deadline),
         "disagree": channel.agree("rank", b"x" if rank == 0 else b"y", deadline),
@@ -98,7 +98,7 @@ def test_one_process_needs_no_store_and_no_peers() -> None:
         soon = Deadline(0)
         assert (group.rank, group.world_size) == (0, 1)
         assert channel.exchange("a", b"x", soon) == [b"x"]
-        assert channel.gather("b", b"x", soon) == [b"x"]
+        assert channel.gather("b", b"x", soon, "after") == [b"x"]
         assert channel.broadcast("c", b"x", soon) == b"x"
         assert channel.agree("d", b"x", soon)
         with pytest.raises(OSError, match="mine"):
@@ -309,9 +309,9 @@ def _one_way(rank: int) -> list[tuple[str, tuple[int, ...], float]]:
     told = []
     channel = Group.create().channel("load")
     if rank == 0:
-        told.append(_fails(lambda: channel.gather("index", b"", Deadline(1.0))))
+        told.append(_fails(lambda: channel.gather("index", b"", Deadline(1.0), "after")))
     elif rank == 1:
-        channel.gather("index", b"", Deadline(1.0))
+        channel.gather("index", b"", Deadline(1.0), "after")
         told.append(_fails(lambda: channel.broadcast("plan", None, Deadline(1.0))))
     return told
 
@@ -355,7 +355,7 @@ def _many(rank: int, count: int) -> list[int]:
     for index in range(count):
         channel = group.channel("save")
         deadline = Deadline(20)
-        channel.gather("index", bytes(10_000), deadline)
+        channel.gather("index", bytes(10_000), deadline, "after")
         assert len(channel.vote("written", None, _own(rank), deadline)) == group.world_size
         assert channel.broadcast("done", _own(index) if rank == 0 else None, deadline) == _own(index)
         channel.close()

@@ -32,6 +32,8 @@ __all__ = ["clean", "first", "seen", "undisturbed"]
 
 LATE_S = 6.0
 AT_ONCE_S = 0.9
+# What is laid out for a rank to run into, which it may never do.
+ARMED = {"write error": "write_error", "slow write": "slow_write", "commit error": "commit", "commit dies": "commit"}
 SLOW = ("stop", "cut", "slow write")
 
 
@@ -46,6 +48,8 @@ def seen(path: Path) -> str | None:
 def first(played: Played, processes: list[Process], directory: Path, before: str | None) -> None:
     """Judges the operation that the faults befell."""
     scenario, problems = played.scenario, played.problems
+    for fault in scenario.faults:
+        fault.fired = fault.fired and ARMED.get(fault.kind) not in processes[fault.rank].facts
     _deadlines(played, processes)
     _names(played)
     if scenario.operation == "load":
@@ -59,7 +63,13 @@ def first(played: Played, processes: list[Process], directory: Path, before: str
     judged = {rank: ended for rank, ended in played.ended.items() if not isinstance(ended.error, KeyboardInterrupt)}
     succeeded = sorted(rank for rank, ended in judged.items() if ended.error is None)
     failed = sorted(rank for rank, ended in judged.items() if ended.error is not None)
-    if succeeded and failed:
+    # What rank 0 knows of a last sync that failed, and cannot tell any more, the others cannot see on the disk.
+    untold = (
+        _uncertain(played)
+        and failed == [0]
+        and any(fault.fired and fault.rank == 0 and fault.kind in ("stop", "cut", "reset") for fault in scenario.faults)
+    )
+    if succeeded and failed and not untold:
         problems.append(f"two outcomes: success on {succeeded}, failure on {failed}")
     if succeeded and not committed:
         problems.append(f"success on {succeeded}, and nothing is visible")
@@ -128,10 +138,13 @@ def _names(played: Played) -> None:
 
 def _ran_out_of_time(played: Played, ended: Ended) -> bool:
     """The deadline has passed for somebody who waited for nobody when it did: others were slow, and none was silent."""
-    if any(fault.fired and (fault.kind not in SLOW or fault.seconds == math.inf) for fault in played.scenario.faults):
+    first_s = min(one.ended_s for one in played.ended.values() if one.error is not None)
+    faults = [fault for fault in played.scenario.faults if fault.fired and fault.fired_s < first_s]
+    faults = [fault for fault in faults if fault.kind != "leave"]
+    if any(fault.kind not in SLOW or fault.seconds == math.inf for fault in faults):
         return type(ended.error) is CheckpointError and ended.ended_s - ended.begun_s >= played.scenario.timeout_s
     late = isinstance(ended.error, RankFailedError) or "took longer than" in str(ended.error)
-    return late and any(fault.fired for fault in played.scenario.faults)
+    return late and bool(faults)
 
 
 def _incomplete(path: Path, world_size: int) -> list[str]:

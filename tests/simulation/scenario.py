@@ -35,7 +35,7 @@ COMMIT_ERRORS = {
 
 @dataclass
 class Fault:
-    """`when`: a number or name of a step of the rank, or seconds. `fired` once it has happened."""
+    """`when`: a number or name of a step of the rank, or seconds. `fired` once it has happened, at `fired_s`."""
 
     kind: str
     rank: int
@@ -43,6 +43,7 @@ class Fault:
     seconds: float = 0.0
     rules: str = ""
     fired: bool = False
+    fired_s: float = 0.0
 
     def __str__(self) -> str:
         more = f" for {self.seconds:.2f} s" if self.seconds else f" ({self.rules})" if self.rules else ""
@@ -137,7 +138,7 @@ def arm(fault: Fault, process: Process) -> None:
 
     def fire() -> None:
         if process.alive and not process.facts.get("spared"):
-            fault.fired = True
+            fault.fired, fault.fired_s = True, process.world.now
             befalls()
 
     if fault.kind in ("write error", "slow write", "leave") or fault.kind.startswith("commit"):

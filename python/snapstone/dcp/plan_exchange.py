@@ -66,7 +66,7 @@ def meet_again(
     try:
         brought = wire.frame([mine.description, mine.boxes]) if meeting.must_bring else b""
         masks, error = b"", None
-        gathered = channel.gather("columns", brought, deadline)
+        gathered = channel.gather("columns", brought, deadline, "decision")
         if gathered is not None:
             try:
                 found = [PlanColumns.packed(*wire.unframe(one)) if one else None for one in gathered]
