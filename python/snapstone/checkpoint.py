@@ -170,17 +170,19 @@ class Checkpoint:
             return loaded
         return {name: tensor.to(self.device) for name, tensor in loaded.items()}
 
-    def objects(self, rank: int = 0) -> Mapping[str, Any]:
-        """The Python values by name, as `rank` saved them. Pickled values are refused: `load(..., allow_pickle=True)`
-        reads them.
+    def objects(self, rank: int = 0, *, allow_pickle: bool = False) -> Mapping[str, Any]:
+        """The Python values by name, as `rank` saved them. Pickled values, which can run code, are refused without
+        `allow_pickle`.
         """
-        return {name: values.decode(value, name=name) for name, (_, value) in self.reader.objects(rank).items()}
+        encoded = self.reader.objects(rank)
+        return {n: values.decode(one, name=n, allow_pickle=allow_pickle) for n, (_, one) in encoded.items()}
 
-    def state_dict(self, rank: int = 0) -> dict[Any, Any]:
-        """Tensors and values nested as they were saved; tuples that held tensors come back as lists."""
-        everything: dict[str, Any] = dict(self.load_tensors())
+    def state_dict(self, rank: int = 0, *, allow_pickle: bool = False) -> dict[Any, Any]:
+        """Tensors and values nested as they were saved; tuples that held tensors come back as lists. Pickled values are
+        refused without `allow_pickle`.
+        """
+        everything: dict[str, Any] = {**self.load_tensors(), **self.objects(rank, allow_pickle=allow_pickle)}
         objects = self.reader.objects(rank)
-        everything.update({name: values.decode(value, name=name) for name, (_, value) in objects.items()})
         encoded = {**self.reader.shards.paths, **{name: path for name, (path, _) in objects.items()}}
         paths = {name: (name,) if path is None else state.decode_path(path) for name, path in encoded.items()}
         return state.unflatten(paths, everything)

@@ -41,7 +41,7 @@ def _scenarios(rank: int, run: Path) -> dict[str, Any]:
 
     jobs.trainer(run / "imports")  # what it imports, children need not
     found = {}
-    for scenario in (_killed, _replaced, _stock_dies, _best, _other_ways):
+    for scenario in (_killed, _replaced, _stock_dies, _best, _other_ways, _pickled):
         found[scenario.__name__] = scenario(run / scenario.__name__)
     return found
 
@@ -270,6 +270,49 @@ def test_subclasses_synchronous_saves_and_saves_that_fail(found: dict[str, Any])
     assert found["own"]
 
 
+class _Note:
+    """In an optimizer's state: what only pickle can store."""
+
+
+def _pickled(run: Path) -> dict[str, Any]:
+    from trainers import hf_jobs as jobs
+
+    class Noting(torch.optim.AdamW):
+        loaded: Any = None
+
+        def state_dict(self) -> dict[str, Any]:
+            return {**super().state_dict(), "note": _Note()}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            Noting.loaded = state_dict["note"]
+            super().load_state_dict(state_dict)
+
+    def attached(steps: int) -> Any:
+        trainer = jobs.trainer(run, max_steps=steps)
+        trainer.optimizer = Noting(trainer.model.parameters())
+        return hf.attach(trainer, allow_pickle=True)
+
+    attached(2).train()
+    last = attached(4)
+    last.train(resume_from_checkpoint=True)
+    checkpoint = run / "checkpoint-4"
+    path = hf.to_stock(checkpoint, allow_pickle=True)
+    refused = ""
+    try:
+        hf.to_stock(checkpoint)
+    except ss.IncompatibleCheckpointError as error:
+        refused = str(error)
+    return {
+        "resumed": [last.state.global_step, type(Noting.loaded).__name__],
+        "back": type(torch.load(path, weights_only=False)["note"]).__name__,
+        "refused": "allow_pickle=True" in refused,
+    }
+
+
+def test_what_was_saved_with_pickle_is_resumed_from(found: dict[str, Any]) -> None:
+    assert found["_pickled"] == {"resumed": [4, "_Note"], "back": "_Note", "refused": True}
+
+
 def _two_ranks(rank: int, run: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
@@ -311,6 +354,11 @@ def test_what_is_not_supported_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         hf.attach(object())
     with pytest.raises(ValueError, match="overwrite: not an option here"):
         hf.attach(object(), overwrite=True)
+    from accelerate import Accelerator
+
+    for options in ({"codec": "zstd"}, {"allow_pickle": True}, {"host_memory_budget": 1 << 30}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}: not an option here"):
+            hf.attach(Accelerator(cpu=True), **options)
     for package, range_ in (("accelerate", ">= 1.15, < 2"), ("transformers", ">= 5.23, < 6")):
         with monkeypatch.context() as patch:
             patch.setattr(versions, "version", lambda name, p=package: "0.9.1" if name == p else version(name))

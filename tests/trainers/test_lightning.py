@@ -17,8 +17,10 @@ import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 import snapstone as ss
+from roundtrip.bits import nested_equal
 from snapstone import _native
 from snapstone.errors import IncompatibleCheckpointError
 from snapstone.integrations import lightning as integration
@@ -343,6 +345,22 @@ def same(found: Any, expected: Any) -> bool:
     if isinstance(expected, list | tuple):
         return len(found) == len(expected) and all(map(same, found, expected))
     return bool(found == expected)
+
+
+def test_tensors_at_the_top_may_have_any_name(tmp_path: Path) -> None:
+    checkpoint = {name: torch.full((2,), float(at)) for at, name in enumerate(("lightning", "lightning'", "", "a.b"))}
+    checkpoint["a"] = {"b": torch.full((2,), 9.0)}
+    io = CheckpointIO(asynchronous=False)
+    io.save_checkpoint(checkpoint, tmp_path / "a.ckpt")
+    assert nested_equal(io.load_checkpoint(tmp_path / "a.ckpt"), checkpoint)
+
+
+def test_a_wrapper_around_the_plugin_is_an_error_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"AsyncCheckpointIO\(CheckpointIO\(\)\): give the Trainer"):
+        fitted(AsyncCheckpointIO(CheckpointIO()), every_step(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    fitted(AsyncCheckpointIO(), every_step(tmp_path))  # of Lightning's own plugin
+    assert next(tmp_path.glob("step=4*.ckpt")).is_file()
 
 
 def test_what_needs_pickle_loads_only_when_the_checkpoint_is_trusted(tmp_path: Path) -> None:

@@ -135,9 +135,28 @@ def _round_trip(rank: int, version: str, root: str) -> None:
         for path in (second, before):
             other.restore(dist_checkpointing.load(other.state(is_loading=True), path))
         assert _differing(other, wanted) == []
+        nameless, named = _directory(root, 21, rank), _directory(root, 22, rank)
+        dist_checkpointing.save(training.state(), nameless)
+        assert megatron.holds_checkpoint(nameless)
+        dist_checkpointing.save(training.state(), named, stock.TorchDistSaveShardedStrategy("torch_dist", 1))
+        assert not megatron.holds_checkpoint(named)
         if hasattr(serialization, "get_default_save_sharded_strategy") and version.startswith("0.16"):
             assert type(serialization.get_default_save_sharded_strategy()) is megatron.SaveStrategy
     assert [(module, dict(vars(module))) for module in (stock, serialization)] == names
+
+    # The same iteration saved by both, one after the other.
+    training.step()
+    wanted = training.digests()
+    dist_checkpointing.save(training.state(), before, saver)
+    other.restore(dist_checkpointing.load(other.state(is_loading=True), before, loader))
+    assert _differing(other, wanted) == []
+    with pytest.raises(BaseException, match=r"\.metadata|metadata"):
+        dist_checkpointing.load(other.state(is_loading=True), before, stock.TorchDistLoadShardedStrategy())
+    dist.barrier()
+    dist_checkpointing.save(training.state(), before, stock.TorchDistSaveShardedStrategy("torch_dist", 1))
+    with pytest.raises(CorruptCheckpointError, match="stock Megatron-core has saved beside"):
+        loader.load({}, before)
+    dist.barrier()
 
     # Part of it, removed.
     dist.barrier()

@@ -147,6 +147,20 @@ def test_a_stream_that_fails_leaves_what_was_there(tmp_path: Path, storage: Stor
     assert storage.ls(tmp_path) == ["file"]
 
 
+def test_every_directory_that_is_made_is_durable(tmp_path: Path, storage: Storage) -> None:
+    _native.fault_arm("fsync:999:errno=EIO")  # which counts
+    try:
+        storage.mkdir(tmp_path / "a" / "b" / "c")
+        assert _native.fault_seen("fsync") == 3
+        storage.mkdir(tmp_path / "a" / "b" / "c")
+        storage.mkdir(tmp_path / "a" / "d", recursive=False)
+        assert _native.fault_seen("fsync") == 4
+    finally:
+        _native.fault_disarm()
+    with pytest.raises(FileExistsError):
+        storage.mkdir(tmp_path / "a", recursive=False)
+
+
 def test_rename_keeps_to_the_table_of_its_contract(tmp_path: Path, storage: Storage) -> None:
     def fresh(name: str, kind: str) -> Path:
         path = tmp_path / name

@@ -173,3 +173,30 @@ def test_retention_counts_what_is_committed_and_an_old_one_goes_only_after_a_new
     assert list(path.glob("step-6/*.safetensors"))
     assert not [one.name for one in path.iterdir() if one.name.startswith(".")]
     assert [one.name for one in unfinished.iterdir()] == ["__0_0.distcp"]
+
+
+def test_a_rank_that_does_not_see_the_folder_never_begins_anew_beside_others(folder: Path, straight: Path) -> None:
+    """As on a file system that tells one machine late what another has made."""
+    shutil.copytree(straight / "step-2", folder / "outputs" / "unseen" / "step-2")
+    blind = {1: {"SNAPSTONE_TEST_ACTION": "see_no_folder"}}
+    with Job(folder, *flags(3, "unseen", **FULL), env_of_rank=blind) as job:
+        assert 0 not in job.wait()
+        assert "load_step=2 not found" in job.log(1)
+        assert "fresh start" not in job.log()
+
+
+def test_states_that_are_excluded_from_loading_stay_as_the_job_made_them(folder: Path, straight: Path) -> None:
+    """All but the model, by the names that torchtitan has, and by ours for the generators."""
+    shutil.copytree(straight / "step-6", folder / "outputs" / "apart" / "here" / "step-6")
+    names = "optimizer,lr_scheduler,dataloader,train_state,rng"
+    arguments = flags(1, "apart/here", exclude_from_loading=names, **FULL)
+    log = train(folder, *arguments, env={"SNAPSTONE_TEST_ACTION": "resave"})
+    assert "Training starts at step 1" in log
+    resaved, saved = contents(folder / "outputs" / "apart" / "resaved" / "step-0"), contents(straight / "step-6")
+    same = {name for name in saved if name in resaved} - set(differences(resaved, saved))
+    weights = {name for name in saved if name.startswith(("layers.", "tok_embeddings.", "norm.", "lm_head."))}
+    assert weights
+    assert weights <= same
+    moments = {name for name in saved if name.startswith("optimizer.") and name.endswith(("exp_avg", "exp_avg_sq"))}
+    assert moments
+    assert not moments & same

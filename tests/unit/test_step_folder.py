@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import snapstone
+from snapstone import _native
 from snapstone.integrations.step_folder import StepFolder
 
 
@@ -96,3 +97,68 @@ def test_a_checkpoint_of_the_engine_is_left_for_it_to_replace(tmp_path: Path) ->
     assert folder.newest() == 5
     folder.make_room("step-5", for_others=True)
     assert not (tmp_path / "step-5").exists()
+
+
+def test_a_run_never_begins_anew_over_checkpoints_that_are_all_damaged(tmp_path: Path) -> None:
+    folder = StepFolder(str(tmp_path))
+    for step in (1, 2):
+        save(tmp_path / f"step-{step}")
+        (tmp_path / f"step-{step}" / "rank-00000.data").write_bytes(b"short")
+    with pytest.raises(snapstone.CorruptCheckpointError, match=r"every checkpoint of .* is damaged.*step-2"):
+        folder.newest()
+
+
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    """The run would go on from an older one, and in time replace it."""
+    folder = StepFolder(str(tmp_path))
+    for step in (1, 2):
+        save(tmp_path / f"step-{step}")
+    _native.fault_arm("*:1:errno=EIO")
+    try:
+        with pytest.raises(OSError, match="Input/output error"):
+            folder.newest()
+    finally:
+        _native.fault_disarm()
+    assert folder.newest() == 2
+
+
+def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(tmp_path: Path) -> None:
+    folder = StepFolder(str(tmp_path))
+    for step in (1, 2, 9):
+        save(tmp_path / f"step-{step}")
+    (tmp_path / "step-9" / "rank-00000.data").write_bytes(b"short")
+    assert folder.newest() == 2
+    save(tmp_path / "step-3")
+    assert len(folder.prune(2, 3)) == 1
+    assert [step for step, _ in folder.committed()] == [2, 3, 9]
+    snapstone.save({"t": torch.ones(3)}, checkpoint_id=tmp_path / "step-9", dcp_marker=True, overwrite=True)
+    assert len(folder.prune(2, 9)) == 1
+    assert [step for step, _ in folder.committed()] == [3, 9], "it was saved again, and counts"
+
+
+def test_a_checkpoint_comes_back_in_the_place_of_half_an_export(tmp_path: Path) -> None:
+    """The job died while it wrote step-5 file by file for others."""
+    folder = StepFolder(str(tmp_path))
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "step-5", ignore_errors=True)
+        save(tmp_path / "step-5", 5.0)
+        folder.make_room("step-5", for_others=True)
+        (tmp_path / "step-5").mkdir()
+        (tmp_path / "step-5" / "model-00001.safetensors").write_bytes(b"part")
+        assert StepFolder(str(tmp_path)).newest() == 5
+        assert snapstone.verify(tmp_path / "step-5", level="full")
+    folder.make_room("step-5", for_others=True)
+    (tmp_path / "step-5").mkdir()
+    (tmp_path / "step-5" / "model-00001.safetensors").write_bytes(b"part")
+    folder.make_room("step-5", for_others=True)  # again, and nobody has looked for it in between
+    assert snapstone.verify(tmp_path / ".replaced-step-5", level="full")
+
+
+def test_names_that_are_not_the_trainers_are_nobodys_business(tmp_path: Path) -> None:
+    folder = StepFolder(str(tmp_path))
+    for name in ("step-1", "step-2", "step-0009"):
+        save(tmp_path / name)
+    assert folder.newest() == 2
+    assert len(folder.prune(1, 2)) == 1
+    assert [step for step, _ in folder.committed()] == [2]
+    assert (tmp_path / "step-0009").is_dir()

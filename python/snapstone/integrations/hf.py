@@ -44,7 +44,8 @@ def attach(target: Target, *, asynchronous: bool = True, **options: Any) -> Targ
         asynchronous: let a save return when the state has been copied. Its errors are raised by the next save, at the
             end of training, and by `snapstone.wait()`. With False a checkpoint is durable when its save returns, for
             callbacks that read it in `on_save`.
-        options: of `snapstone.save`: codec, allow_pickle, host_memory_budget, timeout.
+        options: of `snapstone.save`: codec, allow_pickle (resuming takes it too), host_memory_budget, timeout. For an
+            Accelerator, or a Trainer with FSDP, only timeout.
 
     Raises:
         UnsupportedVersionError: of transformers or accelerate.
@@ -60,6 +61,7 @@ def attach(target: Target, *, asynchronous: bool = True, **options: Any) -> Targ
         raise ValueError(f"{', '.join(unknown)}: not an option here; {', '.join(sorted(known))} are")
     SaveOptions.of(**options)
     if isinstance(target, Accelerator):
+        _refuse_for_dcp(options)
         from .hf_accelerator import AttachedAccelerator
 
         _attached[target] = AttachedAccelerator(target, asynchronous, options)
@@ -69,10 +71,17 @@ def attach(target: Target, *, asynchronous: bool = True, **options: Any) -> Targ
 
     if not isinstance(target, Trainer):
         raise TypeError(f"attach takes a transformers.Trainer or an accelerate.Accelerator, not {type(target)}")
+    if target.is_fsdp_enabled:
+        _refuse_for_dcp(options)
     from .hf_trainer import AttachedTrainer
 
     _attached[target] = AttachedTrainer(target, asynchronous, options)
     return target
+
+
+def _refuse_for_dcp(options: dict[str, Any]) -> None:
+    if unused := sorted(set(options) - {"timeout"}):
+        raise ValueError(f"{', '.join(unused)}: not an option here, where accelerate saves through DCP by a bare path")
 
 
 def detach(target: Target) -> Target:
@@ -83,15 +92,18 @@ def detach(target: Target) -> Target:
     return target
 
 
-def to_stock(checkpoint: str | os.PathLike[str]) -> str:
+def to_stock(checkpoint: str | os.PathLike[str], *, allow_pickle: bool = False) -> str:
     """Writes optimizer.pt into `checkpoint`, so that a Trainer without snapstone resumes from it. Returns its path.
+
+    Args:
+        allow_pickle: take values that only pickle can store, which can run code.
 
     Raises:
         CheckpointNotFoundError: it has no `optimizer` directory of the engine. CorruptCheckpointError: wrong bytes.
     """
     path = os.path.join(checkpoint, "optimizer.pt")
     with Checkpoint.open(os.path.join(checkpoint, "optimizer")) as opened:
-        state = opened.state_dict()["optimizer"]
+        state = opened.state_dict(allow_pickle=allow_pickle)["optimizer"]
     torch.save(state, path + ".new")
     with open(path + ".new", "rb") as file:
         os.fsync(file.fileno())

@@ -260,7 +260,8 @@ class AttachedTrainer:
                 self._stock["_load_optimizer_and_scheduler"](checkpoint)
             return
         with Checkpoint.open(path) as opened:
-            trainer.optimizer.load_state_dict(opened.state_dict()[_OPTIMIZER])
+            allowed = bool(self._options.get("allow_pickle"))
+            trainer.optimizer.load_state_dict(opened.state_dict(allow_pickle=allowed)[_OPTIMIZER])
         scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), map_location="cpu", weights_only=True)
         trainer.lr_scheduler.load_state_dict(scheduler)
 

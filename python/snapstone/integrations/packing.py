@@ -41,15 +41,16 @@ class Packed:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def pack(checkpoint: Mapping[str, Any], *, embed_bytes: int = 0) -> Packed:
+def pack(checkpoint: Mapping[str, Any], *, embed_bytes: int = 0, taken: Iterable[str] = ()) -> Packed:
     """
     Args:
+        taken: names that no tensor gets.
         embed_bytes: tensors of so many bytes at most are copied into the text, where they may differ from rank to rank.
 
     Raises:
         TypeError, ValueError: a value that cannot be pickled either, by its place.
     """
-    packing = _Packing(embed_bytes)
+    packing = _Packing(embed_bytes, frozenset(taken))
     packing.packed.text = json.dumps(packing.node(dict(checkpoint), ""))
     return packing.packed
 
@@ -71,8 +72,9 @@ def unpack(text: str, tensors: Mapping[str, torch.Tensor], *, weights_only: bool
 
 
 class _Packing:
-    def __init__(self, embed_bytes: int) -> None:
+    def __init__(self, embed_bytes: int, taken: frozenset[str]) -> None:
         self.embed_bytes = embed_bytes
+        self._taken = taken
         self.packed = Packed()
         self._open: set[int] = set()  # containers on the way down
 
@@ -128,7 +130,7 @@ class _Packing:
 
     def _put(self, tensor: torch.Tensor, place: str) -> str:
         name = place
-        while name in self.packed.tensors:
+        while name in self.packed.tensors or name in self._taken:
             name += "'"
         self.packed.tensors[name] = tensor
         return name

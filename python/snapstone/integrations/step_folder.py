@@ -1,7 +1,8 @@
 """The checkpoints of a run that a trainer keeps as step-N in one folder, whoever wrote them.
 
 What counts as a checkpoint here is finished: in the engine's format, which is there completely or not at all, or with
-the file that torch's own writers leave last. Whatever else has such a name neither counts nor is ever removed.
+the file that torch's own writers leave last. Whatever else has such a name neither counts nor is ever removed, and one
+that was found damaged does not count either.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import re
 import shutil
 import uuid
 
-from .. import Checkpoint, CheckpointError, manifest
+from .. import Checkpoint, manifest
+from ..errors import CorruptCheckpointError, IncompleteCheckpointError
 
 __all__ = ["StepFolder"]
 
-_STEP = re.compile(r"step-(\d+)", re.ASCII)
+_STEP = re.compile(r"step-(0|[1-9]\d*)", re.ASCII)
 _HF_MARK = "model.safetensors.index.json"
 _REPLACED = ".replaced-"
 _log = logging.getLogger("snapstone")
@@ -27,19 +29,32 @@ class StepFolder:
 
     def __init__(self, path: str) -> None:
         self.path = os.path.abspath(path)
+        self._damaged: dict[str, str] = {}  # path: what is wrong
 
     def newest(self) -> int:
         """The highest step from which a run can be resumed, -1 if there is none.
 
         Of checkpoints in the engine's format manifest, indexes and the sizes of all files are checked; one that is
         damaged is passed over, with a warning.
+
+        Raises:
+            CorruptCheckpointError: there are checkpoints, and all are damaged. A new run would replace them.
+            CheckpointError, OSError: one cannot be read at all now, by this version or from this place, which does not
+                say that it is damaged.
         """
-        self._put_back()
+        self.put_back()
+        self._damaged = {}
         for step, path in reversed(self.committed()):
             problem = _problem(path)
             if problem is None:
                 return step
             _log.warning("%s is passed over: %s", path, problem)
+            self._damaged[path] = problem
+        for path, problem in self._damaged.items():
+            raise CorruptCheckpointError(
+                f"every checkpoint of {self.path} is damaged; move them away to begin anew. The newest: {problem}",
+                path=path,
+            )
         return -1
 
     def committed(self) -> list[tuple[int, str]]:
@@ -48,7 +63,7 @@ class StepFolder:
         for name in self._names():
             match = _STEP.fullmatch(name)
             path = os.path.join(self.path, name)
-            if match and (_is_whole(path) or _is_stock(path)):
+            if match and _is_finished(path):
                 found.append((int(match.group(1)), path))
         return sorted(found)
 
@@ -58,10 +73,11 @@ class StepFolder:
         It stays until `settle`; `newest` puts it back where the save never came to its end. With `for_others`, who
         write file by file into a directory, a checkpoint of the engine's moves too.
         """
+        self.put_back()  # what was replaced in vain
         path, aside = os.path.join(self.path, name), os.path.join(self.path, _REPLACED + name)
         if os.path.islink(path) or not os.path.isdir(path) or (manifest.is_checkpoint(path) and not for_others):
             return
-        if os.path.lexists(aside):  # an earlier one that was replaced in vain
+        if os.path.lexists(aside):  # and what came in its place is no worse
             shutil.rmtree(aside)
         os.rename(path, aside)
 
@@ -74,7 +90,8 @@ class StepFolder:
         """Takes all but the `keep_latest` highest steps out of sight, each in one rename, once step `durable` is: what
         is left of them, for somebody to remove. What a crash leaves of that the engine's next save removes.
         """
-        old = self.committed()[:-keep_latest]
+        self._damaged.pop(os.path.join(self.path, f"step-{durable}"), None)
+        old = [(step, path) for step, path in self.committed() if path not in self._damaged][:-keep_latest]
         return [self._to_trash(os.path.basename(path)) for step, path in old if step != durable]
 
     def _names(self) -> list[str]:
@@ -88,15 +105,26 @@ class StepFolder:
         os.rename(os.path.join(self.path, name), trash)
         return trash
 
-    def _put_back(self) -> None:
+    def put_back(self) -> None:
+        """What `make_room` moved for a save that never came to its end gets its name again."""
         for name in self._names():
-            path = os.path.join(self.path, name.removeprefix(_REPLACED))
-            if name.startswith(_REPLACED) and not os.path.lexists(path):
-                os.rename(os.path.join(self.path, name), path)
+            aside, path = os.path.join(self.path, name), os.path.join(self.path, name.removeprefix(_REPLACED))
+            if not name.startswith(_REPLACED):
+                continue
+            if _is_finished(aside) and os.path.lexists(path) and not _is_finished(path):
+                self._to_trash(os.path.basename(path))  # the part of a save that wrote file by file
+            if not os.path.lexists(path):
+                os.rename(aside, path)
+            elif _is_whole(path):
+                self._to_trash(name)  # the save did come to its end, and the job died before `settle`
 
 
 def _is_whole(path: str) -> bool:
     return os.path.isfile(os.path.join(path, manifest.MANIFEST_NAME))
+
+
+def _is_finished(path: str) -> bool:
+    return _is_whole(path) or _is_stock(path)
 
 
 def _is_stock(path: str) -> bool:
@@ -110,7 +138,7 @@ def _is_stock(path: str) -> bool:
 
 
 def _problem(path: str) -> str | None:
-    """Why a checkpoint of the engine's cannot be loaded, as far as that can be told without reading its data."""
+    """What is damaged of a checkpoint of the engine's, as far as that can be told without reading its data."""
     if not _is_whole(path):
         return None
     try:
@@ -119,6 +147,6 @@ def _problem(path: str) -> str | None:
             nbytes = os.stat(os.path.join(path, entry.name)).st_size
             if nbytes != entry.nbytes:
                 return f"{entry.name} has {nbytes} bytes instead of {entry.nbytes}"
-    except (CheckpointError, OSError) as error:
+    except (CorruptCheckpointError, IncompleteCheckpointError, FileNotFoundError) as error:
         return str(error)
     return None

@@ -26,6 +26,7 @@ import snapstone as ss
 from .. import _native
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
 from ..run_directory import is_checkpoint
+from .directories import make_directories
 from .versions import require
 
 VERSION = require("torch-checkpointing", "0.1.1", "0.2")
@@ -106,10 +107,11 @@ class Storage(LocalFileSystemStorage):
         return [name for name in os.listdir(path) if not name.startswith((".staging-", ".trash-"))]
 
     def mkdir(self, path: Path, recursive: bool = True) -> None:
-        existed = os.path.isdir(path)
-        super().mkdir(path, recursive)
-        if not existed:
-            _native.sync_directory(_parent(path))
+        if recursive:
+            make_directories(path)
+            return
+        os.mkdir(path)
+        _native.sync_directory(_parent(path))
 
     def delete(self, path: Path) -> None:
         if is_checkpoint(os.fspath(path)):

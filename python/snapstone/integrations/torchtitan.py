@@ -143,6 +143,7 @@ class SnapstoneCheckpointManager(CheckpointManager):  # type: ignore[misc]
         self.steps = StepFolder(self.folder)
         self.save_future: Future[Any] | None = None
         self._handle: SaveHandle | None = None
+        self._begins_anew = False
         if config.rng != "off":
             self.states[RNG] = _Generators(config.rng)
         self.keep_latest_k = config.keep_latest_k
@@ -269,8 +270,21 @@ class SnapstoneCheckpointManager(CheckpointManager):  # type: ignore[misc]
 
     # Loading ----------------------------------------------------------------------------------------------------------
 
+    def _load(self, step: int = -1) -> bool:
+        """Rank 0 alone looks what is there. torchtitan asks every rank for the folder, and where the answers differ
+        some would begin anew.
+        """
+        found = self._find_load_step() if step == -1 else step
+        self._begins_anew = found == -1
+        try:
+            return bool(super()._load(found))
+        finally:
+            self._begins_anew = False
+
     def _find_load_step(self, folder: str = "") -> int:
-        """The step to resume from, as rank 0 sees it."""
+        """The step to resume from, as rank 0 sees it; an error there is one on every rank."""
+        if self._begins_anew:
+            return -1  # asked again, and only where the folder exists
         found, error = -1, None
         if self._leads:
             try:

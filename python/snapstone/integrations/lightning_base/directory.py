@@ -45,7 +45,7 @@ def optimizer_key(index: int) -> str:
 
 def packed_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What one process saves for all."""
-    packed = pack(checkpoint)
+    packed = pack(checkpoint, taken=(_PACKED,))
     return {**packed.tensors, _PACKED: packed.text}
 
 

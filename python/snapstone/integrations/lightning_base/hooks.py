@@ -79,8 +79,20 @@ class Hooks:
 
 
 def _saves_of(trainer: Any) -> Saves | None:
+    """
+    Raises:
+        TypeError: a plugin around the engine's, such as AsyncCheckpointIO, which would hide it from the rest of
+            Lightning, and end without waiting for its saves.
+    """
     strategy = trainer.strategy
-    found = getattr(strategy, "snapstone_saves", None) or getattr(strategy.checkpoint_io, "snapstone_saves", None)
+    outer = strategy.checkpoint_io
+    found = getattr(strategy, "snapstone_saves", None) or getattr(outer, "snapstone_saves", None)
+    inner = getattr(outer, "checkpoint_io", None)
+    while inner is not None and found is None:
+        if isinstance(getattr(inner, "snapstone_saves", None), Saves):
+            name = type(inner).__name__
+            raise TypeError(f"{type(outer).__name__}({name}()): give the Trainer plugins=[{name}()], without a wrapper")
+        inner = getattr(inner, "checkpoint_io", None)
     return found if isinstance(found, Saves) else None
 
 

@@ -16,7 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
 from ...errors import CorruptCheckpointError
-from .layout import engine_path
+from .layout import engine_path, retire_stock
 from .sharded import common_object
 
 __all__ = ["check_common", "keep_common", "metadata_of"]
@@ -25,8 +25,10 @@ _KEY = "megatron_common_sha256"
 
 
 def keep_common(sharded_state_dict: Mapping[str, Any], checkpoint_dir: str | os.PathLike[str]) -> str | None:
-    """Makes the file durable, and writes it where Megatron-core did not; its digest. For rank 0."""
+    """Makes the file durable, and writes it where Megatron-core did not; its digest. For rank 0. A stock checkpoint
+    in the directory ends here."""
     path = os.path.join(os.fspath(checkpoint_dir), COMMON_STATE_FNAME)
+    retire_stock(checkpoint_dir)
     common = common_object(sharded_state_dict)
     if common is not None:
         with open(path + ".tmp", "wb") as file:

@@ -7,6 +7,7 @@
 | core strategies.torch | `_get_filesystem_reader` | a reader for each of both formats |
 | core serialization | the same, which 0.19 imports | the same |
 | core serialization | `TorchDistLoadShardedStrategy` | LoadStrategy: of loads that name no strategy |
+| core serialization | `TorchDistSaveShardedStrategy` | makes SaveStrategy: of saves that name none |
 | core strategies.torch, 0.16 | `register_default_torch_strategies` | the engine's: of calls that name none |
 | training.checkpointing | `TorchDistSaveShardedStrategy`, `TorchDistLoadShardedStrategy` | the engine's |
 | training.checkpointing, 0.16 | `get_default_save_sharded_strategy`, `..._load_...` | functions that make them |
@@ -36,7 +37,7 @@ from ..patches import Patches
 from .calls import AsyncCallsQueue
 from .load_strategy import LoadStrategy, set_allow_pickle
 from .reader import engine_readers, get_filesystem_reader
-from .save_strategy import SaveStrategy, set_save_options
+from .save_strategy import DefaultSaveStrategy, SaveStrategy, set_save_options
 
 __all__ = ["install", "installed", "uninstall"]
 
@@ -118,6 +119,7 @@ def _install_core() -> None:
         _patches.set(serialization, "_get_filesystem_reader", get_filesystem_reader)
     if hasattr(serialization, "TorchDistLoadShardedStrategy"):
         _patches.set(serialization, "TorchDistLoadShardedStrategy", LoadStrategy)
+        _patches.set(serialization, "TorchDistSaveShardedStrategy", DefaultSaveStrategy)
         return
     _patches.set(torch_strategies, "register_default_torch_strategies", _register_strategies)
 

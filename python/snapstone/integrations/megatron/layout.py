@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import re
 
+from ...errors import CorruptCheckpointError
 from ...manifest import is_checkpoint
 
-__all__ = ["NAME", "engine_path", "holds_checkpoint", "step_of"]
+__all__ = ["NAME", "check_one_of_both", "engine_path", "holds_checkpoint", "retire_stock", "step_of"]
 
 NAME = "snapstone"
+_STOCK = ".metadata"  # without which nothing loads a stock checkpoint
 
 
 def engine_path(checkpoint_dir: str | os.PathLike[str]) -> str:
@@ -26,6 +28,27 @@ def engine_path(checkpoint_dir: str | os.PathLike[str]) -> str:
 def holds_checkpoint(checkpoint_dir: str | os.PathLike[str]) -> bool:
     """Whether the engine saved what is there; False for a stock checkpoint."""
     return is_checkpoint(engine_path(checkpoint_dir))
+
+
+def retire_stock(checkpoint_dir: str | os.PathLike[str]) -> None:
+    """Before the engine saves where a stock checkpoint stands: its tensors must never be read with what is now written
+    beside them.
+    """
+    path = os.path.join(os.fspath(checkpoint_dir), _STOCK)
+    if os.path.lexists(path):
+        os.replace(path, path + ".replaced")
+
+
+def check_one_of_both(checkpoint_dir: str | os.PathLike[str]) -> None:
+    """Raises CorruptCheckpointError where stock code has saved beside a checkpoint of the engine: nothing tells which
+    of both is wanted, and they share the files beside them.
+    """
+    if holds_checkpoint(checkpoint_dir) and os.path.lexists(os.path.join(os.fspath(checkpoint_dir), _STOCK)):
+        raise CorruptCheckpointError(
+            f"stock Megatron-core has saved beside {NAME}/: remove that and common.pt to keep the stock checkpoint, or "
+            f"{_STOCK} to keep the other",
+            path=checkpoint_dir,
+        )
 
 
 def step_of(checkpoint_dir: str | os.PathLike[str]) -> int | None:

@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 
 from ... import Checkpoint, save
 from .common import check_common
-from .layout import engine_path, holds_checkpoint
+from .layout import check_one_of_both, engine_path, holds_checkpoint
 from .reader import allowing_pickle, engine_readers
 from .sharded import OBJECTS
 
@@ -54,6 +54,7 @@ class LoadStrategy(TorchDistLoadShardedStrategy):  # type: ignore[misc]
     def load(
         self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
+        check_one_of_both(checkpoint_dir)
         if holds_checkpoint(checkpoint_dir):
             check_common(Checkpoint(engine_path(checkpoint_dir)).metadata, checkpoint_dir)
         with engine_readers(), allowing_pickle(self.allow_pickle):

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from ... import Checkpoint, dcp
 from ...errors import IncompatibleCheckpointError
 from ..patches import Patches
-from .layout import engine_path, holds_checkpoint
+from .layout import check_one_of_both, engine_path, holds_checkpoint
 from .sharded import OBJECTS
 
 __all__ = ["StorageReader", "allowing_pickle", "engine_readers", "get_filesystem_reader"]
@@ -75,6 +75,7 @@ def _checked(key: str, data: torch.Tensor, allow_pickle: bool) -> io.BytesIO:
 
 def get_filesystem_reader(checkpoint_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
     """In the place of Megatron-core's function of that name."""
+    check_one_of_both(checkpoint_dir)
     if holds_checkpoint(checkpoint_dir):
         return StorageReader(engine_path(checkpoint_dir), allow_pickle=_allow_pickle.get())
     return _stock(checkpoint_dir, *args, **kwargs)
