@@ -231,7 +231,7 @@ def test_the_next_step_waits_for_staging(tmp_path: Path) -> None:
             {"w": parameter}, checkpoint_id=tmp_path / str(number), fence=optimizer, host_memory_budget=8 * MIB
         )
         optimizer.step()  # at once: the hook must hold it
-        assert handle.staging_completion.done()
+        handle.staging_completion.result(10)  # told by another thread, a moment later
         handle.result(60)
         assert (ss.Checkpoint.open(tmp_path / str(number)).get_tensor("w") == -float(number)).all()
     assert len(optimizer._optimizer_step_pre_hooks) == 1  # one for all saves
