@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .disk_probes import BLOCK_BYTES, RUNGS, DiskProbe, Fio, OwnProbe, ProbeError, Rung
+from .disk_probes import BLOCK_BYTES, RUNGS, DiskProbe, Fio, OwnProbe, ProbeError, Rung, remove
 from .environment import environment, memory_available_bytes
 from .results import Document, Probe, new_document
 
@@ -68,7 +67,7 @@ def measure(
                 document["seconds"] = time.monotonic() - began
         document["complete"] = not document["problems"]
     finally:
-        shutil.rmtree(parent, ignore_errors=True)
+        remove(parent)
 
 
 def _check_room(directory: str, nbytes: int) -> None:
@@ -111,7 +110,7 @@ class _Contestant:
                 row["reason"] = str(error)
             return False
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            remove(place)
         return True
 
 
@@ -173,4 +172,4 @@ def _warm_up(contestants: Sequence[_Contestant], parent: str, source: Any, targe
         except (OSError, ProbeError):
             pass
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            remove(place)

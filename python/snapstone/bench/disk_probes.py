@@ -12,7 +12,9 @@ import itertools
 import json
 import mmap
 import os
+import queue
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -22,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-__all__ = ["BLOCK_BYTES", "RUNGS", "DiskProbe", "Fio", "OwnProbe", "ProbeError", "Rung", "drop_pages"]
+__all__ = ["BLOCK_BYTES", "RUNGS", "DiskProbe", "Fio", "OwnProbe", "ProbeError", "Rung", "drop_pages", "remove"]
 
 RUNGS = ("uring-fixed", "uring", "threads-direct", "buffered")  # best first
 BLOCK_BYTES = 1 << 20  # of one request: a chunk of a checkpoint, unless set otherwise
@@ -187,6 +189,8 @@ def _in_threads(file: int, slots: list[memoryview], blocks: int, move: Callable[
     """Moves every block once. The first error ends it, as does Ctrl-C; all threads have ended when this returns."""
     errors: list[OSError] = []
     order = itertools.count()  # next() of it is atomic
+    ended: list[memoryview] = []
+    told: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def work(slot: memoryview) -> None:
         while not errors and (block := next(order)) < blocks:
@@ -195,18 +199,25 @@ def _in_threads(file: int, slots: list[memoryview], blocks: int, move: Callable[
                     raise OSError(errno.EIO, f"a request moved {moved} bytes instead of {BLOCK_BYTES}")
             except OSError as error:
                 errors.append(error)
+        ended.append(slot)
+        told.put(None)
 
-    threads = [threading.Thread(target=work, args=(slot,)) for slot in slots]
+    started: list[memoryview] = []
+
+    # Not Thread.join: one that Ctrl-C interrupts takes the thread for ended (python/cpython#90882).
+    def wait() -> None:
+        while len(ended) < len(started):
+            told.get()
+
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with interrupts_held():
+            for slot in slots:
+                threading.Thread(target=work, args=(slot,), daemon=True).start()
+                started.append(slot)
+        wait()
     except BaseException:
         errors.append(OSError(errno.EINTR, "interrupted"))
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+        wait()
         raise
     if errors:
         raise errors[0]
@@ -273,3 +284,21 @@ def drop_pages(directory: str | os.PathLike[str]) -> None:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C comes after the block. Threads that are started in it leave the signal to the others."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def remove(directory: str) -> None:
+    """With all that is in it, as far as that works. Ctrl-C comes afterwards: amid shutil.rmtree it can turn into an
+    OSError of a descriptor that is closed twice.
+    """
+    with interrupts_held():
+        shutil.rmtree(directory, ignore_errors=True)
