@@ -90,7 +90,7 @@ def test_a_killed_rank_is_named_by_the_deadline(tmp_path: Path, when: str) -> No
 
 @pytest.mark.parametrize("store", ["launcher", "tcp"])
 @pytest.mark.parametrize(
-    "faults", ["fsync:2:kill", "fsync:5:kill", "renameat2:1:kill"], ids=["data", "manifest", "rename"]
+    "faults", ["fsync:1:kill", "fsync:4:kill", "renameat2:1:kill"], ids=["data", "manifest", "rename"]
 )
 def test_rank_0_killed_before_the_rename_is_named_and_nothing_is_visible(
     tmp_path: Path, faults: str, store: Store

@@ -83,8 +83,8 @@ FAULTS = {
     "sync of the data": (1, "fsync:1:errno=EIO", "EIO"),
     "sync of the index": (1, "fsync:2:errno=EIO", "EIO"),
     "sync of the directory": (2, "fsync:3:errno=EIO", "EIO"),
-    "rank 0 makes no staging directory": (0, "fsync:1:errno=EIO", "EIO"),
-    "rank 0 syncs no manifest": (0, "fsync:5:errno=EIO", "EIO"),
+    "rank 0 makes no staging directory": (0, "mkdir:1:errno=EIO", "EIO"),
+    "rank 0 syncs no manifest": (0, "fsync:4:errno=EIO", "EIO"),
     "rank 0 does not rename": (0, "renameat2:1:errno=EIO", "EIO"),
     "no space for the file": (2, "fallocate:1:errno=ENOSPC", "ENOSPC"),
     "no space for the file of rank 0": (0, "fallocate:1:errno=ENOSPC", "ENOSPC"),
@@ -254,7 +254,7 @@ def test_a_commit_that_outlasts_the_deadline_is_withdrawn_by_the_others(tmp_path
 
 
 def test_a_commit_that_is_done_at_the_deadline_is_a_success_on_every_rank(tmp_path: Path) -> None:
-    results = values(run_ranks(3, _slow, tmp_path, 0, "fsync:8:delay=3500", 1.0))
+    results = values(run_ranks(3, _slow, tmp_path, 0, "fsync:7:delay=3500", 1.0))
     assert [ended["error"] for ended in results] == [None, None, None]
     assert all(ended["seconds"] < 1.0 + LATE_S for ended in results[1:])
     for step in (1, 2, 3):
