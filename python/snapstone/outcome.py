@@ -106,12 +106,16 @@ class Outcome:
         not tell them why, or another rank has withdrawn it. `label`: the vote that this rank is to take part in.
         """
         staging = os.path.join(self.target.parent, f".staging-{self.save_id}")
-        if self.group.rank == 0 or not isinstance(failure, FileNotFoundError) or os.path.lexists(staging):
+        if self.group.rank == 0 or not isinstance(failure, FileNotFoundError):
+            return failure
+        if os.path.lexists(staging) and not str(failure.filename).startswith(staging):
             return failure
         lead = self.group.ranks[0]
         removed = RankFailedError(f"rank {lead} has removed the save's files", path=staging, failed_ranks=(lead,))
         try:
             self.channel.raise_if_failed(label, self.deadline)
+            if os.path.lexists(staging):
+                return failure
             why = self.withdrawal() or removed
         except RankFailedError as known:
             why = known
