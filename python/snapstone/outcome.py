@@ -109,18 +109,17 @@ class Outcome:
         staging = os.path.join(self.target.parent, f".staging-{self.save_id}")
         if self.group.rank == 0 or not isinstance(failure, FileNotFoundError):
             return failure
-        gone = not os.path.lexists(staging)
-        if not gone and not str(failure.filename).startswith(staging):
+        if os.path.lexists(staging) and not str(failure.filename).startswith(staging):
             return failure
         lead = self.group.ranks[0]
         removed = RankFailedError(f"rank {lead} has removed the save's files", path=staging, failed_ranks=(lead,))
         try:
             self.channel.raise_if_failed(label, self.deadline)
+            if os.path.lexists(staging):
+                return failure
             why = self.withdrawal() or removed
         except RankFailedError as known:
             why = known
-        if why is removed and not gone:
-            return failure
         why.__context__ = failure
         return why
 

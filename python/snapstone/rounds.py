@@ -139,6 +139,8 @@ class Rounds:
                     while (state := board.wait_for(k + 1, _WAIT_SECONDS)) == "timed out":
                         if self._deadline.expired:
                             return b""
+                        # Who left before it came to its board marked none.
+                        self._channel.raise_if_failed("rounds", self._deadline)
                 if state == "failed":
                     return b""
                 self._take(k)

@@ -47,6 +47,7 @@ def _ip(*arguments: str, check: bool = True) -> bool:
 
 def _remove() -> None:
     for rank in range(RANKS):
+        _ip("link", "del", f"{PREFIX}v{rank}", check=False)  # else it goes some time after its namespace
         _ip("netns", "del", f"{PREFIX}r{rank}", check=False)
     _ip("link", "del", f"{PREFIX}b", check=False)
 

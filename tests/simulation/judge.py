@@ -116,8 +116,9 @@ def _names(played: Played) -> None:
         (fault.kind, fault.rank) == ("stop", 0) and fault.seconds < math.inf for fault in fired
     )
     failed = {rank: ended for rank, ended in played.ended.items() if ended.error is not None}
+    in_time = any(fault.fired_s <= played.scenario.timeout_s for fault in fired)
     for rank, ended in failed.items():
-        if not at_fault and played.scenario.slow > 1:
+        if not in_time and played.scenario.slow > 1:
             continue  # too many slow messages in a row
         if rank in at_fault or _ran_out_of_time(played, ended):
             continue

@@ -194,6 +194,9 @@ INTERRUPTED_LOAD = Scenario(
 INTERRUPTED_LEAD = Scenario(
     1, 3, "save", "launcher", 2.0, 1e-4, 1.0, "auto", 1, 2, [Fault("interrupt", 0, "claim written/decision")]
 )
+MAPPED = Scenario(
+    1, 3, "load", "launcher", 2.0, 1e-4, 1.0, "scatter", 1, 2, [Fault("interrupt", 2, "set mapped/vote/2")]
+)
 STOPPED_LOAD = Scenario(
     1, 3, "load", "launcher", 1.0, 1e-4, 1.0, "scatter", 1, 2, [Fault("stop", 1, "post 1", FOREVER)]
 )
@@ -224,7 +227,7 @@ MUTATIONS: dict[str, Mutation] = {
     "who leaves tells nobody": Mutation(Channel, "abort", lambda _: _nothing, INTERRUPTED),
     "a lead that leaves announces nothing": Mutation(writer.Writer, "_tell", _aborts_only, INTERRUPTED_LEAD),
     "no vote rounds": Mutation(joint, "together", _without_label("rounds"), INTERRUPTED_LOAD),
-    "no failure on a board": Mutation(engine._Board, "fail", lambda _: _nothing, INTERRUPTED_LOAD),
+    "who waits on a board hears nothing else": Mutation(Channel, "raise_if_failed", lambda _: _nothing, MAPPED),
     "no deadline of a board": Mutation(engine._Board, "wait_for", _waits_on, STOPPED_LOAD),
     "no vote gathered": Mutation(opening, "together", _without_label("gathered")),
     "no vote sent-0": Mutation(joint, "together", _without_label("sent-0")),
