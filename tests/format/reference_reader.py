@@ -22,8 +22,7 @@ from format.reference_values import FormatError, check
 
 MAJOR = 1
 PAGE = 4096
-PACK_ALIGNMENT = 64
-PACK_BELOW = 64 << 10
+PACK_ALIGNMENT, PACK_BELOW = 64, 64 << 10
 CHUNK_BYTES_MAX = 64 << 20
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 HEX128 = re.compile(r"[0-9a-f]{32}")
@@ -98,9 +97,8 @@ def read(path: str | Path) -> Contents:
     for rank, writer in enumerate(manifest["writers"]):
         check(writer["rank"] == rank, "writers are not in the order of their ranks")
         header, table = read_index(root, manifest, writer)
-        chunks = read_chunks(writer, header, table, files)
         shared_used.update(header["files"][len(writer["data"]) :])
-        chunks = chunks[: len(chunks) - header.get("references", 0)]
+        chunks = read_chunks(writer, header, table, files)[: len(table) - header.get("references", 0)]
         contents.chunks += len(chunks)
         used = [np.zeros(len(chunk), bool) for chunk in chunks]
         for row in header["tensors"]:
@@ -128,8 +126,7 @@ def read_file(root: Path, entry: dict[str, Any]) -> bytes:
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    data = (root / "MANIFEST.json").read_bytes()
-    line = (root / "MANIFEST.xxh128").read_bytes()
+    data, line = ((root / name).read_bytes() for name in ("MANIFEST.json", "MANIFEST.xxh128"))
     check(line == f"{xxh128(data)}  MANIFEST.json\n".encode(), "MANIFEST.xxh128 is not the digest of MANIFEST.json")
     manifest: dict[str, Any] = load_json(data)
     version = re.fullmatch(r"([0-9]{1,6})\.[0-9]{1,6}", manifest["format_version"])

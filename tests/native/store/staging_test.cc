@@ -229,6 +229,13 @@ TEST_F(StagingTest, discard_removes_everything_of_the_save) {
   staging.discard();
 }
 
+TEST_F(StagingTest, discard_removes_what_a_writer_adds_meanwhile) {
+  Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
+  const ArmedFaults faults("rmdir:1:errno=ENOTEMPTY");
+  staging.discard();
+  EXPECT_EQ(names(), std::vector<std::string>{});
+}
+
 // Steps 5 to 8: each check arms the call that comes next, and counts those that came before.
 TEST_F(StagingTest, everything_is_synced_before_the_commit_point) {
   Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
