@@ -9,6 +9,7 @@ engine: nothing of the engine calls these.
 
 from __future__ import annotations
 
+import atexit
 import bisect
 import ctypes
 import threading
@@ -98,6 +99,14 @@ def _delete(managed: Any) -> None:
         if _users[block.address] == 0:
             del _users[block.address]
             block.free()
+
+
+@atexit.register
+def _forget() -> None:
+    """A tensor that outlives this module, such as one in the traceback of a failed test, calls no Python any more."""
+    for managed, *_ in _living.values():
+        managed.deleter = _Deleter()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(managed))
 
 
 def _block_at(address: int) -> _Block:

@@ -67,6 +67,10 @@ def run(program: str, path: Path, **variables: str) -> None:
     assert "violation" not in done.stderr
 
 
+def test_a_tensor_that_outlives_everything_ends_with_its_process(tmp_path: Path) -> None:
+    run(ON_THE_FAKE.format(engine="") + "sys.unraisablehook = lambda hook: state\n", tmp_path / "saved")
+
+
 def test_without_a_driver_torch_takes_tensors_to_the_host_and_back(tmp_path: Path) -> None:
     program = """
 assert "supports CUDA 11.4" in stats["cuda_unused"], stats

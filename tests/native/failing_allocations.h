@@ -50,23 +50,28 @@ class FailingAllocation {
 
 using snapstone::testing::FailingAllocation;
 
-void* operator new(std::size_t nbytes) { return FailingAllocation::allocate_or_throw(nbytes); }
-void* operator new[](std::size_t nbytes) { return FailingAllocation::allocate_or_throw(nbytes); }
-void* operator new(std::size_t nbytes, std::align_val_t alignment) {
+// Not inline: GCC would see malloc() where it expects operator new, and warn.
+[[gnu::noinline]] void* operator new(std::size_t nbytes) { return FailingAllocation::allocate_or_throw(nbytes); }
+[[gnu::noinline]] void* operator new[](std::size_t nbytes) { return FailingAllocation::allocate_or_throw(nbytes); }
+[[gnu::noinline]] void* operator new(std::size_t nbytes, std::align_val_t alignment) {
   return FailingAllocation::allocate_or_throw(nbytes, static_cast<std::size_t>(alignment));
 }
-void* operator new[](std::size_t nbytes, std::align_val_t alignment) {
+[[gnu::noinline]] void* operator new[](std::size_t nbytes, std::align_val_t alignment) {
   return FailingAllocation::allocate_or_throw(nbytes, static_cast<std::size_t>(alignment));
 }
-void* operator new(std::size_t nbytes, const std::nothrow_t&) noexcept { return FailingAllocation::allocate(nbytes); }
-void* operator new[](std::size_t nbytes, const std::nothrow_t&) noexcept { return FailingAllocation::allocate(nbytes); }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete[](void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
-void operator delete[](void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+[[gnu::noinline]] void* operator new(std::size_t nbytes, const std::nothrow_t&) noexcept {
+  return FailingAllocation::allocate(nbytes);
+}
+[[gnu::noinline]] void* operator new[](std::size_t nbytes, const std::nothrow_t&) noexcept {
+  return FailingAllocation::allocate(nbytes);
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete[](void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete[](void* memory, std::align_val_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete[](void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
