@@ -96,7 +96,7 @@ def load(
     return operation.checkpoint()
 
 
-_VOTES = (*opening.VOTES, "plan", "read", "fill")  # of one load, in this order
+_VOTES = (*opening.VOTES, "plan", FIRST_VOTE, "read", "fill")  # of one load, in this order
 
 
 class _Load:

@@ -144,7 +144,8 @@ def _ran_out_of_time(played: Played, ended: Ended) -> bool:
     faults = [fault for fault in faults if fault.kind != "leave"]
     if any(fault.kind not in SLOW or fault.seconds == math.inf for fault in faults):
         return type(ended.error) is CheckpointError and ended.ended_s - ended.begun_s >= played.scenario.timeout_s
-    late = isinstance(ended.error, RankFailedError) or "took longer than" in str(ended.error)
+    told = ("took longer than", "did not end within")
+    late = isinstance(ended.error, RankFailedError) or any(words in str(ended.error) for words in told)
     return late and bool(faults)
 
 
