@@ -8,29 +8,27 @@ NATIVE_SOURCES = $$(find csrc tests/native tests/cuda -name '*.h' -o -name '*.cc
 PYTEST_ARGS ?=
 SECONDS ?= 60
 FUZZ_ARGS ?=
-
-.PHONY: help setup build test test-native test-integrations sanitize fuzz demo bench readme-bench readme-table lint format stubs docs clean crash sweep kill soak mutate proof crash-ranks
 MUTATE_ARGS ?=
 PROOF_ARGS ?=
 SOAK_ARGS ?=
 MINUTES ?= 30
+SEEDS ?= 100000
+FIRST ?= 0
 
+.PHONY: help setup build test test-native test-integrations sanitize fuzz sweep kill crash crash-ranks soak mutate proof \
+  demo bench readme-bench readme-table lint format stubs docs clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 22
 
 setup:  ## .venv/ with pinned packages and the extension built; does only what is out of date
 	@tools/setup.sh
 
 build: setup  ## the same: the extension, rebuilt where csrc changed
 
-test: setup  ## native tests, then the whole Python suite (about twenty minutes on 2 cores; stopped when it hangs)
+test: setup  ## native tests, then the whole Python suite (half an hour on 2 cores; stopped when it hangs)
 	@tools/native_tests.sh
 	@timeout --signal=INT --kill-after=30 4500 $(PYTHON_BIN)/python -m pytest $(PYTEST_ARGS)
-
-sweep: setup  ## every call of saves and loads fails with every error that it can give, for ever as well as once
-	@SNAPSTONE_SWEEP=long $(PYTHON_BIN)/python -m pytest $(PYTEST_ARGS) -k 'one_failing_call or every_error' \
-	  tests/durability tests/distributed/test_sweep.py
 
 test-native: setup  ## native tests alone
 	@tools/native_tests.sh
@@ -40,24 +38,30 @@ test-integrations: setup  ## trainers in their real packages, in .venv-integrati
 	@SNAPSTONE_TEST_TRAINERS=1 timeout --signal=INT --kill-after=30 2400 .venv-integrations/bin/python -m pytest tests/trainers \
 	  $(PYTEST_ARGS)
 
-crash-ranks: setup  ## every cut of real links, 100,000 histories of simulated ranks (SEEDS=N FIRST=N OUT=FILE)
-	@SNAPSTONE_TEST_CUTS=all $(PYTHON_BIN)/python -m pytest tests/distributed/test_cut_links.py $(PYTEST_ARGS)
-	@PYTHONPATH=tests:$${PYTHONPATH:-} $(PYTHON_BIN)/python -m simulation --seeds $(or $(SEEDS),100000) --first $(or $(FIRST),0) \
-	  $(if $(OUT),--out $(OUT))
-
 sanitize: setup  ## native tests under ASan and UBSan, then under TSan
 	@tools/native_tests.sh address,undefined
 	@tools/native_tests.sh thread
 
 fuzz: setup  ## every fuzz target for its share of SECONDS=60; with clang the native ones too, with atheris by coverage
 	@PATH="$$PWD/$(PYTHON_BIN):$$PATH" $(PYTHON_BIN)/python tools/fuzz.py --seconds $(SECONDS) $(FUZZ_ARGS)
-crash: setup  ## a million states that a crash may leave, judged, and real power cuts; stored in benchmarks/results
-	@PYTHONPATH=tests:benchmarks $(PYTHON_BIN)/python -m crash explore --states 1000000 --json benchmarks/results
-	@SNAPSTONE_CRASH_ROUNDS=100 $(PYTHON_BIN)/python -m pytest tests/crash/test_power_cuts.py --timeout 3600 $(PYTEST_ARGS)
+
+sweep: setup  ## every call of saves and loads fails with every error that it can give, for ever as well as once
+	@SNAPSTONE_SWEEP=long $(PYTHON_BIN)/python -m pytest $(PYTEST_ARGS) -k 'one_failing_call or every_error' \
+	  tests/durability tests/distributed/test_sweep.py
+
 kill: setup  ## SIGKILL before every function, line and system call of saves, on each rank of 1, 2 and 4; long
 	@SNAPSTONE_TEST_KILLS=all $(PYTHON_BIN)/python -m pytest tests/durability/test_kill.py \
 	  tests/durability/test_kill_python.py tests/durability/test_compaction_faults.py \
 	  tests/durability/test_outside_judge.py tests/distributed/test_killed_ranks.py $(PYTEST_ARGS)
+
+crash: setup  ## a million states that a crash may leave, judged, and real power cuts; stored in benchmarks/results
+	@PYTHONPATH=tests:benchmarks $(PYTHON_BIN)/python -m crash explore --states 1000000 --json benchmarks/results
+	@SNAPSTONE_CRASH_ROUNDS=100 $(PYTHON_BIN)/python -m pytest tests/crash/test_power_cuts.py --timeout 3600 $(PYTEST_ARGS)
+
+crash-ranks: setup  ## every cut of real links, SEEDS=100000 histories of simulated ranks (OUT=FILE)
+	@SNAPSTONE_TEST_CUTS=all $(PYTHON_BIN)/python -m pytest tests/distributed/test_cut_links.py $(PYTEST_ARGS)
+	@PYTHONPATH=tests:$${PYTHONPATH:-} $(PYTHON_BIN)/python -m simulation --seeds $(SEEDS) --first $(FIRST) \
+	  $(if $(OUT),--out $(OUT))
 
 soak: setup  ## train, save, kill, prune, compact and resume for MINUTES (30); writes dated JSON to benchmarks/results
 	@$(PYTHON_BIN)/python tests/soak/run.py --minutes $(MINUTES) $(SOAK_ARGS)

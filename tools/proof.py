@@ -1,7 +1,8 @@
 """Runs every test that docs/guarantees.md names, and writes what came out at the end of that page: `make proof`.
 
 `--missing` runs only those of which the page has no counts yet, `--recorded` none: both keep the other counts. The page
-is written after each file of tests, so that a run that was stopped goes on with `--missing`. With the
+is written after each file of tests, so that a run that was stopped goes on with `--missing`. `--report` takes the
+counts of Python tests from a run of all (`make test PYTEST_ARGS="--junitxml FILE -o junit_family=xunit1"`). With the
 counts stand the newest documents of benchmarks/results of the long forms: states, seeds, kills, executions, mutants.
 """
 
@@ -96,6 +97,11 @@ def _run_python(names: Sequence[str], _: Path, scratch: Path) -> dict[str, Count
     report = scratch / "python.xml"
     command = [sys.executable, "-m", "pytest", "-q", "--junitxml", str(report), "-o", "junit_family=xunit1", *names]
     subprocess.run(command, cwd=ROOT, check=False)
+    return counts_of(report, names)
+
+
+def counts_of(report: Path, names: Iterable[str]) -> dict[str, Count]:
+    """Of Python tests, from what pytest wrote with --junitxml."""
     cases: dict[str, list[str]] = {name: [] for name in names}
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('file')}::{(case.get('name') or '').partition('[')[0]}"
@@ -180,6 +186,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("tests", nargs="*", help="patterns of names, as 'tests/unit/*' (default: all)")
     parser.add_argument("--missing", action="store_true", help="run only tests that have no counts yet")
     parser.add_argument("--recorded", action="store_true", help="run no tests; documents of benchmarks/results alone")
+    parser.add_argument("--report", type=Path, help="Python tests are those of this file; native ones are run")
     parser.add_argument(
         "--native", type=Path, default=ROOT / "build/native/tests/native", help="where test programs are"
     )
@@ -193,6 +200,9 @@ def main(arguments: Sequence[str]) -> int:
     wanted = [name for name in named if not given.recorded and not (given.missing and name in counts)]
     if given.tests:
         wanted = [name for name in wanted if any(fnmatch.fnmatch(name, pattern) for pattern in given.tests)]
+    if given.report is not None:
+        counts |= counts_of(given.report, [name for name in wanted if name.partition("::")[0].endswith(".py")])
+        wanted = [name for name in wanted if not name.partition("::")[0].endswith(".py")]
     for more in itertools.chain([{}], run(wanted, given.native)):
         counts |= more
         PAGE.write_text(page.partition(TITLE)[0].rstrip() + "\n\n" + section(named, counts, recorded_runs()))

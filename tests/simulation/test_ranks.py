@@ -13,6 +13,7 @@ from simulation.mutations import MUTATIONS, mutated
 
 SEEDS = 2000
 BATCH = 250
+FOUND = (15125, 26058)  # by long runs, once
 SEARCHED = 80  # seeds in which a missing rule must show
 
 
@@ -29,6 +30,11 @@ def test_every_history_has_one_outcome_by_its_deadline_and_names_who_was_at_faul
     assert found["ends"]["success"] > BATCH / 5
     assert found["ends"]["RankFailedError"] > BATCH / 5
     assert found["operations"].keys() == {"save", "overwrite", "delta", "load"}
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_what_a_long_run_found(seed: int) -> None:
+    assert play(seed).problems == []
 
 
 def test_a_seed_replays_event_by_event() -> None:
