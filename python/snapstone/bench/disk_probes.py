@@ -140,18 +140,18 @@ class OwnProbe(DiskProbe):
 
     def _transfer(self, directory: str, flags: int, move: Callable[[int, memoryview, int], int]) -> float:
         flags |= os.O_CLOEXEC | (0 if self.rung == "buffered" else os.O_DIRECT)
-        with _slots(min(self._depth(), self.nbytes // BLOCK_BYTES)) as slots:
-            begin = time.monotonic()
-            file = os.open(os.path.join(directory, "probe.data"), flags, 0o600)
-            try:
-                if flags & os.O_WRONLY and self.rung != "buffered":
-                    _allocate(file, self.nbytes)
-                _in_threads(file, slots, self.nbytes // BLOCK_BYTES, move)
-                if flags & os.O_WRONLY:
-                    os.fsync(file)
-            finally:
-                os.close(file)
-            return time.monotonic() - begin
+        slots = _slots(min(self._depth(), self.nbytes // BLOCK_BYTES))
+        begin = time.monotonic()
+        file = os.open(os.path.join(directory, "probe.data"), flags, 0o600)
+        try:
+            if flags & os.O_WRONLY and self.rung != "buffered":
+                _allocate(file, self.nbytes)
+            _in_threads(file, slots, self.nbytes // BLOCK_BYTES, move)
+            if flags & os.O_WRONLY:
+                os.fsync(file)
+        finally:
+            os.close(file)
+        return time.monotonic() - begin
 
     def _depth(self) -> int:
         from .. import _native
@@ -159,21 +159,15 @@ class OwnProbe(DiskProbe):
         return _native.QUEUE_DEPTH
 
 
-@contextmanager
-def _slots(count: int) -> Iterator[list[memoryview]]:
-    """Page-aligned, full of random bytes, and touched."""
-    with mmap.mmap(-1, count * BLOCK_BYTES) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        noise = os.urandom(BLOCK_BYTES)
-        for slot in range(count):
-            memory[slot * BLOCK_BYTES : (slot + 1) * BLOCK_BYTES] = noise[slot:] + noise[:slot]
-        view = memoryview(memory)
-        slots = [view[slot * BLOCK_BYTES : (slot + 1) * BLOCK_BYTES] for slot in range(count)]
-        try:
-            yield slots
-        finally:
-            for part in (*slots, view):
-                part.release()
+def _slots(count: int) -> list[memoryview]:
+    """Page-aligned, full of random bytes, and touched. The memory goes with the last of them."""
+    memory = mmap.mmap(-1, count * BLOCK_BYTES)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    noise = os.urandom(BLOCK_BYTES)
+    for slot in range(count):
+        memory[slot * BLOCK_BYTES : (slot + 1) * BLOCK_BYTES] = noise[slot:] + noise[:slot]
+    view = memoryview(memory)
+    return [view[slot * BLOCK_BYTES : (slot + 1) * BLOCK_BYTES] for slot in range(count)]
 
 
 def _allocate(file: int, nbytes: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
+import threading
 import traceback
 from typing import Any, NoReturn
 
@@ -88,10 +90,23 @@ def _interrupt(signal_number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _unraisable(unraisable: Any) -> None:
+    """What is raised in a finalizer, or in a callback of a weak reference as imports have them, Python drops: Ctrl-C
+    that came just then comes again.
+    """
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        again = threading.Timer(0.02, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def main() -> NoReturn:
     """The console entry point."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+        sys.unraisablehook = _unraisable
     # An undecodable or unencodable character must not end a listing; names are escaped, so this concerns paths.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

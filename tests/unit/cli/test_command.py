@@ -160,6 +160,32 @@ def test_ctrl_c_while_torch_starts_is_an_interruption(saved_run: Path) -> None:
         assert (process.returncode, errors) == (130, "snapstone: interrupted\n"), number
 
 
+IN_A_FINALIZER = """
+import os, signal, sys
+from snapstone.cli import app
+
+class Interrupting:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+held = [Interrupting()]
+sys.addaudithook(lambda event, args: held.clear() if event == "import" and args[0] == "torch" else None)
+app.main()
+"""
+
+
+def test_ctrl_c_amid_a_finalizer_is_not_lost(saved_run: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", IN_A_FINALIZER, "verify", str(saved_run)],
+        capture_output=True,
+        text=True,
+        env=environment(SNAPSTONE_IO="buffered", SNAPSTONE_FAULT="pread:1+:delay=1200"),
+        timeout=60,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (130, "snapstone: interrupted\n")
+
+
 def has_open(pid: int, path: Path) -> bool:
     try:
         return any(os.readlink(entry.path) == str(path) for entry in os.scandir(f"/proc/{pid}/fd"))
