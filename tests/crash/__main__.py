@@ -1,4 +1,4 @@
-"""`python -m crash explore [--states N] [--seed S] [--json DIRECTORY]`: crash states by the million.
+"""`python -m crash explore [--states N] [--seed S] [--json DIRECTORY] [--go-on]`: crash states by the million.
 `python -m crash replay RECORDING CUT:STATE [--keep DIRECTORY]`: one state again, from the text that a failure printed.
 """
 
@@ -25,10 +25,18 @@ RECOVER_EVERY = 40
 DRAWS = 100  # at each cut of one recording
 
 
-def explore(states: int, seed: int, directory: Path | None, command: list[str]) -> int:
-    """Rounds over all scenarios, each recorded anew and with other seeds, until so many states have been judged."""
+def explore(states: int, seed: int, directory: Path | None, command: list[str], go_on: Path | None = None) -> int:
+    """Rounds over all scenarios, each recorded anew and with other seeds, until so many states have been judged.
+
+    `go_on`: the document of an earlier run, whose rounds count.
+    """
     total, rounds, begin = Found(), 0, time.monotonic()
     of_scenario = {scenario.name: Found() for scenario in SCENARIOS}
+    if go_on is not None:
+        before = json.loads(go_on.read_text())
+        total, seed, rounds = Found(**before["total"]), before["seed"], before["rounds"] + 1
+        of_scenario |= {name: Found(**found) for name, found in before["scenarios"].items()}
+        begin -= before["seconds"]
     while total.states + total.recovery_states < states and not total.violations:
         for scenario in SCENARIOS:
             with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as scratch:
@@ -96,6 +104,7 @@ def main() -> int:
     exploring.add_argument("--states", type=int, default=1_000_000)
     exploring.add_argument("--seed", type=int, default=1)
     exploring.add_argument("--json", type=Path)
+    exploring.add_argument("--go-on", type=Path, help="a document that `--json` wrote: its rounds are not repeated")
     replaying = verbs.add_parser("replay")
     replaying.add_argument("recording", type=Path)
     replaying.add_argument("state")
@@ -104,7 +113,7 @@ def main() -> int:
     if arguments.verb == "replay":
         return replay(arguments.recording, arguments.state, arguments.keep)
     command = ["make crash", f"# --states {arguments.states} --seed {arguments.seed}"]
-    return explore(arguments.states, arguments.seed, arguments.json, command)
+    return explore(arguments.states, arguments.seed, arguments.json, command, arguments.go_on)
 
 
 if __name__ == "__main__":
