@@ -2,8 +2,8 @@
 
 `--missing` runs only those of which the page has no counts yet, `--recorded` none: both keep the other counts. The page
 is written after each file of tests, so that a run that was stopped goes on with `--missing`. `--report` takes the
-counts of Python tests from a run of all (`make test PYTEST_ARGS="--junitxml FILE -o junit_family=xunit1"`). With the
-counts stand the newest documents of benchmarks/results of the long forms: states, seeds, kills, executions, mutants.
+counts of Python tests from a run of all (`make test PYTEST_ARGS="--junitxml=FILE"`). With the counts stand the newest
+documents of benchmarks/results of the long forms: states, seeds, kills, executions, mutants.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SECONDS_PER_TEST = 900
 
 # Of each kind of document what is worth a word: (key, or keys one inside the other; what it counts).
 KINDS: dict[str, tuple[tuple[str, str], ...]] = {
-    "crash": (("states", "states after a crash"), ("total.cuts", "cuts"), ("rounds", "power cuts")),
-    "ranks": (("seeds", "histories"),),
+    "crash": (("states", "states after a crash"), ("total.cuts", "cuts"), ("total.violations", "violations")),
+    "ranks": (("seeds", "histories"), ("failed", "that broke a rule")),
     "fuzz": (("executions", "executions"),),
     "soak": (("counts.lives", "lives"), ("counts.kills", "kills"), ("counts.checkpoints checked", "checkpoints read")),
     "kill": (("kills", "kills"),),
@@ -95,7 +95,7 @@ def run(names: Iterable[str], native: Path) -> Iterator[dict[str, Count]]:
 
 def _run_python(names: Sequence[str], _: Path, scratch: Path) -> dict[str, Count]:
     report = scratch / "python.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "--junitxml", str(report), "-o", "junit_family=xunit1", *names]
+    command = [sys.executable, "-m", "pytest", "-q", "--junitxml", str(report), *names]
     subprocess.run(command, cwd=ROOT, check=False)
     return counts_of(report, names)
 
@@ -104,7 +104,10 @@ def counts_of(report: Path, names: Iterable[str]) -> dict[str, Count]:
     """Of Python tests, from what pytest wrote with --junitxml."""
     cases: dict[str, list[str]] = {name: [] for name in names}
     for case in ElementTree.parse(report).iter("testcase"):
-        name = f"{case.get('file')}::{(case.get('name') or '').partition('[')[0]}"
+        *folders, last = (case.get("classname") or "").split(".")
+        of_class = last[:1].isupper()  # of hypothesis, a machine of states
+        path = "/".join(folders if of_class else [*folders, last])
+        name = f"{path}.py::{last if of_class else (case.get('name') or '').partition('[')[0]}"
         if name in cases:
             cases[name].append(_outcome(case))
     return {name: _count(outcomes) for name, outcomes in cases.items()}
@@ -161,6 +164,8 @@ def _inside(document: dict[str, Any], keys: str) -> int | float | None:
     value: Any = document
     for key in keys.split("."):
         value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, list | dict):
+        return len(value)
     return value if isinstance(value, int | float) else None
 
 

@@ -22,46 +22,12 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from cuda import dlpack
 from cuda.fake_driver import FakeDriver
 
 __all__ = ["FakeStream", "install", "patch"]
 
 _CUDA = "CUDA"
-_DLPACK_CUDA = 2
-_DLPACK_INTEGER = 0
-_DLPACK_COMPLEX = 5
-
-
-class _DlpackDevice(ctypes.Structure):
-    _fields_ = (("kind", ctypes.c_int), ("ordinal", ctypes.c_int))
-
-
-class _DlpackType(ctypes.Structure):
-    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
-
-
-class _DlpackTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device", _DlpackDevice),
-        ("dimensions", ctypes.c_int),
-        ("dtype", _DlpackType),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class _Managed(ctypes.Structure):
-    """https://dmlc.github.io/dlpack/latest/c_api.html"""
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
-_Managed._fields_ = (("tensor", _DlpackTensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
-
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
 class _Block:
@@ -89,7 +55,7 @@ _living: dict[int, tuple[Any, ...]] = {}
 _number = 0
 
 
-@_Deleter
+@dlpack.Deleter
 def _delete(managed: Any) -> None:
     with _lock:
         *_, block = _living.pop(managed.contents.context)
@@ -105,7 +71,7 @@ def _delete(managed: Any) -> None:
 def _forget() -> None:
     """A tensor that outlives this module, such as one in the traceback of a failed test, calls no Python any more."""
     for managed, *_ in _living.values():
-        managed.deleter = _Deleter()
+        managed.deleter = dlpack.Deleter()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(managed))
 
 
@@ -118,14 +84,20 @@ def _tensor(block: _Block | None, address: int, dtype: torch.dtype, shape: Any, 
     """A tensor over memory of the block, as torch makes one from DLPack."""
     global _number
     shape, strides = list(shape), list(strides)
-    code, bits = (_DLPACK_INTEGER, 8 * dtype.itemsize) if dtype.itemsize <= 8 else (_DLPACK_COMPLEX, 128)
+    code, bits = (dlpack.INTEGER, 8 * dtype.itemsize) if dtype.itemsize <= 8 else (dlpack.COMPLEX, 128)
     sizes = (ctypes.c_int64 * max(len(shape), 1))(*shape)
     steps = (ctypes.c_int64 * max(len(shape), 1))(*strides)
     with _lock:
         _number += 1
-        managed = _Managed(
-            _DlpackTensor(
-                address, _DlpackDevice(_DLPACK_CUDA, ordinal), len(shape), _DlpackType(code, bits, 1), sizes, steps, 0
+        managed = dlpack.Managed(
+            dlpack.Tensor(
+                address,
+                dlpack.Device(dlpack.CUDA, ordinal),
+                len(shape),
+                dlpack.DataType(code, bits, 1),
+                sizes,
+                steps,
+                0,
             ),
             _number,
             _delete,
@@ -133,7 +105,7 @@ def _tensor(block: _Block | None, address: int, dtype: torch.dtype, shape: Any, 
         _living[_number] = (managed, sizes, steps, block)
         if block is not None:
             _users[block.address] = _users.get(block.address, 0) + 1
-    made = torch._C._from_dlpack(_new_capsule(ctypes.addressof(managed), b"dltensor", None))  # type: ignore[attr-defined]
+    made = torch._C._from_dlpack(dlpack.new_capsule(ctypes.addressof(managed), b"dltensor", None))  # type: ignore[attr-defined]
     return made if made.dtype == dtype else made.view(dtype)
 
 
