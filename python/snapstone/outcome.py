@@ -16,7 +16,9 @@ from .target import Target
 
 __all__ = ["Outcome"]
 
-_WITHDRAWN_BY = "WITHDRAWN"  # in what is left of a save that a rank took from a silent rank 0
+# In .trash-<save_id>, which a later save removes:
+_WITHDRAWN_BY = "WITHDRAWN"  # the save's files, taken from a silent rank 0 by the rank that this file names
+_NOT_DURABLE = "NOT-DURABLE"  # rank 0 made the save visible, could not make it durable, and reports that
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,24 @@ class Outcome:
         if dcp_marker:
             self.staging.write_file(manifest.DCP_MARKER_NAME, manifest.DCP_MARKER, "marker")
         self.staging.keep_shared([(os.path.basename(entry.name), entry.nbytes) for entry in document.shared])
-        self.staging.commit(data, manifest.digest_line(data), self.target.name, overwrite, read_back)
+        try:
+            self.staging.commit(data, manifest.digest_line(data), self.target.name, overwrite, read_back)
+        except Exception:
+            self._disown()
+            raise
+
+    def _disown(self) -> None:
+        """Before anybody is told of a failed commit: a rank that is not told may find what is visible of it."""
+        if self.group.world_size > 1 and self._visible() is not None:
+            with suppress(OSError):
+                _native.make_directory(*os.path.split(self._trash()))
+                _native.make_directory(self._trash(), _NOT_DURABLE)
+
+    def _is_disowned(self) -> bool:
+        return os.path.lexists(os.path.join(self._trash(), _NOT_DURABLE))
+
+    def _trash(self) -> str:
+        return os.path.join(self.target.parent, f".trash-{self.save_id}")
 
     def announce(self, error: BaseException | None) -> None:
         if self.group.world_size == 1:
@@ -70,20 +89,19 @@ class Outcome:
         if self.group.rank == 0:
             return None
         committed = self.committed()
-        if committed is None:
+        if committed is None and not self._is_disowned():
             self.staging.withdraw()
             committed = self.committed()
             if committed is None:  # and never will be: the directory is nobody's now
                 with suppress(OSError):
                     rank = self.group.ranks[self.group.rank]
                     self.staging.write_file(_WITHDRAWN_BY, str(rank).encode(), "withdrawn_by")
-        return committed
+        return None if self._is_disowned() else committed
 
     def withdrawal(self) -> RankFailedError | None:
         """Says which rank has withdrawn this save from rank 0, if it is known."""
         try:
-            trash = os.path.join(self.target.parent, f".trash-{self.save_id}")
-            rank = int(_native.read_file(trash, _WITHDRAWN_BY, 16))
+            rank = int(_native.read_file(self._trash(), _WITHDRAWN_BY, 16))
         except (OSError, ValueError):
             return None
         message = f"not committed: rank {rank} lost the store, and withdrew the save"
@@ -125,11 +143,14 @@ class Outcome:
 
     def committed(self) -> Manifest | None:
         """The manifest, if this save is visible; it is made durable then, which rank 0 may have left undone."""
+        found = self._visible()
+        if found is not None:
+            _native.sync_directory(self.target.parent, "heard")
+        return found
+
+    def _visible(self) -> Manifest | None:
         try:
             found = manifest.read(self.target.path)
         except (CheckpointError, OSError):
             return None
-        if found.save_id != self.save_id:
-            return None
-        _native.sync_directory(self.target.parent, "heard")
-        return found
+        return found if found.save_id == self.save_id else None

@@ -63,13 +63,7 @@ def first(played: Played, processes: list[Process], directory: Path, before: str
     judged = {rank: ended for rank, ended in played.ended.items() if not isinstance(ended.error, KeyboardInterrupt)}
     succeeded = sorted(rank for rank, ended in judged.items() if ended.error is None)
     failed = sorted(rank for rank, ended in judged.items() if ended.error is not None)
-    # What rank 0 knows of a last sync that failed, and cannot tell any more, the others cannot see on the disk.
-    untold = (
-        _uncertain(played)
-        and failed == [0]
-        and any(fault.fired and fault.rank == 0 and fault.kind in ("stop", "cut", "reset") for fault in scenario.faults)
-    )
-    if succeeded and failed and not untold:
+    if succeeded and failed:
         problems.append(f"two outcomes: success on {succeeded}, failure on {failed}")
     if succeeded and not committed:
         problems.append(f"success on {succeeded}, and nothing is visible")
