@@ -33,6 +33,7 @@ from ranks import Ranks, Result, Store, announce, run_ranks, values
 
 import snapstone as ss
 from snapstone import _native
+from snapstone.outcome import Outcome
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("small_chunks")]
 
@@ -114,6 +115,31 @@ def test_rank_0_killed_between_rename_and_announcement_leaves_a_success(tmp_path
     assert_holds(tmp_path / "step-1", 3, 1)
     assert_holds(tmp_path / "step-2", 3, 2)
     assert hidden(tmp_path) == []
+
+
+def _dies_of_its_last_sync(rank: int, run: Path, overwrite: bool) -> Any:
+    ss.save(state(rank, 1), checkpoint_id=run / "step-1")
+    dist.barrier()
+    if rank == 0:
+        Outcome.announce = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        _native.fault_arm("fsync:7:errno=EIO")
+    path = run / ("step-1" if overwrite else "step-2")
+    return attempt(lambda: ss.save(state(rank, 2), checkpoint_id=path, overwrite=overwrite, timeout=1.5))
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+def test_a_commit_that_may_not_be_durable_is_no_success_where_rank_0_cannot_say_so(
+    tmp_path: Path, overwrite: bool
+) -> None:
+    results = run_ranks(3, _dies_of_its_last_sync, tmp_path, overwrite, store="launcher")
+    assert results[0].outcome == "died"
+    for ended in values(results[1:]):
+        assert ended["error"] == "RankFailedError", ended
+        assert ended["failed_ranks"] == (0,)
+        assert ended["seconds"] < 1.5 + LATE_S
+    assert_holds(tmp_path / ("step-1" if overwrite else "step-2"), 3, 2)  # visible, and complete
+    values(run_ranks(2, _save_only, tmp_path, 9))
+    assert [name for name in hidden(tmp_path) if not name.startswith(".staging-")] == []
 
 
 def _rank_0_dies_replacing(rank: int, run: Path, faults: str) -> Any:
