@@ -5,7 +5,8 @@ back, once every other connection has been read to its end. A finding is a sente
 
     1. Every acknowledged checkpoint that retention keeps is there, verifies, and has the digests that its ranks
        computed of their tensors before they saved.
-    2. What is visible without having been acknowledged is as good. What a rank said had failed is not visible.
+    2. What is visible without having been acknowledged is as good. What a rank said had failed is not visible,
+       except through DCP, whose own collectives come after the commit, and fail when a rank dies in them.
     3. A job resumes from the newest of them, with its bits; a step reached again has the bits that it had before.
     4. What a dead save left is gone once a later one was acknowledged, except for what has no owner, for ten minutes.
     5. From save to save no descriptors and no memory are added, in the job and in here, where checkpoints are loaded.
@@ -79,7 +80,8 @@ class Oracle:
         self.held.setdefault(told["rank"], []).append({"fds": told["fds"], "rss": told["rss"]})
 
     def _failed(self, told: dict[str, Any]) -> None:
-        self.failed.append((told["name"], told["step"]))
+        if not told["kind"].startswith("dcp"):
+            self.failed.append((told["name"], told["step"]))
 
     def _prunes(self, told: dict[str, Any]) -> None:
         self.going.update(told["names"])
