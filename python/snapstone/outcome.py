@@ -16,9 +16,7 @@ from .target import Target
 
 __all__ = ["Outcome"]
 
-# In .trash-<save_id>, which a later save removes:
-_WITHDRAWN_BY = "WITHDRAWN"  # the save's files, taken from a silent rank 0 by the rank that this file names
-_NOT_DURABLE = "NOT-DURABLE"  # rank 0 made the save visible, could not make it durable, and reports that
+_WITHDRAWN_BY = "WITHDRAWN"  # in what is left of a save that a rank took from a silent rank 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +44,14 @@ class Outcome:
         """Before anybody is told of a failed commit: a rank that is not told may find what is visible of it."""
         if self.group.world_size > 1 and self._visible() is not None:
             with suppress(OSError):
-                _native.make_directory(*os.path.split(self._trash()))
-                _native.make_directory(self._trash(), _NOT_DURABLE)
+                _native.make_directory(*os.path.split(self._disowned_mark()))
 
     def _is_disowned(self) -> bool:
-        return os.path.lexists(os.path.join(self._trash(), _NOT_DURABLE))
+        return os.path.lexists(self._disowned_mark())
 
-    def _trash(self) -> str:
-        return os.path.join(self.target.parent, f".trash-{self.save_id}")
+    def _disowned_mark(self) -> str:
+        """Trash, so that a later save removes it; never under the name that withdrawn or replaced files get."""
+        return os.path.join(self.target.parent, f".trash-{self.save_id[::-1]}")
 
     def announce(self, error: BaseException | None) -> None:
         if self.group.world_size == 1:
@@ -101,7 +99,8 @@ class Outcome:
     def withdrawal(self) -> RankFailedError | None:
         """Says which rank has withdrawn this save from rank 0, if it is known."""
         try:
-            rank = int(_native.read_file(self._trash(), _WITHDRAWN_BY, 16))
+            trash = os.path.join(self.target.parent, f".trash-{self.save_id}")
+            rank = int(_native.read_file(trash, _WITHDRAWN_BY, 16))
         except (OSError, ValueError):
             return None
         message = f"not committed: rank {rank} lost the store, and withdrew the save"

@@ -113,6 +113,8 @@ def main() -> int:
     if arguments.verb == "replay":
         return replay(arguments.recording, arguments.state, arguments.keep)
     command = ["make crash", f"# --states {arguments.states} --seed {arguments.seed}"]
+    if arguments.go_on is not None:
+        command.append("--go-on")
     return explore(arguments.states, arguments.seed, arguments.json, command, arguments.go_on)
 
 

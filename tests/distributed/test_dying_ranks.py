@@ -117,21 +117,33 @@ def test_rank_0_killed_between_rename_and_announcement_leaves_a_success(tmp_path
     assert hidden(tmp_path) == []
 
 
-def _dies_of_its_last_sync(rank: int, run: Path, overwrite: bool) -> Any:
+def _dies_of_its_last_sync(rank: int, run: Path, overwrite: bool, withdrawn: bool) -> Any:
     ss.save(state(rank, 1), checkpoint_id=run / "step-1")
     dist.barrier()
     if rank == 0:
         Outcome.announce = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
         _native.fault_arm("fsync:7:errno=EIO")
+        if withdrawn:  # by a rank that was too late for it, and so took the checkpoint that was replaced
+            commit = Outcome.commit
+
+            def beside_trash(outcome: Outcome, *arguments: Any, **named: Any) -> None:
+                os.makedirs(Path(outcome.target.parent, f".trash-{outcome.save_id}", "replaced"))
+                commit(outcome, *arguments, **named)
+
+            Outcome.commit = beside_trash  # type: ignore[method-assign]
     path = run / ("step-1" if overwrite else "step-2")
     return attempt(lambda: ss.save(state(rank, 2), checkpoint_id=path, overwrite=overwrite, timeout=1.5))
 
 
-@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize(
+    ("overwrite", "withdrawn"),
+    [(False, False), (True, False), (True, True)],
+    ids=["new", "overwrite", "overwrite, withdrawn late"],
+)
 def test_a_commit_that_may_not_be_durable_is_no_success_where_rank_0_cannot_say_so(
-    tmp_path: Path, overwrite: bool
+    tmp_path: Path, overwrite: bool, withdrawn: bool
 ) -> None:
-    results = run_ranks(3, _dies_of_its_last_sync, tmp_path, overwrite, store="launcher")
+    results = run_ranks(3, _dies_of_its_last_sync, tmp_path, overwrite, withdrawn, store="launcher")
     assert results[0].outcome == "died"
     for ended in values(results[1:]):
         assert ended["error"] == "RankFailedError", ended
