@@ -43,7 +43,9 @@ apt_install() {
     apt_updated=yes
   fi
   say "installing $1"
-  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >/dev/null ||
+  # A fresh machine updates itself while people begin to work on it, and holds the lock meanwhile.
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
+    apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends "$1" >/dev/null ||
     say "could not install $1: run 'apt-get install $1' as root"
 }
 

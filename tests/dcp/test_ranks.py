@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import snapstone as ss
 from distributed.ranks import run_ranks, values
 from snapstone import _native
-from snapstone.dcp import LoadPlanner, StorageReader, StorageWriter, installed
+from snapstone.dcp import LoadPlanner, StorageReader, StorageWriter, installed, rendezvous
 
 
 def full(number: int) -> torch.Tensor:
@@ -99,6 +101,53 @@ def test_a_rank_that_cannot_write_fails_the_save_everywhere(tmp_path: Path, fail
     assert values(run_ranks(2, _fail, tmp_path, failing, rule)) == [[failing]] * 2
     assert ss.Checkpoint.open(tmp_path / "c").state_dict()["step"] == 3
     assert os.listdir(tmp_path) == ["c"]
+
+
+def _killed(rank: int, run: Path) -> None:
+    if rank == 0:
+        _native.fault_arm("fallocate:1:kill")
+    dcp.save(state(1, Shard(0)), storage_writer=StorageWriter(run / "killed"))
+
+
+def _saved(rank: int, run: Path, name: str) -> None:
+    dcp.save(state(2, Shard(0)), storage_writer=StorageWriter(run / name))
+
+
+def test_the_note_of_a_killed_save_goes_with_a_later_one_once_it_is_old(tmp_path: Path) -> None:
+    killed, other = run_ranks(2, _killed, tmp_path)
+    assert (killed.exitcode, other.outcome) == (-signal.SIGKILL, "raised")
+    note = tmp_path / ".saving-killed"
+    values(run_ranks(2, _saved, tmp_path, "young"))
+    assert sorted(os.listdir(tmp_path)) == [note.name, "young"]
+    os.utime(note, (time.time() - 660, time.time() - 660))
+    values(run_ranks(2, _saved, tmp_path, "old"))
+    assert sorted(os.listdir(tmp_path)) == ["old", "young"]
+
+
+def test_only_old_notes_of_saves_that_are_over_are_removed(tmp_path: Path) -> None:
+    live = "a" * 32
+    (tmp_path / f".staging-{live}").mkdir()
+    over = '{"save_id": "%s", "world_size": 2}' % ("b" * 32)
+    notes = {
+        "live": over.replace("b" * 32, live),
+        "over": over,
+        "torn": over[:20],
+        f"torn.{'b' * 32}": "",
+        "not-a-note": "x" * 70_000,
+    }
+    for name, text in notes.items():
+        (tmp_path / f".saving-{name}").write_text(text)
+    (tmp_path / ".saving-directory").mkdir()
+    (tmp_path / "elsewhere").write_text(over)
+    (tmp_path / ".saving-link").symlink_to("elsewhere")
+    before = sorted(os.listdir(tmp_path))
+    rendezvous.Note.remove_stale(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == before
+    for name in before:
+        os.utime(tmp_path / name, (0, 0), follow_symlinks=False)
+    rendezvous.Note.remove_stale(str(tmp_path))
+    kept = {".saving-live", ".saving-not-a-note", ".saving-directory", ".saving-link", "elsewhere", f".staging-{live}"}
+    assert set(os.listdir(tmp_path)) == kept
 
 
 def _subgroup(rank: int, run: Path) -> bool:

@@ -9,12 +9,14 @@ back, once every other connection has been read to its end. A finding is a sente
        except through DCP, whose own collectives come after the commit, and fail when a rank dies in them.
     3. A job resumes from the newest of them, with its bits; a step reached again has the bits that it had before.
     4. What a dead save left is gone once a later one was acknowledged, except for what has no owner, for ten minutes.
+       DCP's notes have none, and go with a later save through DCP.
     5. From save to save no descriptors and no memory are added, in the job and in here, where checkpoints are loaded.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import socket
@@ -43,7 +45,8 @@ class Oracle:
         self.failed: list[tuple[str, int]] = []  # of this life
         self.going: set[str] = set()
         self.left: set[str] = set()  # staging and trash, after the life before
-        self.saved = False  # whether this life has had a save acknowledged
+        self.saved_at = -math.inf  # when this life last had a save acknowledged
+        self.dcp_saved_at = -math.inf
         self.found: list[str] = []
         self.counts: Counter[str] = Counter()
         self.held: dict[int, list[dict[str, int]]] = {}  # of this life, by rank
@@ -76,7 +79,9 @@ class Oracle:
         self.counts[f"acknowledged {told['kind']}"] += told["rank"] == 0
         self.acknowledged[name] = step
         self.begun[name] = {one for one in self.begun.get(name, set()) if one > step}
-        self.saved = True
+        self.saved_at = told["at"]
+        if told["kind"].startswith("dcp"):
+            self.dcp_saved_at = told["at"]
         self.held.setdefault(told["rank"], []).append({"fds": told["fds"], "rss": told["rss"]})
 
     def _failed(self, told: dict[str, Any]) -> None:
@@ -123,7 +128,8 @@ class Oracle:
         self.newest_before = max([step for name, step in steps.items() if name != "last"], default=-1)
         for step in [one for one in self.digests if one < self.newest_before - 100]:
             del self.digests[step]
-        self.failed, self.saved, self.held = [], False, {}
+        self.failed, self.held = [], {}
+        self.saved_at = self.dcp_saved_at = -math.inf
         self.begun = {}
         self.counts["lives"] += 1
         counts, self.counts = self.counts, Counter()
@@ -159,11 +165,14 @@ class Oracle:
         return step
 
     def _judge_leftovers(self, hidden: set[str]) -> None:
-        for name in sorted(hidden & self.left if self.saved else ()):
-            owner = self.run / name / "OWNER"
-            age_s = time.time() - (self.run / name).stat().st_mtime
-            if name.startswith(".trash-") or (owner.exists() and owner.read_text()) or age_s > UNOWNED_S:
-                self.found.append(f"{name} outlived a save, {age_s:.0f} s old: {os.listdir(self.run / name)}")
+        for name in sorted(hidden & self.left):
+            path = self.run / name
+            is_note = name.startswith(".saving-")
+            saved_at = self.dcp_saved_at if is_note else self.saved_at
+            age_s = time.time() - path.stat().st_mtime
+            owned = name.startswith(".trash-") or ((path / "OWNER").exists() and (path / "OWNER").read_text())
+            if saved_at > -math.inf and (owned or age_s - (time.monotonic() - saved_at) > UNOWNED_S):
+                self.found.append(f"{name} outlived a save, {age_s:.0f} s old")
         self.left = hidden
         self.left_max = max(self.left_max, len(hidden))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -67,6 +68,21 @@ def test_the_oracle_finds_what_is_lost_damaged_forged_or_left(one: Soak) -> None
     shutil.rmtree(newest)
     aside.rename(newest)
     assert one.judge()["found"] == []
+
+
+def test_the_oracle_finds_what_no_later_save_removes(one: Soak) -> None:
+    one.live(whole_life(0))
+    trash, note = one.run / ".trash-of-nobody", one.run / ".saving-something"
+    trash.mkdir()
+    note.write_bytes(bytes(70_000))
+    assert one.judge()["found"] == []
+    one.live(whole_life(1, saves=1))
+    assert [problem.split(",")[0] for problem in one.found] == [f"{trash.name} outlived a save"]
+    one.found.clear()
+    trash.rmdir()
+    os.utime(note, (0, 0))
+    one.live(whole_life(2, saves=8))
+    assert [problem.split(",")[0] for problem in one.found] == [f"{note.name} outlived a save"]
 
 
 def test_the_oracle_finds_a_job_that_resumes_from_an_older_checkpoint(one: Soak) -> None:

@@ -3,7 +3,7 @@
 DCP gives a storage writer no process group, and with plan caching what the coordinator adds to a plan does not arrive:
 ranks replay the plan of an earlier save. So the coordinator leaves a note beside the target, `.saving-<name>`, before
 DCP hands out the plans. It holds no state of the checkpoint; a note that a crash leaves is overwritten by the next save
-to the same target.
+to the same target, or removed by a later save to the same directory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from ..target import Target
 
 __all__ = ["Note"]
 
+_PREFIX = ".saving-"
 _NOTE_BYTES_MAX = 64 << 10
 _SAVE_ID = re.compile(r"[0-9a-f]{32}")
 _POLL_SECONDS = 0.05
+_STALE_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,17 @@ class Note:
                 os.unlink(_path(target))
 
     @staticmethod
+    def remove_stale(parent: str) -> None:
+        """Removes this user's notes whose staging directory is gone, once they are ten minutes old: until then a save
+        may be about to write one, or a network file system may not show the directory yet.
+        """
+        with suppress(OSError), os.scandir(parent) as entries:
+            for entry in entries:
+                if entry.name.startswith(_PREFIX):
+                    with suppress(OSError, CheckpointError):
+                        _remove_if_stale(parent, entry)
+
+    @staticmethod
     def follow(target: Target, deadline: Deadline) -> tuple[Note, Any]:
         """The coordinator's note and its staging directory. A network file system may show an older note for a while,
         whose directory is gone.
@@ -68,11 +82,25 @@ class Note:
 
 
 def _path(target: Target) -> str:
-    return os.path.join(target.parent, f".saving-{target.name}")
+    return os.path.join(target.parent, _PREFIX + target.name)
+
+
+def _remove_if_stale(parent: str, entry: os.DirEntry[str]) -> None:
+    facts = entry.stat(follow_symlinks=False)
+    if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
+        return
+    if time.time() - facts.st_mtime <= _STALE_SECONDS:
+        return
+    note = _parsed(_native.read_file(parent, entry.name, _NOTE_BYTES_MAX))
+    if note is None or not os.path.lexists(os.path.join(parent, f".staging-{note.save_id}")):
+        os.unlink(entry.path)
 
 
 def _read(target: Target) -> Note | None:
-    data = _native.read_file(target.parent, f".saving-{target.name}", _NOTE_BYTES_MAX)
+    return _parsed(_native.read_file(target.parent, _PREFIX + target.name, _NOTE_BYTES_MAX))
+
+
+def _parsed(data: bytes) -> Note | None:
     try:
         document = json.loads(data)
         base = document.get("base")

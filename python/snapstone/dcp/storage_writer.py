@@ -246,6 +246,7 @@ class StorageWriter(StorageWriterInterface):
         target.check(overwrite=self.overwrite)
         target.make_parents()
         _native.reap(target.parent)
+        Note.remove_stale(target.parent)
         if self._save_id_used:
             self._new_save_id()
         self._save_id_used = True
