@@ -8,7 +8,7 @@ What the model assumes, which is less than ext4, xfs and btrfs do:
 - A name (of a new file or directory, a link, a removal, a rename) is durable when an fsync of its directory has
   returned. Before that each change may be on the disk or not, in any order, independent of other directories and of
   the bytes of the file; only changes of the same name keep their order. A rename and an exchange of two names are each
-  one change.
+  one change; a rename from one directory into another is two, one in each.
 - After an fsync of a file that failed, what was not durable then may be lost whatever later ones return. One of a
   directory makes nothing durable.
 - With `clients`, an fsync of a directory makes durable what the calling process changed, and no other: a network file
@@ -226,7 +226,8 @@ class World:
         elif op.kind in (journal.UNLINK, journal.RMDIR):
             directory.change(op.process, (op.name, None))
         elif op.kind == journal.RENAME and op.object:
-            raise NotImplementedError(f"a rename from one directory into another: {op.name} -> {op.other}")
+            self.directories[self._of_inode[op.object]].change(op.process, (op.other, live[op.name]))
+            directory.change(op.process, (op.name, None))
         elif op.kind == journal.RENAME:
             directory.change(op.process, (op.other, live[op.name]), (op.name, None))
         elif op.kind == journal.EXCHANGE:

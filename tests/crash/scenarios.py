@@ -1,4 +1,4 @@
-"""What is recorded and then cut at every moment: real saves of each kind, compactions, failures and clean-ups."""
+"""What is recorded and then cut at every moment: real saves of each kind, compactions, repairs, failures, clean-ups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import snapstone as ss
 from crash import journal
 from crash.explore import Recording, save
-from crash.judge import Expected, What
+from crash.judge import Expected, Judge, What
 from crash.model import Contents, World
 from distributed.ranks import run_ranks, values
 from durability import small
@@ -65,6 +65,7 @@ class Scenario:
     io: str = ""  # SNAPSTONE_IO
     unsynced: Callable[[Path], bool] = lambda _: False
     others: frozenset[str] = frozenset()
+    damaged: frozenset[str] = frozenset()  # reported in the form that they have after `prepare`
     clients: bool = False
 
 
@@ -85,6 +86,9 @@ def record(scenario: Scenario, scratch: Path, skipped: str = "") -> Recording:
             forget()
             scenario.act(run, Recorder(path, f"{skipped}:1+:skip" if skipped else ""))
             expected = Expected(dict(scenario.reported), {}, scenario.others)
+            if scenario.damaged:
+                there = Judge(scratch, world.contents, scenario.whats).found(world.live_tree(), scenario.run)
+                expected.reported |= {name: there[name] for name in scenario.damaged}
             return Recording(scenario.name, world, journal.read(path), scenario.run, expected, scenario.whats)
         finally:
             _native.journal_stop()
@@ -133,6 +137,36 @@ def _is_data(path: Path) -> bool:
 def _compacts(run: Path, recorder: Recorder) -> None:
     with recorder():
         ss.compact(run / "previous")
+
+
+def _damaged(damage: Callable[[Path], None]) -> Callable[[Path], None]:
+    """A run, and a copy of it from before `damage`."""
+
+    def prepare(run: Path) -> None:
+        small.save_previous(run)
+        shutil.copytree(run, run.with_name("replica"))
+        damage(run)
+
+    return prepare
+
+
+def _overwritten(pattern: str) -> Callable[[Path], None]:
+    def damage(run: Path) -> None:
+        (path,) = run.glob(pattern)
+        with path.open("r+b") as file:
+            file.seek(path.stat().st_size // 4)
+            file.write(b"\xff" * 64)
+
+    return damage
+
+
+def _repairs(run: Path, recorder: Recorder) -> None:
+    with recorder():
+        for name, what in _DELTA.items():
+            journal.mark(f"begin {name} {what}")
+        assert ss.repair(run / "previous", sources=[run.with_name("replica")])
+        for name, what in _DELTA.items():
+            journal.mark(f"done {name} {what}")
 
 
 def _marked_delta(run: Path) -> None:
@@ -249,6 +283,15 @@ SCENARIOS = [
         others=frozenset({"origin", "previous"}),
     ),
     Scenario("compact", _marked_delta, _compacts, _DELTA, _DELTAS),
+    *(
+        Scenario(name, _damaged(damage), _repairs, _DELTA, _DELTAS, damaged=frozenset(damaged))
+        for name, damage, damaged in (
+            ("repair", _overwritten("origin/*.data"), {"origin", "previous"}),
+            ("repair_base", lambda run: shutil.rmtree(run / "previous" / "base"), {"previous"}),
+            ("repair_index", _overwritten("previous/*.index"), {"previous"}),
+            ("repair_manifest", _overwritten("previous/MANIFEST.json"), {"previous"}),
+        )
+    ),
     Scenario("failed_write", _previous, _fails("pwrite:2:errno=EIO;uring_write:1:errno=EIO"), _OLD, (1, 2, 3)),
     Scenario("failed_sync", _previous, _fails("fsync:1:errno=EIO"), _OLD, (1, 2, 3)),
     Scenario("failed_exchange", _previous, _overwrite_not_synced, _OLD, (1, 2, 3)),

@@ -11,8 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 UNNEEDED = {"sync/probe"}  # of a file without a name, which shows whether a way of doing I/O works
 UNNEEDED |= {"sync/withdrawn_by"}  # a note to ranks that are alive
-# No scenario repairs a checkpoint: tests/durability/test_repair.py kills repairs, and nothing cuts their power.
-UNNEEDED |= {"sync/repaired_base", "sync/repaired_entry", "sync/repaired_file", "sync/repaired_patch"}
+UNNEEDED |= {"sync/repaired_patch"}  # whose bytes are copied into the repaired file, which is synced
 
 _NATIVE = r"os::(?:sync|sync_directory|write_file_durably)\("
 _CALLS = (
