@@ -1,4 +1,4 @@
-"""What processes do that are killed in Python code: run in a rank (tests/distributed/ranks.py) and in forks of it."""
+"""What processes do that are killed, or fail, in Python code: run in a rank (tests/distributed/ranks.py) or a fork."""
 
 from __future__ import annotations
 
@@ -71,6 +71,26 @@ def prune(run: Path, keep: int) -> None:
 def prune_and_die(run: Path, keep: int, nth: int) -> None:
     die_at_change(run, nth)
     prune(run, keep)
+
+
+def prune_with_error(run: Path, keep: int, nth: int, number: int, always: bool) -> None:
+    """The `nth` call that lists, renames or removes gives this error, and with `always` every later one. Exits with 1
+    where that was raised.
+    """
+    seen = 0
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event in ("os.listdir", "os.scandir", "os.rename", "os.remove", "os.rmdir"):
+            seen += 1
+            if seen == nth or (always and seen > nth):
+                raise OSError(number, os.strerror(number))
+
+    sys.addaudithook(audit)
+    try:
+        prune(run, keep)
+    except OSError as error:
+        os._exit(1 if error.errno == number else 2)
 
 
 def compact_lines(rank: int, run: str) -> list[str]:
