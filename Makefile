@@ -46,20 +46,21 @@ fuzz: setup  ## every fuzz target for its share of SECONDS=60; with clang the na
 	@PATH="$$PWD/$(PYTHON_BIN):$$PATH" $(PYTHON_BIN)/python tools/fuzz.py --seconds $(SECONDS) $(FUZZ_ARGS)
 
 sweep: setup  ## every call of saves and loads fails with every error that it can give, for ever as well as once
-	@SNAPSTONE_SWEEP=long $(PYTHON_BIN)/python -m pytest $(PYTEST_ARGS) -k 'one_failing_call or every_error' \
-	  tests/durability tests/distributed/test_sweep.py
+	@SNAPSTONE_SWEEP=long $(PYTHON_BIN)/python tools/long_form.py sweep -k 'one_failing_call or every_error' \
+	  tests/durability tests/distributed/test_sweep.py $(PYTEST_ARGS)
 
 kill: setup  ## SIGKILL before every function, line and system call of saves, on each rank of 1, 2 and 4; long
-	@SNAPSTONE_TEST_KILLS=all $(PYTHON_BIN)/python -m pytest tests/durability/test_kill.py \
+	@SNAPSTONE_TEST_KILLS=all $(PYTHON_BIN)/python tools/long_form.py kill tests/durability/test_kill.py \
 	  tests/durability/test_kill_python.py tests/durability/test_compaction_faults.py \
 	  tests/durability/test_outside_judge.py tests/distributed/test_killed_ranks.py $(PYTEST_ARGS)
 
 crash: setup  ## a million states that a crash may leave, judged, and real power cuts; stored in benchmarks/results
 	@PYTHONPATH=tests:benchmarks $(PYTHON_BIN)/python -m crash explore --states 1000000 --json benchmarks/results
-	@SNAPSTONE_CRASH_ROUNDS=100 $(PYTHON_BIN)/python -m pytest tests/crash/test_power_cuts.py --timeout 3600 $(PYTEST_ARGS)
+	@SNAPSTONE_CRASH_ROUNDS=100 $(PYTHON_BIN)/python tools/long_form.py cuts tests/crash/test_power_cuts.py \
+	  --timeout 3600 $(PYTEST_ARGS)
 
 crash-ranks: setup  ## every cut of real links, SEEDS=100000 histories of simulated ranks (OUT=FILE)
-	@SNAPSTONE_TEST_CUTS=all $(PYTHON_BIN)/python -m pytest tests/distributed/test_cut_links.py $(PYTEST_ARGS)
+	@SNAPSTONE_TEST_CUTS=all $(PYTHON_BIN)/python tools/long_form.py links tests/distributed/test_cut_links.py $(PYTEST_ARGS)
 	@PYTHONPATH=tests:$${PYTHONPATH:-} $(PYTHON_BIN)/python -m simulation --seeds $(SEEDS) --first $(FIRST) \
 	  $(if $(OUT),--out $(OUT))
 

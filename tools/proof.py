@@ -37,8 +37,10 @@ KINDS: dict[str, tuple[tuple[str, str], ...]] = {
     "ranks": (("seeds", "histories"), ("failed", "that broke a rule")),
     "fuzz": (("executions", "executions"),),
     "soak": (("counts.lives", "lives"), ("counts.kills", "kills"), ("counts.checkpoints checked", "checkpoints read")),
-    "kill": (("kills", "kills"),),
-    "sweep": (("failures", "failing calls"),),
+    "kill": (("counts.kills", "kills"), ("cases", "tests"), ("failed", "that failed")),
+    "sweep": (("counts.failing calls", "failing calls"), ("cases", "tests"), ("failed", "that failed")),
+    "cuts": (("counts.power cuts", "power cuts"), ("cases", "tests"), ("failed", "that failed")),
+    "links": (("counts.cut links", "cut links"), ("cases", "tests"), ("failed", "that failed")),
     "mutation": (
         ("sites", "checks"), ("mutants", "taken away"), ("killed", "noticed"), ("survived", "not noticed"),
     ),

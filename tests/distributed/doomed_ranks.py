@@ -23,6 +23,7 @@ from rank_states import attempt, state
 
 import snapstone as ss
 from durability import points
+from durability.counted import count
 
 TIMEOUT_S = 12.0  # of a save: long beside the save, also on a busy machine
 LATE_S = 10.0  # past it: busy machines again, and less than a second deadline; test_dying_ranks.py asks for more
@@ -152,6 +153,7 @@ def _end(one: _Running, world_size: int) -> End:
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in one.pids]
     ends = [json.loads(one.told[rank]) if rank in one.told else None for rank in range(world_size)]
     died = {rank for rank, code in enumerate(codes) if code == -signal.SIGKILL}
+    count("kills", len(died))
     hung = [rank for rank in range(world_size) if ends[rank] is None and rank not in died]
     return End(ends, hung)
 

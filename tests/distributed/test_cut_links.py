@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from rank_states import LATE_S, attempt, hidden
 
+from durability.counted import count
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 4.0
 START_S = 60.0
@@ -125,6 +127,7 @@ def test_a_cut_link_ends_in_one_outcome_and_the_next_save_works(
     try:
         job.wait_for("there")
         _ip("-n", f"{PREFIX}r{victim}", *down)
+        count("cut links")
         (job.directory / "go").touch()
         ended = job.ended()
     finally:

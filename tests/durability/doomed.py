@@ -18,6 +18,7 @@ from pathlib import Path
 import snapstone as ss
 from distributed.ranks import announce
 from durability import small
+from durability.counted import count
 from snapstone import _native
 
 
@@ -41,7 +42,9 @@ def forked(function: Callable[[int], object]) -> tuple[int, int]:
 
 def how_it_ended(pid: int) -> int:
     """The exit code, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    count("kills", code == -signal.SIGKILL)
+    return code
 
 
 def killed_at_every_call(rank: int, run: str, kind: str, start: int, stride: int) -> list[tuple[int, int]]:

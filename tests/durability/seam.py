@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import snapstone as ss
+from durability import counted
 from snapstone import _native
 
 # What each call can answer, by its manual page and the file systems that people keep checkpoints on: the one place
@@ -77,6 +78,7 @@ class Fault:
         self.rule = f"{call}:{nth}{'+' if lasting else ''}:{action}"
         self.reached: bool | None = None
         if armed:
+            counted.count("failing calls")
             _native.fault_arm(self.rule)
 
     def stop(self) -> bool:

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from durability.counted import count
+
 JOB = Path(__file__).with_name("judged_job.py")
 ALL = os.environ.get("SNAPSTONE_TEST_KILLS") == "all"
 POINTS = 200 if ALL else 6
@@ -47,6 +49,7 @@ def judged(work: Path, *more: str) -> tuple[int, list[dict[str, Any]]]:
 
 def test_every_kill_of_a_save_passes(tmp_path: Path) -> None:
     status, records = judged(tmp_path / "work")
+    count("kills", len(records))
     assert status == 0
     assert len(records) == POINTS or ALL
     assert all(record["crashed"] and not record["drift"] for record in records), records

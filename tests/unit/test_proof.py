@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,3 +71,22 @@ def test_the_newest_document_of_each_kind_is_told(tmp_path: Path) -> None:
     assert proof.recorded_runs(tmp_path) == [
         ("crash", "2026-01-03", "1,234 states after a crash, 7 cuts", "make crash"),
     ]
+
+
+def test_a_long_form_stores_what_its_tests_counted_and_what_failed(tmp_path: Path) -> None:
+    (tmp_path / "test_long.py").write_text(
+        "from durability.counted import count\n"
+        "def test_that_kills():\n    count('kills', 3)\n    count('kills')\n"
+        "def test_that_fails():\n    assert False\n"
+    )
+    command = [sys.executable, str(ROOT / "tools" / "long_form.py"), "kill", "--into", str(tmp_path)]
+    command += ["-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", str(tmp_path / "test_long.py")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    (path,) = tmp_path.glob("kill_*.json")
+    document = json.loads(path.read_text())
+    assert ended.returncode == 1
+    assert document["counts"] == {"kills": 4}
+    assert (document["cases"], len(document["failed"])) == (2, 1)
+    assert document["failed"][0].endswith("::test_that_fails")
+    (row,) = proof.recorded_runs(tmp_path)
+    assert (row[0], row[2]) == ("kill", "4 kills, 2 tests, 1 that failed")
