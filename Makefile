@@ -47,11 +47,11 @@ fuzz: setup  ## every fuzz target for its share of SECONDS=60; with clang the na
 
 sweep: setup  ## every call of saves and loads fails with every error that it can give, for ever as well as once
 	@SNAPSTONE_SWEEP=long $(PYTHON_BIN)/python tools/long_form.py sweep -k 'one_failing_call or every_error' \
-	  tests/durability tests/distributed/test_sweep.py $(PYTEST_ARGS)
+	  --timeout 3000 tests/durability tests/distributed/test_sweep.py $(PYTEST_ARGS)
 
 kill: setup  ## SIGKILL before every function, line and system call of saves, on each rank of 1, 2 and 4; long
 	@SNAPSTONE_TEST_KILLS=all $(PYTHON_BIN)/python tools/long_form.py kill tests/durability/test_kill.py \
-	  tests/durability/test_kill_python.py tests/durability/test_compaction_faults.py \
+	  tests/durability/test_kill_python.py tests/durability/test_compaction_faults.py tests/durability/test_repair.py \
 	  tests/durability/test_outside_judge.py tests/distributed/test_killed_ranks.py $(PYTEST_ARGS)
 
 crash: setup  ## a million states that a crash may leave, judged, and real power cuts; stored in benchmarks/results

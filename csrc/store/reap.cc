@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <optional>
 
 #include "base/error.h"
@@ -50,7 +51,8 @@ bool owners_are_dead(const os::Directory& staging, const os::Entry& facts, bool 
     case Owners::kOthers:
       return !shared;  // a local file system has no other host: those owners ended with an earlier boot
     case Owners::kUnknown:
-      return !shared && realtime_ns() - facts.modified_ns > kOwnerlessAgeNs;
+      // A time in the future is that of a clock that was wrong then or is now: no reason to wait for it.
+      return !shared && std::abs(realtime_ns() - facts.modified_ns) > kOwnerlessAgeNs;
   }
   return false;
 }

@@ -179,7 +179,7 @@ def _staging_state(parent: str, descriptor: int, age: float) -> Literal["live", 
     from . import _native
 
     owners = _owners(descriptor)
-    if owners is None and age <= _OWNERLESS_AGE_SECONDS:
+    if owners is None and abs(age) <= _OWNERLESS_AGE_SECONDS:
         return "unknown"
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,8 +29,10 @@ from durability.doomed import forked, how_it_ended
 from durability.seam import calls_of, faults, outcome_of
 from snapstone import _native
 
-STRIDE = 3  # of the calls at which a repair is killed
-pytestmark = pytest.mark.usefixtures("small_chunks")
+ALL = os.environ.get("SNAPSTONE_TEST_KILLS") == "all"
+STRIDE = 1 if ALL else 3  # of the calls at which a repair is killed
+AGAIN = 1 if ALL else 6  # of those, after which the next one ends it
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("small_chunks")]
 
 
 def scribble(file: Path, at: int, nbytes: int = 64) -> None:
@@ -296,7 +298,7 @@ def test_killed_at_every_call_leaves_what_was_or_what_is_right(directory: Path) 
     scribble(shared_files(path)[0], 100)
     scribble(path / "rank-00000.data", 100)
     broken = {step: bytes_of(run / f"step-{step}") for step in (1, 2, 3)}
-    (codes,) = ranks.values(ranks.run_ranks(1, repair_and_die, str(directory), store="none", timeout=200))
+    (codes,) = ranks.values(ranks.run_ranks(1, repair_and_die, str(directory), store="none", timeout=600))
     assert set(codes[:-1]) == {-signal.SIGKILL}
     assert codes[-1] == 0
     outcomes = [
@@ -306,7 +308,7 @@ def test_killed_at_every_call_leaves_what_was_or_what_is_right(directory: Path) 
     assert outcomes == sorted(outcomes), "what is repaired stays so"
     assert len(set(outcomes)) >= 3
     assert outcomes[-1] == max(outcomes)
-    for nth in range(1, STRIDE * len(codes), 6 * STRIDE):
+    for nth in range(1, STRIDE * len(codes), AGAIN * STRIDE):
         for name in small.leftovers(directory / f"n{nth}"):
             os.utime(directory / f"n{nth}" / name, (0, 0))
         assert ss.repair(directory / f"n{nth}" / "step-3", sources=[replica])

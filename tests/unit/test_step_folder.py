@@ -122,6 +122,22 @@ def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path: Path) -> Non
     assert folder.newest() == 2
 
 
+def test_what_cannot_be_looked_at_now_is_not_taken_for_missing(tmp_path: Path) -> None:
+    folder = StepFolder(str(tmp_path))
+    for step in (1, 2):
+        save(tmp_path / f"step-{step}")
+    (tmp_path / "step-3").symlink_to("x" * 300)  # no file system takes such a name
+    with pytest.raises(OSError, match="File name too long"):
+        folder.newest()
+    with pytest.raises(OSError, match="File name too long"):
+        folder.prune(1, 2)
+    (tmp_path / "step-3").unlink()
+    (tmp_path / "step-3").symlink_to("step-3")
+    (tmp_path / "step-4").write_bytes(b"")
+    assert folder.newest() == 2
+    assert [step for step, _ in folder.committed()] == [1, 2]
+
+
 def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(tmp_path: Path) -> None:
     folder = StepFolder(str(tmp_path))
     for step in (1, 2, 9):

@@ -89,7 +89,7 @@ def _remove_if_stale(parent: str, entry: os.DirEntry[str]) -> None:
     facts = entry.stat(follow_symlinks=False)
     if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
         return
-    if time.time() - facts.st_mtime <= _STALE_SECONDS:
+    if abs(time.time() - facts.st_mtime) <= _STALE_SECONDS:  # a time in the future is that of a wrong clock
         return
     note = _parsed(_native.read_file(parent, entry.name, _NOTE_BYTES_MAX))
     if note is None or not os.path.lexists(os.path.join(parent, f".staging-{note.save_id}")):

@@ -7,10 +7,12 @@ that was found damaged does not count either.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import shutil
+import stat
 import uuid
 from contextlib import suppress
 
@@ -59,7 +61,7 @@ class StepFolder:
         return -1
 
     def committed(self) -> list[tuple[int, str]]:
-        """(step, path) of all finished checkpoints, lowest step first."""
+        """(step, path) of all finished checkpoints, lowest step first. OSError: of one it cannot be told."""
         found = []
         for name in self._names():
             match = _STEP.fullmatch(name)
@@ -76,7 +78,7 @@ class StepFolder:
         """
         self.put_back()  # what was replaced in vain
         path, aside = os.path.join(self.path, name), os.path.join(self.path, _REPLACED + name)
-        if os.path.islink(path) or not os.path.isdir(path) or (manifest.is_checkpoint(path) and not for_others):
+        if os.path.islink(path) or not os.path.isdir(path) or (_is_whole(path) and not for_others):
             return
         if os.path.lexists(aside):  # and what came in its place is no worse
             shutil.rmtree(aside)
@@ -126,7 +128,17 @@ class StepFolder:
 
 
 def _is_whole(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, manifest.MANIFEST_NAME))
+    return _is_file(os.path.join(path, manifest.MANIFEST_NAME))
+
+
+def _is_file(path: str) -> bool:
+    """As os.path.isfile, which takes what cannot be looked at now for what is not there."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
 
 
 def _is_finished(path: str) -> bool:
@@ -134,13 +146,13 @@ def _is_finished(path: str) -> bool:
 
 
 def _is_stock(path: str) -> bool:
-    if manifest.is_checkpoint(path):
+    marker = os.path.join(path, manifest.DCP_MARKER_NAME)
+    if _is_whole(path):
         return False
-    try:
-        with open(os.path.join(path, manifest.DCP_MARKER_NAME), "rb") as file:  # or what a copy left of one of ours
-            return file.read(len(manifest.DCP_MARKER)) != manifest.DCP_MARKER
-    except OSError:
-        return os.path.isfile(os.path.join(path, _HF_MARK))
+    if not _is_file(marker):
+        return _is_file(os.path.join(path, _HF_MARK))
+    with open(marker, "rb") as file:  # or what a copy left of one of ours
+        return file.read(len(manifest.DCP_MARKER)) != manifest.DCP_MARKER
 
 
 def _problem(path: str) -> str | None:

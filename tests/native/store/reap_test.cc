@@ -44,9 +44,8 @@ class ReapTest : public ::testing::Test {
   void own(const std::string& name, const std::string& owners) const {
     std::ofstream(run_ / (name + "/" + kOwnerName)) << owners;
   }
-  void age(const std::string& name) const {
-    std::filesystem::last_write_time(run_ / name,
-                                     std::filesystem::file_time_type::clock::now() - std::chrono::minutes(11));
+  void age(const std::string& name, std::chrono::minutes by = std::chrono::minutes(11)) const {
+    std::filesystem::last_write_time(run_ / name, std::filesystem::file_time_type::clock::now() - by);
   }
   // Neither a file nor a directory vanished from `name`.
   bool whole(const std::string& name) const { return std::filesystem::exists(run_ / (name + "/rank-00000.data")); }
@@ -80,11 +79,13 @@ TEST_F(ReapTest, without_an_owner_only_old_ones_are_removed) {
   const std::string young = staging_name(save_id('a'));
   const std::string old = staging_name(save_id('b'));
   const std::string old_empty_owner = staging_name(save_id('c'));
-  for (const std::string& name : {young, old, old_empty_owner}) make(name);
+  const std::string of_a_wrong_clock = staging_name(save_id('d'));
+  for (const std::string& name : {young, old, old_empty_owner, of_a_wrong_clock}) make(name);
   own(old_empty_owner, "");
   age(old);
   age(old_empty_owner);
-  EXPECT_EQ(reap(run_.path()), (Names{old, old_empty_owner}));
+  age(of_a_wrong_clock, -std::chrono::hours(24 * 3650));
+  EXPECT_EQ(reap(run_.path()), (Names{old, old_empty_owner, of_a_wrong_clock}));
   EXPECT_TRUE(whole(young));
 }
 
