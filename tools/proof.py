@@ -33,7 +33,10 @@ SECONDS_PER_TEST = 900
 
 # Of each kind of document what is worth a word: (key, or keys one inside the other; what it counts).
 KINDS: dict[str, tuple[tuple[str, str], ...]] = {
-    "crash": (("states", "states after a crash"), ("total.cuts", "cuts"), ("total.violations", "violations")),
+    "crash": (
+        ("total.states", "states after a crash"), ("total.recovery_states", "after a second one"),
+        ("total.checkpoints_read", "different checkpoints read"), ("total.violations", "violations"),
+    ),
     "ranks": (("seeds", "histories"), ("failed", "that broke a rule")),
     "fuzz": (("executions", "executions"),),
     "soak": (("counts.lives", "lives"), ("counts.kills", "kills"), ("counts.checkpoints checked", "checkpoints read")),
@@ -43,6 +46,7 @@ KINDS: dict[str, tuple[tuple[str, str], ...]] = {
     "links": (("counts.cut links", "cut links"), ("cases", "tests"), ("failed", "that failed")),
     "mutation": (
         ("sites", "checks"), ("mutants", "taken away"), ("killed", "noticed"), ("survived", "not noticed"),
+        ("not_judged", "not taken away"), ("reached_by_no_recorded_test", "reached by no recorded test"),
     ),
 }  # fmt: skip
 
@@ -150,11 +154,13 @@ def _count(outcomes: list[str]) -> Count:
 
 
 def recorded_runs(folder: Path = RESULTS) -> list[tuple[str, str, str, str]]:
-    """(kind, date, what it counted, command) of the newest document of each kind that there is."""
+    """(kind, date, what it counted, command) of the newest document of each kind."""
     rows = []
     for kind, keys in KINDS.items():
         documents = [json.loads(path.read_text()) for path in folder.glob(f"{kind}_*.json")]
-        if documents:
+        if not documents:
+            rows.append((kind, "-", "not run", "-"))
+        else:
             newest = max(documents, key=lambda document: str(document["date"]))
             counts = [(_inside(newest, key), words) for key, words in keys]
             said = ", ".join(f"{value:,} {words}" for value, words in counts if value is not None)

@@ -5,12 +5,14 @@
 #include <chrono>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "base/limits.h"
 #include "bind/bind.h"
 #include "codec/compress.h"
 #include "codec/flipped_bit.h"
+#include "os/directory.h"
 #include "store/replacement.h"
 
 namespace snapstone::bind {
@@ -62,11 +64,13 @@ py::tuple find_flipped_bit(const py::bytes& data, const py::bytes& digest, doubl
   return py::make_tuple(found.bit, found.complete);
 }
 
-void replace_file(const store::Staging& staging, const std::string& source, const std::string& checkpoint,
-                  const py::bytes& manifest_digest, const std::string& name, const std::string& aside) {
-  const auto digest = as_span(manifest_digest);
+void replace_file(const store::Staging& staging, const std::string& source, int checkpoint_fd, const std::string& path,
+                  const std::string& name, const std::string& aside,
+                  const std::optional<std::pair<std::uint64_t, std::uint64_t>>& damaged) {
+  std::optional<store::Identity> identity;
+  if (damaged) identity = store::Identity{damaged->first, damaged->second};
   py::gil_scoped_release release;
-  store::replace_file(staging, source, checkpoint, digest, name, aside);
+  store::replace_file(staging, source, os::open_directory_again(checkpoint_fd, path), name, aside, identity);
 }
 
 }  // namespace
@@ -78,8 +82,9 @@ void bind_repair(py::module_& module) {
              py::arg("reference") = py::none(), "The stored bytes, or None when they would not be fewer than raw.");
   module.def("find_flipped_bit", &find_flipped_bit, py::arg("data"), py::arg("digest"), py::arg("seconds"),
              "(8 * byte + bit, or None; whether all were tried): see csrc/codec/flipped_bit.h.");
-  module.def("replace_file", &replace_file, py::arg("staging"), py::arg("source"), py::arg("checkpoint"),
-             py::arg("manifest_digest"), py::arg("name"), py::arg("aside"), "See csrc/store/replacement.h.");
+  module.def("replace_file", &replace_file, py::arg("staging"), py::arg("source"), py::arg("checkpoint_fd"),
+             py::arg("path"), py::arg("name"), py::arg("aside"), py::arg("damaged") = py::none(),
+             "`damaged`: (st_dev, st_ino). See csrc/store/replacement.h.");
 }
 
 }  // namespace snapstone::bind

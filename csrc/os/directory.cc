@@ -150,6 +150,8 @@ bool try_lock(const Directory& directory, int operation) {
 
 Directory open_directory(const std::string& path) { return open_at(AT_FDCWD, path.c_str(), 0, path); }
 
+Directory open_directory_again(int fd, const std::string& path) { return open_at(fd, ".", 0, path); }
+
 Directory open_directory_at(const Directory& parent, const std::string& name) {
   return open_at(parent.fd.get(), name.c_str(), O_NOFOLLOW, component_path("open", parent.path, name));
 }

@@ -1,30 +1,14 @@
 #include "store/replacement.h"
 
-#include <algorithm>
 #include <cerrno>
 #include <optional>
-#include <vector>
 
 #include "base/error.h"
 #include "os/directory.h"
-#include "os/file.h"
 #include "store/names.h"
 
 namespace snapstone::store {
 namespace {
-
-constexpr std::uint64_t kDigestBytesMax = 4096;
-
-std::vector<std::uint8_t> manifest_digest_in(const os::Directory& checkpoint) {
-  try {
-    return os::read_file(checkpoint.fd.get(), checkpoint.path, kManifestDigestName, kDigestBytesMax);
-  } catch (const OsError& error) {
-    if (error.error_number() == ENOENT) return {};
-    throw;
-  } catch (const CorruptError&) {
-    return {};  // larger than any: no checkpoint's
-  }
-}
 
 os::Directory open_base(const os::Directory& checkpoint) {
   if (!os::stat_at(checkpoint, kSharedName)) {
@@ -49,18 +33,18 @@ bool link_if_there_are_links(const os::Directory& from_parent, const std::string
 
 }  // namespace
 
-void replace_file(const Staging& staging, const std::string& source, const std::string& checkpoint_path,
-                  std::span<const std::uint8_t> manifest_digest, const std::string& name, const std::string& aside) {
-  const os::Directory checkpoint = os::open_directory(checkpoint_path);
-  if (!std::ranges::equal(manifest_digest_in(checkpoint), manifest_digest)) {
-    throw OsError(ESTALE, "repair: another checkpoint stands there", checkpoint.path);
-  }
+void replace_file(const Staging& staging, const std::string& source, const os::Directory& checkpoint,
+                  const std::string& name, const std::string& aside, const std::optional<Identity>& damaged) {
   const std::string prefix = std::string(kSharedName) + "/";
   const bool in_base = name.starts_with(prefix);
   const std::string component = in_base ? name.substr(prefix.size()) : name;
   const std::optional<os::Directory> base = in_base ? std::optional(open_base(checkpoint)) : std::nullopt;
   const os::Directory& directory = base ? *base : checkpoint;
-  if (os::stat_at(directory, component)) {
+  const std::optional<os::Entry> there = os::stat_at(directory, component);
+  if (damaged && (!there || there->device != damaged->device || there->inode != damaged->inode)) {
+    throw OsError(ESTALE, "repair: another file stands there", directory.path + "/" + component);
+  }
+  if (there) {
     link_if_there_are_links(directory, component, staging.directory(), aside);
   }
   const std::string placed = aside + ".placed";

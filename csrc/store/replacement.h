@@ -6,20 +6,28 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
+#include <optional>
 #include <string>
+
+#include "os/directory.h"
 
 #include "store/staging.h"
 
 namespace snapstone::store {
 
+// The device and inode of a file.
+struct Identity {
+  std::uint64_t device;
+  std::uint64_t inode;
+};
+
 // Gives the staging directory's file `source` the name `name` in the checkpoint, a file name or `base/` and one, and
 // what had that name before the name `aside` in the staging directory. `source` keeps its name there, too, and can be
 // put into other checkpoints; a file system without hard links can do neither, and there `source` moves and nothing is
-// kept aside. `manifest_digest` is what the checkpoint's MANIFEST.xxh128 holds, empty when it has none or one of more
-// than 4096 bytes: OsError(ESTALE) where another checkpoint has taken the place. When it returns the new name is
-// durable.
-void replace_file(const Staging& staging, const std::string& source, const std::string& checkpoint_path,
-                  std::span<const std::uint8_t> manifest_digest, const std::string& name, const std::string& aside);
+// kept aside. The checkpoint is a directory that its caller opened before it looked for damage: another one that has
+// taken its name since is never touched. With `damaged` what is replaced must be that file: OsError(ESTALE) where
+// another repair was faster. When it returns the new name is durable.
+void replace_file(const Staging& staging, const std::string& source, const os::Directory& checkpoint,
+                  const std::string& name, const std::string& aside, const std::optional<Identity>& damaged);
 
 }  // namespace snapstone::store

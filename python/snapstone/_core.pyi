@@ -524,9 +524,17 @@ def reap(parent: str) -> list[str]:
     Removes what dead saves left; returns the names removed.
     """
 
-def replace_file(staging: Staging, source: str, checkpoint: str, manifest_digest: bytes, name: str, aside: str) -> None:
+def replace_file(
+    staging: Staging,
+    source: str,
+    checkpoint_fd: typing.SupportsInt | typing.SupportsIndex,
+    path: str,
+    name: str,
+    aside: str,
+    damaged: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None,
+) -> None:
     """
-    See csrc/store/replacement.h.
+    `damaged`: (st_dev, st_ino). See csrc/store/replacement.h.
     """
 
 def reserve(

@@ -7,12 +7,17 @@ under each name, and a staging directory that the next save into the run removes
   2. Write a new file there: the chunks that are right, and those that are found elsewhere with the same digest. Files
      are never written in place, because other checkpoints may have the same file under names of their own.
   3. Sync it, drop it from the page cache, read all chunks back and compare their digests.
-  4. Give it the name of the damaged file by one rename, in every checkpoint of the run that has that file; the damaged
-     one keeps a name in the staging directory until the repaired one was read under its new name.
+  4. Give it the name of the damaged file by one rename, in every checkpoint of the run that has that file; in this one
+     last, whose damage says until then what is left to do. The damaged file keeps a name in the staging directory until
+     the repaired one was read under its new name.
+
+Directories are opened before anything in them is judged, and files go into these alone: a save that meanwhile takes the
+name of a checkpoint is left as it is.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import uuid
@@ -34,7 +39,6 @@ __all__ = ["RepairReport", "repair"]
 
 _LEVELS = (3, 1, *range(2, 20), *range(-7, 0), 20, 21, 22)  # of zstd, the usual ones first
 _PATCH_BYTES = 64 << 20
-_DIGEST_BYTES_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +70,14 @@ def repair(
     could not be repaired stays as it was.
 
     Args:
-        path: a committed checkpoint. One process calls, and nothing may remove it meanwhile.
+        path: a committed checkpoint. One process calls, and nothing may remove it meanwhile. Where another checkpoint
+            takes its name, that one is left alone.
         sources: directories of checkpoints, or of runs, that may hold the same bytes: replicas, copies, earlier runs.
         progress: True for a bar on a terminal, or a callback (bytes_done, bytes_total) of the verifications.
 
     Raises:
-        CheckpointNotFoundError: nothing is there. OSError: it cannot be read, or no file can be written (ENOSPC).
+        CheckpointNotFoundError: nothing is there. OSError: it cannot be read, no file can be written (ENOSPC) or given
+            to the owner of the damaged one (EPERM), another checkpoint or repair took the place (ESTALE).
     """
     path = os.path.realpath(path)
     if not os.path.lexists(path):
@@ -103,6 +109,8 @@ class _Repair:
         self.checkpoints: set[str] = set()
         self._path = path
         self._others = others
+        self._directories: dict[str, int] = {}  # descriptors, by path
+        self._hold(path)
         self._made: Any = None
         self._count = 0
         self._raw: dict[bytes, bytes | None] = {}  # of references, by digest
@@ -117,6 +125,20 @@ class _Repair:
         if self._made is not None:
             self._made.discard()
             self._made.close()
+        for descriptor in self._directories.values():
+            os.close(descriptor)
+        self._directories.clear()
+
+    def _hold(self, checkpoint: str) -> None:
+        if checkpoint not in self._directories:
+            self._directories[checkpoint] = os.open(checkpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def _stands(self, checkpoint: str) -> bool:
+        """Whether its name still means the directory that was opened."""
+        try:
+            return os.path.samestat(os.stat(checkpoint), os.fstat(self._directories[checkpoint]))
+        except FileNotFoundError:
+            return False
 
     def run(self) -> None:
         self.repaired += repair_root(self._path, self._others, self._put)
@@ -135,23 +157,48 @@ class _Repair:
         """A small file of the checkpoint, anew."""
         new = self._new_name()
         self._staging.write_file(new, data, "repaired_file")
+        self._give(new, os.path.join(self._path, name))
         self._staging.sync()
         self._place(new, self._path, name)
+        self._check_it_stands()
 
     def _new_name(self) -> str:
         self._count += 1
         return f"repaired-{self._count}"
 
-    def _place(self, new: str, checkpoint: str, name: str) -> str:
+    def _check_it_stands(self) -> None:
+        if not self._stands(self._path):
+            raise _stale(self._path)
+
+    def _give(self, new: str, damaged: str) -> None:
+        """To the owner of the damaged file, or of the manifest where that is missing, with its mode."""
+        like = _facts(damaged) or _facts(os.path.join(self._path, manifest.MANIFEST_NAME))
+        descriptor = os.open(os.path.join(self._staging.path, new), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if like is not None:
+                own = os.fstat(descriptor)
+                if own.st_uid != like.st_uid or (own.st_gid != like.st_gid and os.geteuid() == 0):
+                    os.fchown(descriptor, like.st_uid, like.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(like.st_mode))
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _place(self, new: str, checkpoint: str, name: str, damaged: tuple[int, int] | None = None) -> str:
         aside = f"damaged-{self._count}-{len(self.checkpoints)}-{uuid.uuid4().hex[:8]}"
-        digest = read_range(os.path.join(checkpoint, manifest.DIGEST_NAME), 0, _DIGEST_BYTES_MAX + 1)
-        digest = digest if len(digest) <= _DIGEST_BYTES_MAX else b""
-        _native.replace_file(self._staging, new, checkpoint, digest, name, aside)
+        descriptor = self._directories[checkpoint]
+        try:
+            _native.replace_file(self._staging, new, descriptor, checkpoint, name, aside, damaged)
+        except FileNotFoundError:
+            if self._stands(checkpoint):
+                raise
+            raise _stale(checkpoint) from None  # and the directory that was opened is removed
         self.checkpoints.add(checkpoint)
         return aside
 
     def _repair_file(self, entry: Any) -> None:
         path = os.path.join(self._own.reader.path, entry.name)
+        facts = _facts(path)  # of the file that is judged from here on
         users, links = self._users(entry)
         chunks: dict[int, Chunk] = {}
         for user, name in users:
@@ -165,15 +212,18 @@ class _Repair:
         places, fixed = self._find(wrong, path)
         if not fixed and (wrong or size < 0):
             return
-        new = self._write(entry.nbytes, path, ordered, places)
         still = {chunk.offset for chunk in wrong} - places.keys()
+        if any(_fails(chunk, path) for chunk in wrong if chunk.offset in still):
+            self.lost.append(f"{path}: cannot be read now, and may be later: it was left as it is")
+            return
+        cut = [(chunk.offset, _padded(chunk, path)) for chunk in wrong if chunk.offset in still]
+        places |= self._patches([(offset, data) for offset, data in cut if data])
+        new = self._write(entry.nbytes, path, ordered, places)
         self._check(new, ordered, still)
-        for user, name in users:
-            aside = self._place(new, user.reader.path, name)
-            placed = os.path.join(user.reader.path, name)
-            if any(not self._is_right(chunk, placed) for chunk in ordered if chunk.offset not in still):
-                self._place(aside, user.reader.path, name)
-                raise CheckpointError("the repaired file could not be read back; the damaged one is back", path=placed)
+        right = [chunk for chunk in ordered if chunk.offset not in still]
+        for user, name in users[::-1]:
+            self._replace(new, user.reader.path, name, facts, right)
+        self._check_it_stands()
         self.repaired += fixed or [f"{path}: its size"]
         if links > len(users):
             self.elsewhere.append(
@@ -181,12 +231,28 @@ class _Repair:
                 "(find -samefile); they were left as they are"
             )
 
+    def _replace(
+        self, new: str, checkpoint: str, name: str, damaged: os.stat_result | None, right: list[Chunk]
+    ) -> None:
+        """In one checkpoint. One whose name means another by now has been replaced by a save, and lacks nothing."""
+        placed = os.path.join(checkpoint, name)
+        try:
+            aside = self._place(new, checkpoint, name, damaged and (damaged.st_dev, damaged.st_ino))
+        except OSError as error:
+            if error.errno != errno.ESTALE or checkpoint == self._path:
+                raise
+            if self._stands(checkpoint) and not all(self._is_right(chunk, placed) for chunk in right):
+                self.elsewhere.append(f"{placed}: another file took its place, and is not right either")
+            return
+        if self._stands(checkpoint) and not all(self._is_right(chunk, placed) for chunk in right):
+            self._place(aside, checkpoint, name)
+            raise CheckpointError("the repaired file could not be read back; the damaged one is back", path=placed)
+
     def _users(self, entry: Any) -> tuple[list[tuple[Chunks, str]], int]:
         """The checkpoints of the run that have this file, with its name there; and the number of all its names."""
         users = [(self._own, entry.name)]
-        try:
-            facts = os.lstat(os.path.join(self._own.reader.path, entry.name))
-        except OSError:
+        facts = _facts(os.path.join(self._own.reader.path, entry.name))
+        if facts is None:
             return users, 0
         if facts.st_nlink == 1:
             return users, 1
@@ -194,6 +260,7 @@ class _Repair:
             for name in _data_files(path):
                 if path != self._own.reader.path and _is_same(os.path.join(path, name), facts):
                     try:
+                        self._hold(path)
                         users.append((Chunks(Reader(path)), name))
                     except (CheckpointError, OSError) as error:
                         self.elsewhere.append(f"{path}: has the damaged {name}, and cannot be opened itself: {error}")
@@ -323,7 +390,7 @@ class _Repair:
         at = 0
         for chunk in chunks:
             place = places.get(chunk.offset)
-            if place is None and chunk.offset + chunk.padded_bytes <= size and self._is_readable(chunk, path):
+            if place is None and chunk.offset + chunk.padded_bytes <= size:
                 place = _Place(path, chunk.offset)
             ranges.append((zeros, 0, chunk.offset - at))
             source = (zeros, 0) if place is None else (paths.index(place.path), place.offset)
@@ -333,15 +400,9 @@ class _Repair:
         new = self._new_name()
         rows = np.array([row for row in ranges if row[2]], np.uint64).reshape(-1, 3)
         self._staging.copy_ranges(new, [os.path.split(one) for one in paths], rows)
+        self._give(new, path)
         self._staging.sync()
         return new
-
-    @staticmethod
-    def _is_readable(chunk: Chunk, path: str) -> bool:
-        try:
-            return len(read_range(path, chunk.offset, chunk.padded_bytes)) == chunk.padded_bytes
-        except OSError:
-            return False
 
     def _check(self, new: str, chunks: list[Chunk], still: set[int]) -> None:
         """Reads the new file back from the disk."""
@@ -355,13 +416,38 @@ class _Repair:
             raise CheckpointError("the repaired file has wrong bytes; nothing was replaced", path=path)
 
 
-def _size(path: str) -> int:
-    """Of a regular file; -1 where none stands."""
+def _stale(checkpoint: str) -> OSError:
+    return OSError(errno.ESTALE, "another checkpoint took the place of the one under repair", checkpoint)
+
+
+def _facts(path: str) -> os.stat_result | None:
+    """Of a regular file; None where none stands."""
     try:
         facts = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return facts if stat.S_ISREG(facts.st_mode) else None
+
+
+def _size(path: str) -> int:
+    """Of a regular file; -1 where none stands."""
+    facts = _facts(path)
+    return -1 if facts is None else facts.st_size
+
+
+def _padded(chunk: Chunk, path: str) -> bytes:
+    """What is there of a chunk in which its file ends, and zeros; nothing of all others."""
+    data = read_range(path, chunk.offset, chunk.padded_bytes)
+    return data + bytes(chunk.padded_bytes - len(data)) if 0 < len(data) < chunk.padded_bytes else b""
+
+
+def _fails(chunk: Chunk, path: str) -> bool:
+    """Whether its bytes are there and cannot be read."""
+    try:
+        read_range(path, chunk.offset, chunk.padded_bytes)
     except OSError:
-        return -1
-    return facts.st_size if stat.S_ISREG(facts.st_mode) else -1
+        return True
+    return False
 
 
 def _flipped(data: bytes, bit: int) -> bytes:

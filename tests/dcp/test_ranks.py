@@ -131,8 +131,9 @@ def test_only_old_notes_of_saves_that_are_over_are_removed(tmp_path: Path) -> No
     notes = {
         "live": over.replace("b" * 32, live),
         "over": over,
-        "torn": over[:20],
-        f"torn.{'b' * 32}": "",
+        "empty": "",
+        "somebody's": over[:20],
+        f"torn.{'b' * 32}": over[:20],
         "not-a-note": "x" * 70_000,
     }
     for name, text in notes.items():
@@ -146,7 +147,8 @@ def test_only_old_notes_of_saves_that_are_over_are_removed(tmp_path: Path) -> No
     for name in before:
         os.utime(tmp_path / name, (0, 0), follow_symlinks=False)
     rendezvous.Note.remove_stale(str(tmp_path))
-    kept = {".saving-live", ".saving-not-a-note", ".saving-directory", ".saving-link", "elsewhere", f".staging-{live}"}
+    kept = {".saving-live", ".saving-somebody's", ".saving-not-a-note", ".saving-directory", ".saving-link"}
+    kept |= {"elsewhere", f".staging-{live}"}
     assert set(os.listdir(tmp_path)) == kept
 
 

@@ -374,3 +374,10 @@ def test_one_reader_goes_from_a_stock_checkpoint_to_ours(tmp_path: Path) -> None
     dcp.save({"t": torch.full((3,), 2.0)}, storage_writer=StorageWriter(tmp_path / "c"))
     dcp.load(loaded, storage_reader=reader)
     assert (loaded["t"] == 2).all()
+
+
+def test_a_base_that_cannot_be_used_leaves_nothing_behind(tmp_path: Path) -> None:
+    writer = StorageWriter(tmp_path / "c", base=tmp_path / "nowhere")
+    with pytest.raises(CheckpointException, match="nowhere"):
+        dcp.save({"t": torch.ones(3)}, storage_writer=writer, no_dist=True)
+    assert os.listdir(tmp_path) == []

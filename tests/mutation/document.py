@@ -6,6 +6,8 @@ import datetime
 import json
 import os
 import platform
+import shlex
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ def write(sites: list[Site], known: dict[str, Outcome], reached: Reached, work: 
     result = {
         "theme": "mutation",
         "date": now.isoformat(timespec="seconds"),
-        "command": "make mutate",
+        "command": shlex.join(["python", "-m", "mutation", *sys.argv[1:]]),
         "machine": machine,
         "sites": len(sites),
         "mutants": len(judged),

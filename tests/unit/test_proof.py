@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,15 @@ def test_every_test_of_the_page_is_listed_and_no_other() -> None:
     named, counted = proof.named_tests(page), proof.counted_tests(page)
     assert len(named) > 150
     assert sorted(named.keys() ^ proof.listed_tests(page)) == []
-    assert [name for name, count in counted.items() if count.failed or not count.cases] == []
+    assert [name for name, count in counted.items() if count.failed or not count.passed] == []
+    assert named.keys() - counted.keys() == set(), "not run yet"
+
+
+def test_no_long_form_is_missing_or_ended_with_a_failure() -> None:
+    rows = proof.recorded_runs()
+    assert {kind: said for kind, _, said, _ in rows if said == "not run"} == {}
+    bad = re.compile(r"\b[1-9][\d,]* (violations|that failed|that broke a rule)")
+    assert {kind: said for kind, _, said, _ in rows if bad.search(said)} == {}
 
 
 def test_the_section_is_read_as_it_was_written() -> None:
@@ -66,11 +75,11 @@ def test_tests_are_run_and_counted_case_by_case(tmp_path: Path) -> None:
 
 def test_the_newest_document_of_each_kind_is_told(tmp_path: Path) -> None:
     for day, states in (("2026-01-02", 5), ("2026-01-03", 1234)):
-        document = {"date": day, "command": "make crash", "states": states, "total": {"cuts": 7}}
+        document = {"date": day, "command": "make crash", "total": {"states": states, "checkpoints_read": 7}}
         (tmp_path / f"crash_machine_{day}.json").write_text(json.dumps(document))
-    assert proof.recorded_runs(tmp_path) == [
-        ("crash", "2026-01-03", "1,234 states after a crash, 7 cuts", "make crash"),
-    ]
+    first, *others = proof.recorded_runs(tmp_path)
+    assert first == ("crash", "2026-01-03", "1,234 states after a crash, 7 different checkpoints read", "make crash")
+    assert {said for _, _, said, _ in others} == {"not run"}
 
 
 def test_a_long_form_stores_what_its_tests_counted_and_what_failed(tmp_path: Path) -> None:
@@ -88,5 +97,5 @@ def test_a_long_form_stores_what_its_tests_counted_and_what_failed(tmp_path: Pat
     assert document["counts"] == {"kills": 4}
     assert (document["cases"], len(document["failed"])) == (2, 1)
     assert document["failed"][0].endswith("::test_that_fails")
-    (row,) = proof.recorded_runs(tmp_path)
-    assert (row[0], row[2]) == ("kill", "4 kills, 2 tests, 1 that failed")
+    (said,) = [said for kind, _, said, _ in proof.recorded_runs(tmp_path) if kind == "kill"]
+    assert said == "4 kills, 2 tests, 1 that failed"

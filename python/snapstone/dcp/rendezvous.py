@@ -28,6 +28,7 @@ __all__ = ["Note"]
 _PREFIX = ".saving-"
 _NOTE_BYTES_MAX = 64 << 10
 _SAVE_ID = re.compile(r"[0-9a-f]{32}")
+_TEMPORARY = re.compile(r"\.saving-.+\.[0-9a-f]{32}", re.DOTALL)
 _POLL_SECONDS = 0.05
 _STALE_SECONDS = 600.0
 
@@ -92,8 +93,12 @@ def _remove_if_stale(parent: str, entry: os.DirEntry[str]) -> None:
     if abs(time.time() - facts.st_mtime) <= _STALE_SECONDS:  # a time in the future is that of a wrong clock
         return
     note = _parsed(_native.read_file(parent, entry.name, _NOTE_BYTES_MAX))
+    if note is None and facts.st_size and not _TEMPORARY.fullmatch(entry.name):
+        return  # no note of ours
     if note is None or not os.path.lexists(os.path.join(parent, f".staging-{note.save_id}")):
-        os.unlink(entry.path)
+        now = os.lstat(entry.path)
+        if (now.st_ino, now.st_mtime_ns) == (facts.st_ino, facts.st_mtime_ns):  # and not that of a save begun since
+            os.unlink(entry.path)
 
 
 def _read(target: Target) -> Note | None:

@@ -247,14 +247,14 @@ class StorageWriter(StorageWriterInterface):
         target.make_parents()
         _native.reap(target.parent)
         Note.remove_stale(target.parent)
+        options = self._options()
+        base = choose(self._base_of_rank(options.base), target.parent, options.full_every)
         if self._save_id_used:
             self._new_save_id()
         self._save_id_used = True
         # Ranks on other hosts may write here, whose boots are not known: to a reaper the owners are strangers then.
         boots = [_native.boot_id()] if len(plans) == 1 else [_native.boot_id(), str(uuid.UUID(int=0))]
         staging = _native.Staging.create(target.parent, self.save_id, boots)
-        options = self._options()
-        base = choose(self._base_of_rank(options.base), target.parent, options.full_every)
         note = Note(self.save_id, len(plans), base.path if base else "", base.facts() if base else None)
         self._saving = _Saving(target, self._deadline(), note, staging, leads=True)
         if len(plans) > 1:
