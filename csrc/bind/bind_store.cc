@@ -86,6 +86,11 @@ std::vector<store::SharedFile> make_shared_files(const SharedArguments& argument
 
 void bind_staging(py::module_& module) {
   using Released = py::call_guard<py::gil_scoped_release>;
+  using store::Predecessor;
+  py::class_<Predecessor, std::shared_ptr<Predecessor>>(
+      module, "Predecessor", "The checkpoint that a staging directory is to replace; see csrc/store/predecessor.h.")
+      .def_static("open", &Predecessor::open, py::arg("parent"), py::arg("name"), Released())
+      .def("close", &Predecessor::close, Released());
   py::class_<Staging>(module, "Staging", "One save's staging directory; see csrc/store/staging.h.")
       .def_static("create", &Staging::create, py::arg("parent"), py::arg("save_id"), py::arg("boot_ids"), Released())
       .def_static("join", &Staging::join, py::arg("parent"), py::arg("save_id"), Released())
@@ -136,6 +141,7 @@ void bind_staging(py::module_& module) {
           },
           py::arg("manifest"), py::arg("manifest_digest"), py::arg("final_name"), py::arg("overwrite"),
           py::arg("read_back") = false)
+      .def("succeed", &Staging::succeed, py::arg("predecessor"), Released())
       .def("withdraw", &Staging::withdraw, Released())
       .def("discard", &Staging::discard, Released())
       .def("close", &Staging::close, Released());

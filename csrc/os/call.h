@@ -18,6 +18,8 @@
 //     rename      renameat
 //     renameat2   renameat2 with any flag
 //     link        linkat
+//     fchown      fchown
+//     fchmod      fchmod
 //     ioctl       FICLONE of a probe
 //     close       UniqueFd::close only; destructors ignore errors, so failing them would prove nothing
 // clang-format on

@@ -20,6 +20,7 @@ namespace {
 
 constexpr mode_t kDirectoryMode = 0700;
 constexpr mode_t kPublicDirectoryMode = 0777;
+constexpr mode_t kModeMask = 07777;
 // A checkpoint is three levels deep. Each level holds one descriptor and one stack frame, so a hostile tree must not
 // choose the depth.
 constexpr int kTreeDepthMax = 64;
@@ -63,6 +64,8 @@ Entry to_entry(const std::string& name, const struct stat& facts) {
           .is_directory = S_ISDIR(facts.st_mode),
           .is_regular = S_ISREG(facts.st_mode),
           .owner_uid = facts.st_uid,
+          .owner_gid = facts.st_gid,
+          .mode = facts.st_mode & kModeMask,
           .device = facts.st_dev,
           .inode = facts.st_ino,
           .nbytes = static_cast<std::uint64_t>(facts.st_size),

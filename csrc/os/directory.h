@@ -39,6 +39,8 @@ struct Entry {
   bool is_directory;  // by lstat: false for a symbolic link to one
   bool is_regular;
   std::uint32_t owner_uid;
+  std::uint32_t owner_gid;
+  std::uint32_t mode;  // the lower twelve bits
   std::uint64_t device;
   std::uint64_t inode;
   std::uint64_t nbytes;

@@ -201,9 +201,7 @@ void write_file(int directory_fd, const std::string& directory_path, const std::
   file.fd.close(file.path);
 }
 
-void write_file_durably(int directory_fd, const std::string& directory_path, const std::string& name,
-                        std::span<const std::uint8_t> bytes, const char* step) {
-  File file = create_file(directory_fd, directory_path, name, false);
+void write_durably(File file, std::span<const std::uint8_t> bytes, const char* step) {
   pwrite_full(file.fd.get(), file.path, bytes.data(), bytes.size(), 0);
   sync(file, step);
   file.fd.close(file.path);

@@ -50,9 +50,8 @@ void pread_full(int fd, const std::string& path, void* target, std::uint64_t nby
 // O_EXCL create, write, close: one small file.
 void write_file(int directory_fd, const std::string& directory_path, const std::string& name,
                 std::span<const std::uint8_t> bytes);
-// The same with an fsync before the close (the caller syncs the directory).
-void write_file_durably(int directory_fd, const std::string& directory_path, const std::string& name,
-                        std::span<const std::uint8_t> bytes, const char* step = kUnnamedStep);
+// All of a file that was just created: write, fsync, close (the caller syncs the directory).
+void write_durably(File file, std::span<const std::uint8_t> bytes, const char* step = kUnnamedStep);
 // Whole small file; refuses non-regular files and more than `limit_nbytes` (CorruptError, before allocating). With
 // `uncached` as the device has it.
 std::vector<std::uint8_t> read_file(int directory_fd, const std::string& directory_path, const std::string& name,

@@ -8,7 +8,7 @@
 //            and the staging directory: the entries of step 2 are durable.
 //   4. all:  vote; any error or silence ends the save here and the lead discards.
 //   5. lead: unlink what is in `base/` and not used, and fsync it then; check the rest; write MANIFEST.json and
-//      MANIFEST.xxh128, fsync each; unlink OWNER.
+//      MANIFEST.xxh128, fsync each; unlink OWNER. With a predecessor: its permissions for the directory.
 //   6. lead: fsync the staging directory.
 //  6b. lead, if asked to: read both manifest files past the page cache, and compare. (All ranks have done so with their
 //      files between 3 and 4.)
@@ -16,6 +16,8 @@
 //            absent target: renameat2(RENAME_NOREPLACE). overwrite: renameat2(RENAME_EXCHANGE), so the old checkpoint
 //            takes the staging name and either name order is a complete checkpoint. The old one is flocked before, so
 //            that nobody reaps it while the exchange is not durable.
+//            in the place of a predecessor (`compact`): the exchange alone, under an exclusive flock of it, when it
+//            still stands there. What took its place all the same goes back, by an exchange too, and the save fails.
 //            A rank that has not heard of this step by the deadline withdraws: it renames the staging directory to
 //            `.trash-<save_id>`, and the lead's rename fails. Whoever renames first decides for all ranks.
 //   8. lead: fsync the parent directory: the commit is durable; only now is success reported.
@@ -49,10 +51,10 @@ constexpr std::chrono::milliseconds kLockPause{5};
 // Lustre mounted without -o flock, and some FUSE file systems, have no locks. There reap() cannot take the exclusive
 // one either, so it leaves every staging directory alone. ENOLCK is another matter: locks exist, and a later reap()
 // may get one.
-void lock_if_there_are_locks(const os::Directory& directory) {
+void lock_if_there_are_locks(const os::Directory& directory, bool (*try_lock)(const os::Directory&)) {
   try {
     for (int attempt = 0; attempt < kLockAttemptsMax; ++attempt) {
-      if (os::try_lock_shared(directory)) return;
+      if (try_lock(directory)) return;
       std::this_thread::sleep_for(kLockPause);
     }
   } catch (const OsError& error) {
@@ -70,6 +72,8 @@ void remove_quietly(const os::Directory& parent, const std::string& name) noexce
   } catch (...) {
   }
 }
+
+constexpr const char* kAnotherStands = "replace: what was read does not stand there any more";
 
 // Between two calls of `at`; also bounds how long one call of the kernel holds up an interrupt.
 constexpr std::uint64_t kCopyBytesMax = 64ull << 20;
@@ -106,7 +110,7 @@ Staging Staging::create(const std::string& parent_path, const std::string& save_
   os::make_directory_at(parent, name);
   try {
     os::Directory directory = os::open_directory_at(parent, name);
-    lock_if_there_are_locks(directory);
+    lock_if_there_are_locks(directory, os::try_lock_shared);
     // Not synced: without a readable OWNER reap() goes by the directory's age.
     os::write_file(directory.fd.get(), directory.path, kOwnerName, as_bytes(owners));
     std::string id = save_id;  // before `parent` is moved from: removing the directory needs it
@@ -120,16 +124,24 @@ Staging Staging::create(const std::string& parent_path, const std::string& save_
 Staging Staging::join(const std::string& parent_path, const std::string& save_id) {
   os::Directory parent = os::open_directory(parent_path);
   os::Directory directory = os::open_directory_at(parent, staging_name(save_id));
-  lock_if_there_are_locks(directory);
+  lock_if_there_are_locks(directory, os::try_lock_shared);
   return Staging(std::move(parent), std::move(directory), save_id);
 }
 
+void Staging::succeed(std::shared_ptr<Predecessor> predecessor) {
+  // Now, and not when everything is copied: this is what may be refused. The directory stays private until step 5.
+  predecessor->give_owner_to(directory_);
+  predecessor_ = std::move(predecessor);
+}
+
 os::File Staging::create_file(const std::string& name, bool direct) const {
-  return os::create_file(directory_.fd.get(), directory_.path, name, direct);
+  os::File file = os::create_file(directory_.fd.get(), directory_.path, name, direct);
+  if (predecessor_) predecessor_->give_owner_and_mode_to(file, name);
+  return file;
 }
 
 void Staging::write_file(const std::string& name, std::span<const std::uint8_t> bytes, const char* step) const {
-  os::write_file_durably(directory_.fd.get(), directory_.path, name, bytes, step);
+  os::write_durably(create_file(name, false), bytes, step);
 }
 
 std::uint64_t Staging::copy_ranges(const std::string& name, std::span<const os::File> sources,
@@ -208,6 +220,7 @@ void Staging::commit(std::span<const std::uint8_t> manifest, std::span<const std
   write_file(kManifestName, manifest, "manifest");
   write_file(kManifestDigestName, manifest_digest, "manifest_digest");
   os::unlink_at(directory_, kOwnerName);
+  if (predecessor_) predecessor_->give_owner_and_mode_to(directory_);
   os::sync_directory(directory_, "manifest_entries");
   if (read_back) {
     this->read_back(kManifestName, manifest);
@@ -226,6 +239,10 @@ void Staging::read_back(const std::string& name, std::span<const std::uint8_t> b
 }
 
 void Staging::publish(const std::string& final_name, bool overwrite) {
+  if (predecessor_) {
+    publish_in_place(final_name);
+    return;
+  }
   const std::string staging = staging_name(save_id_);
   std::string final_path = parent_.path + "/" + final_name;
   if (!overwrite || !os::stat_at(parent_, final_name)) {
@@ -239,11 +256,58 @@ void Staging::publish(const std::string& final_name, bool overwrite) {
   if (!os::stat_at(old, kManifestName)) {
     throw OsError(EEXIST, "overwrite (not a checkpoint, so not replaced)", final_path);
   }
-  lock_if_there_are_locks(old);
-  const std::string trash = trash_name(save_id_);
+  lock_if_there_are_locks(old, os::try_lock_shared);
   os::rename_exchange(parent_, staging, final_name);
   published_ = true;
-  directory_.path = std::move(final_path);
+  finish_exchange(final_name);
+}
+
+void Staging::publish_in_place(const std::string& final_name) {
+  const std::string staging = staging_name(save_id_);
+  // A save that replaces it holds the lock shared: it has exchanged when this returns, or exchanges later, and then
+  // what it replaces is this one. The rest is for what replaces without the lock.
+  lock_if_there_are_locks(predecessor_->directory(), os::try_lock_exclusive);
+  const auto stands = [&](const std::string& name) { return predecessor_->is(os::stat_at(parent_, name)); };
+  const std::string final_path = parent_.path + "/" + final_name;
+  if (!stands(final_name)) throw OsError(ESTALE, kAnotherStands, final_path);
+  try {
+    os::rename_exchange(parent_, staging, final_name);
+  } catch (const OsError& error) {
+    if (error.error_number() != ENOENT || os::stat_at(parent_, final_name)) throw;
+    throw OsError(ESTALE, kAnotherStands, final_path);
+  }
+  published_ = true;
+  if (!stands(staging)) put_back(final_name);
+  finish_exchange(final_name);
+}
+
+// The exchange took something else than the predecessor: it goes back. When what is taken out then is not what was put
+// there before, a newer one came in between, and goes back in turn: what was put there is what that one replaced. A
+// crash before this is durable leaves what moved in under the staging name; no save does, since it waits for the lock.
+void Staging::put_back(const std::string& final_name) {
+  const std::string staging = staging_name(save_id_);
+  const auto taken = [&] {
+    const std::optional<os::Entry> entry = os::stat_at(parent_, staging);
+    if (!entry) throw OsError(ENOENT, "stat", parent_.path + "/" + staging);
+    return *entry;
+  };
+  os::Entry put = os::stat_directory(directory_);
+  for (os::Entry last = taken();;) {
+    os::rename_exchange(parent_, staging, final_name);
+    os::Entry next = taken();
+    if (next.inode == put.inode && next.device == put.device) break;
+    put = std::exchange(last, std::move(next));
+  }
+  os::sync_directory(parent_, "exchange");
+  published_ = false;
+  throw OsError(ESTALE, kAnotherStands, parent_.path + "/" + final_name);
+}
+
+// Steps 8 and 9.
+void Staging::finish_exchange(const std::string& final_name) {
+  const std::string staging = staging_name(save_id_);
+  const std::string trash = trash_name(save_id_);
+  directory_.path = parent_.path + "/" + final_name;
   os::sync_directory(parent_, "exchange");
   // The new checkpoint is committed and durable: from here on nothing is a failure.
   try {
@@ -256,6 +320,7 @@ void Staging::publish(const std::string& final_name, bool overwrite) {
 
 void Staging::close() noexcept {
   shared_.reset();
+  predecessor_.reset();
   directory_.fd = os::UniqueFd();
   parent_.fd = os::UniqueFd();
 }

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -19,6 +20,7 @@
 
 #include "os/directory.h"
 #include "os/file.h"
+#include "store/predecessor.h"
 #include "store/shared_files.h"
 
 namespace snapstone::store {
@@ -37,6 +39,11 @@ class Staging {
                         const std::vector<std::string>& boot_ids);
   // Every other writer. OsError(ENOENT) while a network file system does not show the directory yet: call again.
   static Staging join(const std::string& parent_path, const std::string& save_id);
+
+  // The lead, before it creates files: commit() puts this save in the place of that checkpoint, whatever `overwrite`
+  // says, or throws OsError(ESTALE) if something else stands there, or nothing. OsError(EPERM) if this process may not
+  // make files of its owner's.
+  void succeed(std::shared_ptr<Predecessor> predecessor);
 
   const std::string& save_id() const noexcept { return save_id_; }
   const std::string& path() const noexcept { return directory_.path; }
@@ -76,10 +83,14 @@ class Staging {
   void open_shared();
   void read_back(const std::string& name, std::span<const std::uint8_t> bytes) const;
   void publish(const std::string& final_name, bool overwrite);
+  void publish_in_place(const std::string& final_name);
+  [[noreturn]] void put_back(const std::string& final_name);
+  void finish_exchange(const std::string& final_name);
 
   os::Directory parent_;
   os::Directory directory_;
   std::optional<os::Directory> shared_;
+  std::shared_ptr<Predecessor> predecessor_;
   std::string save_id_;
   bool published_ = false;  // renamed: what has the staging name now, if anything, is the replaced checkpoint
 };

@@ -19,6 +19,7 @@ __all__: list[str] = [
     "LoadJob",
     "MANIFEST_BYTES_MAX",
     "PACK_THRESHOLD_BYTES",
+    "Predecessor",
     "QUEUE_DEPTH",
     "SaveJob",
     "Staging",
@@ -66,6 +67,14 @@ __all__: list[str] = [
     "zstd_compiled_in",
 ]
 
+class Predecessor:
+    """
+    The checkpoint that a staging directory is to replace; see csrc/store/predecessor.h.
+    """
+    @staticmethod
+    def open(parent: str, name: str) -> Predecessor: ...
+    def close(self) -> None: ...
+
 class Staging:
     """
     One save's staging directory; see csrc/store/staging.h.
@@ -98,6 +107,7 @@ class Staging:
         manifest_digest: bytes,
         files: collections.abc.Sequence[tuple[bool, str, str, typing.SupportsInt | typing.SupportsIndex]],
     ) -> None: ...
+    def succeed(self, predecessor: Predecessor) -> None: ...
     def sync(self, shared: collections.abc.Sequence[str] = []) -> None: ...
     def withdraw(self) -> None: ...
     def write_file(self, name: str, data: bytes, step: str = "unnamed") -> None: ...

@@ -3,15 +3,20 @@
 The steps. A crash in 1 to 5 leaves the checkpoint as it was, and a staging directory that the next save into the run
 removes; a crash after 6 leaves the compacted one, and the replaced one as trash.
 
-  1. Open the checkpoint: manifest and indexes are checked. Without shared files there is nothing to do.
-  2. Make a staging directory beside it, as a save does (`csrc/store/staging.cc`).
+  1. Open the checkpoint, and hold its directory open, so that whatever takes its place is told from it. Manifest and
+     indexes are checked. Without shared files there is nothing to do.
+  2. Make a staging directory beside it, as a save does (`csrc/store/staging.cc`). It gets the owner of the checkpoint,
+     and each file owner and permissions of the one that it replaces; a process that may not do that stops here.
   3. For each writer: copy the chunks that its records name, its own and shared ones, into one data file; write an index
      of the same tensors and values, whose records say where the chunks are now. The DCP marker is copied too.
   4. Read every chunk of the copy and compare its digest, so that a bit that flipped in a shared file is reported and
      not copied for good.
-  5. Look whether the checkpoint is still the one that was opened.
-  6. Commit by exchange, as a save with overwrite does: THE COMMIT POINT. The replaced checkpoint is removed; files that
-     other checkpoints share stay where those have them.
+  5. Look whether the checkpoint is still the one that was opened, so that nothing more is written if it is not.
+  6. Commit by exchange, as a save with overwrite does: THE COMMIT POINT. It takes the place of the directory of step 1
+     and of no other: it holds that directory's lock, for which such a save waits, looks right before the exchange
+     whether it still stands there, and right after it whether it is what was taken; anything else is put back. Where
+     nothing stands any more nothing is put. The replaced checkpoint is removed; files that other checkpoints share stay
+     where those have them.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from .collective import Deadline
 from .config import FORMAT_MINOR, seconds_of
 from .errors import (
     CheckpointError,
+    CheckpointNotFoundError,
     CorruptCheckpointError,
     IncompatibleCheckpointError,
     IncompleteCheckpointError,
@@ -57,9 +63,10 @@ def compact(
 
     Everything that it needs is copied into data files of its own (on file systems that can share blocks, no block is
     written again), verified, and put in its place by one rename: at any moment the old or the new one is there, whole.
-    The new one has the same tensors, values, step and metadata, another `save_id`, and no base. It needs as much free
-    space as the checkpoint has bytes; what the old one had alone is free afterwards. Other checkpoints do not change. A
-    checkpoint that shares nothing is returned as it is.
+    The new one has the same tensors, values, step and metadata, owner and permissions, another `save_id`, and no base.
+    A checkpoint that a save puts there meanwhile stays, and one that is removed meanwhile stays removed. It needs as
+    much free space as the checkpoint has bytes; what the old one had alone is free afterwards. Other checkpoints do not
+    change. A checkpoint that shares nothing is returned as it is.
 
     Args:
         path: a committed checkpoint. One process calls, whatever the world size of the save was.
@@ -71,16 +78,35 @@ def compact(
         The checkpoint. `stats`: "copied_bytes", seconds and bytes of "copy", "verify", "sync" and "commit".
 
     Raises:
-        CheckpointNotFoundError, IncompleteCheckpointError: nothing, or nothing committed, is there, or a file is gone.
+        CheckpointNotFoundError, IncompleteCheckpointError: nothing, or nothing committed, is there, or not any more, or
+            a file is gone.
         CorruptCheckpointError: a byte is not what was saved; names the file and the tensor. Nothing was changed.
         IncompatibleCheckpointError: a newer format.
         CheckpointError: another checkpoint took its place meanwhile, or the time was over.
         FileExistsError: files stand in the directory that are not the checkpoint's.
+        PermissionError: it belongs to another user, and this process may not make files of theirs.
         OSError: it cannot be read, or the copy cannot be written (ENOSPC). EINVAL where the file system cannot exchange
             two directories (RENAME_EXCHANGE), as for a save with overwrite.
     """
     deadline = Deadline(seconds_of(timeout))
-    source = Reader(os.path.realpath(path))
+    place = os.path.realpath(path)
+    replaced = _held(place)
+    try:
+        return _compact(place, replaced, deadline, progress)
+    finally:
+        replaced.close()
+
+
+def _held(place: str) -> Any:
+    try:
+        return _native.Predecessor.open(*os.path.split(place))
+    except OSError:
+        manifest.read(place)  # says what is wrong with it as a checkpoint
+        raise
+
+
+def _compact(place: str, replaced: Any, deadline: Deadline, progress: bool | Callable[[int, int], None]) -> Checkpoint:
+    source = Reader(place)
     if not source.manifest.shared:
         return Checkpoint(source)
     if source.manifest.format_version[1] > FORMAT_MINOR:
@@ -99,6 +125,7 @@ def compact(
     _native.reap(target.parent)
     staging = _native.Staging.create(target.parent, uuid.uuid4().hex, [_native.boot_id()])
     try:
+        staging.succeed(replaced)
         with Progress(progress, "compact", 2 * total) as bar:
             compaction = _Compaction(source, staging, deadline, bar, trace)
             document = compaction.copy(plans)
@@ -106,9 +133,14 @@ def compact(
         with trace.span("commit"):
             compaction.check_time()
             if manifest.read(source.path).save_id != source.manifest.save_id:
-                raise CheckpointError("another checkpoint took its place while it was compacted", path=source.path)
+                raise _superseded(source.path)
             data = document.to_bytes()
-            staging.commit(data, manifest.digest_line(data), target.name, True)
+            try:
+                staging.commit(data, manifest.digest_line(data), target.name, True)
+            except OSError as error:
+                if error.errno == errno.ESTALE:
+                    raise _superseded(source.path) from None
+                raise
     except BaseException:
         staging.discard()
         raise
@@ -116,6 +148,12 @@ def compact(
         staging.close()
         trace.close()
     return Checkpoint.committed(source.path, document, trace.stats)
+
+
+def _superseded(path: str) -> CheckpointError:
+    if os.path.lexists(path):
+        return CheckpointError("another checkpoint took its place while it was compacted", path=path)
+    return CheckpointNotFoundError("it was removed while it was compacted", path=path)
 
 
 class _Plan(NamedTuple):

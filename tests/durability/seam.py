@@ -27,6 +27,8 @@ GIVES: dict[str, tuple[str, ...]] = {
     "rmdir": ("EIO", "EINTR", "EBUSY", "EACCES"),
     "rename": ("EIO", *FULL, "EINTR", "EBUSY", "EACCES"),
     "renameat2": ("EIO", *FULL, "EINTR", "EBUSY", "EACCES"),
+    "fchown": ("EIO", "EINTR", "EPERM"),
+    "fchmod": ("EIO", "EINTR", "EPERM"),
     "link": ("EIO", *FULL, "EINTR", "EACCES"),
     "fallocate": ("EIO", *FULL, "EINTR"),
     "ftruncate": ("EIO", *FULL, "EINTR"),

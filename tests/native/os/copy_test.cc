@@ -26,7 +26,7 @@ class CopyTest : public ::testing::Test {
   void SetUp() override {
     bytes_.resize(3 * kMiB + 12345);
     for (std::size_t i = 0; i < bytes_.size(); ++i) bytes_[i] = static_cast<std::uint8_t>(i * 131 + i / 509);
-    write_file_durably(directory_.fd(), directory_.path(), "source", bytes_);
+    write_durably(create_file(directory_.fd(), directory_.path(), "source", false), bytes_);
     source_ = open_for_read(directory_.fd(), directory_.path(), "source", false);
     target_ = create_file(directory_.fd(), directory_.path(), "target", false);
   }

@@ -50,7 +50,7 @@ class FileTest : public ::testing::Test {
     return open_for_read(directory_.fd(), directory_.path(), name, direct);
   }
   void write(const std::string& name, const Bytes& bytes) {
-    write_file_durably(directory_.fd(), directory_.path(), name, bytes);
+    write_durably(create_file(directory_.fd(), directory_.path(), name, false), bytes);
   }
   Bytes read(const std::string& name, std::uint64_t limit = 1 << 20) {
     return read_file(directory_.fd(), directory_.path(), name, limit);
@@ -219,7 +219,7 @@ TEST_F(FileTest, a_failed_sync_is_reported_and_not_repeated) {
   EXPECT_EQ(fault::seen("fsync"), 1u);
 }
 
-TEST_F(FileTest, write_file_durably_syncs_and_checks_close) {
+TEST_F(FileTest, write_durably_syncs_and_checks_close) {
   const Bytes bytes = pattern(5000);
   {
     const ArmedFaults faults("");

@@ -61,7 +61,7 @@ class ChunkEncoderTest : public PipelineTest {
     const std::string name = std::to_string(saved_++);
     Bytes file = reference;
     file.resize(round_up(file.size(), kPageBytes));
-    os::write_file_durably(directory_.fd(), directory_.path(), name, file);
+    os::write_durably(os::create_file(directory_.fd(), directory_.path(), name, false), file);
     SaveBase base;
     base.records = {{0, kRawBytes, kRawBytes, 1, 0, 0, codec::digest(reference)}};
     base.references = {SaveBase::kNoRecord};

@@ -35,8 +35,8 @@ class CopyRangesTest : public ::testing::Test {
       for (int page = 0; page < 8; ++page) text += std::string(kPage, static_cast<char>(letter + 2 * page));
       texts_.push_back(text);
       const std::string name = std::string("source-") + letter;
-      os::write_file_durably(run_.fd(), run_.path(), name,
-                             {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()});
+      os::write_durably(os::create_file(run_.fd(), run_.path(), name, false),
+                        {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()});
       sources_.push_back(os::open_for_read(run_.fd(), run_.path(), name, false));
     }
   }

@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -291,6 +292,50 @@ TEST_F(StagingTest, what_cannot_be_trashed_after_the_commit_is_no_failure) {
       EXPECT_TRUE(name == kFinal || is_staging_name(name) || is_trash_name(name)) << name;
       if (name != kFinal) std::filesystem::remove_all(run_ / name);
     }
+  }
+}
+
+// A commit in the place of a predecessor: of that directory, and of nothing else.
+TEST_F(StagingTest, only_the_predecessor_is_replaced) {
+  save(kOldSaveId, "old", false);
+  const auto predecessor = std::make_shared<Predecessor>(Predecessor::open(run_.path(), kFinal));
+  save(std::string(32, 'b'), "newer", true);
+  Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
+  staging.succeed(predecessor);
+  EXPECT_EQ(errno_of([&] { staging.commit(bytes_of("new"), bytes_of("new"), kFinal, true); }), ESTALE);
+  EXPECT_EQ(checkpoint(), "newer");
+  std::filesystem::remove_all(run_ / kFinal);
+  Staging second = Staging::create(run_.path(), std::string(32, 'c'), {"boot"});
+  second.succeed(predecessor);
+  EXPECT_EQ(errno_of([&] { second.commit(bytes_of("new"), bytes_of("new"), kFinal, true); }), ESTALE);
+  EXPECT_FALSE(exists(kFinal)) << "brought back what was removed";
+  staging.discard();
+  second.discard();
+  EXPECT_EQ(names(), std::vector<std::string>{});
+}
+
+// Steps 7 and 8 with what moves in between the look and the exchange.
+TEST_F(StagingTest, what_moved_into_the_place_of_the_predecessor_is_put_back) {
+  for (const bool fails : {false, true}) {
+    std::filesystem::remove_all(run_ / kFinal);
+    save(std::string(32, 'b'), "newer", false);
+    std::filesystem::rename(run_ / kFinal, run_ / "newer");
+    save(kOldSaveId, "old", false);
+    Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
+    staging.succeed(std::make_shared<Predecessor>(Predecessor::open(run_.path(), kFinal)));
+    const ArmedFaults faults(fails ? "renameat2:1:delay=200;renameat2:2:errno=EIO" : "renameat2:1:delay=200");
+    std::thread mover([&] {
+      while (fault::seen("renameat2") == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      std::filesystem::rename(run_ / kFinal, run_ / "aside");
+      std::filesystem::rename(run_ / "newer", run_ / kFinal);
+    });
+    const int error = errno_of([&] { staging.commit(bytes_of("new"), bytes_of("new"), kFinal, true); });
+    mover.join();
+    staging.discard();
+    EXPECT_EQ(error, fails ? EIO : ESTALE);
+    EXPECT_EQ(read((fails ? staging_name(kSaveId) : kFinal) + "/" + kManifestName), "newer") << "it was removed";
+    EXPECT_EQ(exists(staging_name(kSaveId)), fails);
+    std::filesystem::remove_all(run_ / "aside");
   }
 }
 
