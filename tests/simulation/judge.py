@@ -62,7 +62,8 @@ def first(played: Played, processes: list[Process], directory: Path, before: str
     commits = [fault for fault in scenario.faults if ARMED.get(fault.kind) == "commit"]
     for fault in scenario.faults:
         fault.fired = fault.fired and ARMED.get(fault.kind) not in processes[fault.rank].facts
-        fault.fired = fault.fired and fault not in commits[:-1]  # the last one laid out replaces the others
+        replaced = any(fault is one for one in commits[:-1])  # by the last one that is laid out
+        fault.fired = fault.fired and not replaced
     _deadlines(played, processes)
     _names(played)
     if scenario.operation == "load":
