@@ -165,8 +165,21 @@ def _ran_out_of_time(played: Played, ended: Ended) -> bool:
     unnamed = isinstance(ended.error, RankFailedError) and not ended.error.failed_ranks
     if unnamed and "the process group broke while ranks exchanged bytes (Timed out" in str(ended.error):
         return bool(faults)
+    # One message in a hundred is slow there: whoever is named had sent nothing yet, and is not taken for another.
+    if played.scenario.slow > 1 and isinstance(ended.error, RankFailedError) and _is_silent(played, ended.error):
+        return bool(faults)
     late = (heard or type(ended.error) is CheckpointError) and any(words in str(ended.error) for words in told)
     return late and bool(faults)
+
+
+def _is_silent(played: Played, error: RankFailedError) -> bool:
+    """Whether none of those that are named had voted when that was said of them."""
+    if (found := re.search(r"\(([\w-]+)\): no answer from", str(error))) is None:
+        return False
+    notes = played.world.history
+    said_s = min((when for when, _, what in notes if what.startswith(f"set {found[1]}/outcome/")), default=0.0)
+    voted = {rank for when, rank, what in notes if what == f"set {found[1]}/vote/{rank}" and when < said_s}
+    return not voted.intersection(error.failed_ranks)
 
 
 def _counted_by_the_slow(played: Played, error: RankFailedError, fired: list[Fault]) -> bool:
