@@ -9,6 +9,8 @@ something may befall the rank; one native call is one instant, except that a com
 
 from __future__ import annotations
 
+import errno
+import importlib
 import math
 import types
 import uuid
@@ -20,10 +22,24 @@ from unittest import mock
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from greenlet import getcurrent
 
 from simulation.network import Fabric, Prefixed
-from simulation.world import World, current_process
-from snapstone import _native, collective, fabric, joint, manifest, outcome, rounds, target, writer
+from simulation.world import Task, World, current_process
+from snapstone import (
+    _native,
+    agreement,
+    collective,
+    fabric,
+    joint,
+    manifest,
+    opening,
+    outcome,
+    reader,
+    rounds,
+    target,
+    writer,
+)
 from snapstone.base import Stored
 from snapstone.collective import Deadline, Group
 from snapstone.errors import CheckpointError
@@ -31,6 +47,7 @@ from snapstone.manifest import FileEntry
 
 __all__ = ["data_of", "simulated"]
 
+load = importlib.import_module("snapstone.load")  # the package has a function of that name
 BOARD_PAUSE_S = 0.002
 BUCKET_BYTES = 64 << 10  # several rounds of a small checkpoint
 
@@ -235,6 +252,64 @@ class _Board:
         return str(state)
 
 
+def _failing(together: Callable[..., Any]) -> Callable[..., Any]:
+    """A rank's own step before a vote of a load raises, where a fault says so."""
+
+    def instead(channel: Any, label: str, deadline: Deadline, trace: Any, step: Callable[[], bytes | None]) -> Any:
+        def fails_or_steps() -> bytes | None:
+            _fail_to_read(label)
+            return step()
+
+        return together(channel, label, deadline, trace, fails_or_steps)
+
+    return instead
+
+
+def _fail_to_read(place: str) -> None:
+    label, error = current_process().facts.get("read_error", ("", None))
+    if label == place:
+        del current_process().facts["read_error"]
+        raise error
+
+
+def _failing_wait(wait: Callable[..., None]) -> Callable[..., None]:
+    def instead(*arguments: Any, **named: Any) -> None:
+        wait(*arguments, **named)
+        if isinstance(getcurrent(), Task):
+            _fail_to_read("wait")
+
+    return instead
+
+
+def _failing_first(call: Callable[..., Any], place: str) -> Callable[..., Any]:
+    def instead(*arguments: Any, **named: Any) -> Any:
+        _fail_to_read(place)
+        return call(*arguments, **named)
+
+    return instead
+
+
+def _failing_fill(fill: Callable[..., Any]) -> Callable[..., Any]:
+    def instead(*arguments: Any, **named: Any) -> Any:
+        _fail_to_read("joint")
+        stats = fill(*arguments, **named)
+        _fail_to_read("filled")
+        return stats
+
+    return instead
+
+
+def _failing_open(open_segment: Callable[..., Any]) -> Any:
+    """A segment that cannot be mapped, so that every rank makes one of its own: for a fault at that vote."""
+
+    def instead(path: str, nbytes: int) -> Any:
+        if current_process().facts.get("read_error", ("", None))[0] == "segments":
+            raise OSError(errno.ESTALE, "no mapping in the simulation", path)
+        return open_segment(path, nbytes)
+
+    return staticmethod(instead)
+
+
 def _group(process_group: Any = None, *, no_dist: bool = False) -> Group:
     found: Group = current_process().facts["group"]
     return found
@@ -271,9 +346,15 @@ def simulated(world: World, network: Fabric, *, real_shares: bool = False) -> It
         (writer, "_cache", writer.StructureCache()),
         (writer, "_keys", writer.StructureKeys()),
         (writer, "_memory", writer.Memory()),
+        (writer, "describe_all", _failing_first(writer.describe_all, "state")),
+        (agreement, "_assign_all", _failing_first(agreement._assign_all, "assign")),
         (writer, "link", lambda *_: None),
         (fabric, "dist", network),
         (fabric, "_orphans", []),
+        *[(module, "together", _failing(module.together)) for module in (joint, load, opening)],
+        (load, "fill_jointly", _failing_fill(load.fill_jointly)),
+        (reader.Reader, "wait", _failing_wait(reader.Reader.wait)),
+        (joint.Segment, "open", _failing_open(joint.Segment.open)),
         (joint, "node_name", lambda: current_process().node),
         (rounds, "Board", _Board),
         (rounds, "BUCKET_BYTES", BUCKET_BYTES),

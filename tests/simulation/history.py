@@ -20,7 +20,7 @@ from simulation import judge
 from simulation.engine import simulated
 from simulation.network import Fabric, Link, Server, Store
 from simulation.scenario import Scenario, arm, draw
-from simulation.world import Hung, Killed, Process, World
+from simulation.world import Hung, Killed, Process, World, current_process
 from snapstone.collective import Group
 
 __all__ = ["Ended", "Played", "play"]
@@ -112,7 +112,7 @@ def _again(played: Played, processes: list[Process], directory: Path) -> None:
         process.at_step.clear()
         process.interrupted = False
         process.cut_until = min(process.cut_until, world.now)
-        for name in ("commit", "write_error", "slow_write"):
+        for name in ("commit", "write_error", "read_error", "slow_write"):
             process.facts.pop(name, None)
         process.facts["spared"] = True
         _reconnect(process)
@@ -207,14 +207,20 @@ def _save(rank: int, path: Path, timeout_s: float, **options: Any) -> str:
 def _load(rank: int, path: Path, strategy: Any, timeout_s: float) -> bool:
     """Whether every byte is the one that was saved."""
     own = f"own.{rank % 2}"
-    target = {"w": torch.zeros(COMMON_WORDS), own: torch.zeros(OWN_WORDS)}
-    ss.load(target, checkpoint_id=path, strategy=strategy, timeout=timeout_s, strict=False)
+    target: dict[str, Any] = {"w": torch.zeros(COMMON_WORDS), own: torch.zeros(OWN_WORDS), "epoch": 0}
+    process = current_process()
+    try:
+        ss.load(target, checkpoint_id=path, strategy=strategy, timeout=timeout_s, strict=False)
+    finally:
+        process.facts["took values"] = target["epoch"] != 0
     expected = _state(rank % 2)
-    return all(torch.equal(target[name], expected[name]) for name in target)
+    right = all(torch.equal(target[name], expected[name]) for name in ("w", own))
+    return right and target["epoch"] == expected["epoch"]
 
 
-def _state(rank: int) -> dict[str, torch.Tensor]:
+def _state(rank: int) -> dict[str, Any]:
     return {
+        "epoch": 7,
         "w": torch.arange(COMMON_WORDS, dtype=torch.float32),
         f"own.{rank}": torch.full((OWN_WORDS,), float(rank + 1)),
     }

@@ -1,12 +1,15 @@
 """The invariants.
 
 1. One outcome: when a rank reports success of a save, none reports failure, and every byte is visible under its name.
-   When all report failure, nothing is visible, except that a commit whose last sync failed stays (it says so).
+   When all report failure, nothing is visible, except that a commit whose last sync failed stays (it says so), and then
+   none reports success. When rank 0 dies in the instant of that failure, before it can leave the mark that disowns what
+   is visible, the others may take it for committed: `docs/guarantees.md` names this exclusion.
 2. No rank waits past its deadline plus `LATE_S`.
 3. A rank that fails through no fault of its own names one that was at fault, and none when none was.
 4. The next save of the same ranks works, and of a new job too, which removes all that was left.
-5. A load gives every rank right bytes or an error. Only a rank that lost the store may differ from the others.
-6. What a rank of a save says itself, the others know at once, not at the deadline.
+5. A load gives every rank right bytes or an error. Only a rank that lost the store may differ from the others. No rank
+   takes Python values before every rank has read.
+6. What a rank says itself, the others know at once, not at the deadline, unless they wait inside gloo.
 
 Not judged: a rank that is dead or stopped for good, and what Ctrl-C makes of the rank that gets it (it may come after
 the commit).
@@ -17,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +31,20 @@ from snapstone.errors import CheckpointError, RankFailedError
 
 if TYPE_CHECKING:
     from simulation.history import Ended, Played
+    from simulation.scenario import Fault
 
 __all__ = ["clean", "first", "seen", "undisturbed"]
 
 LATE_S = 6.0
 AT_ONCE_S = 0.9
 # What is laid out for a rank to run into, which it may never do.
-ARMED = {"write error": "write_error", "slow write": "slow_write", "commit error": "commit", "commit dies": "commit"}
+ARMED = {
+    "write error": "write_error",
+    "read error": "read_error",
+    "slow write": "slow_write",
+    "commit error": "commit",
+    "commit dies": "commit",
+}
 SLOW = ("stop", "cut", "slow write")
 
 
@@ -48,12 +59,15 @@ def seen(path: Path) -> str | None:
 def first(played: Played, processes: list[Process], directory: Path, before: str | None) -> None:
     """Judges the operation that the faults befell."""
     scenario, problems = played.scenario, played.problems
+    commits = [fault for fault in scenario.faults if ARMED.get(fault.kind) == "commit"]
     for fault in scenario.faults:
         fault.fired = fault.fired and ARMED.get(fault.kind) not in processes[fault.rank].facts
+        replaced = any(fault is one for one in commits[:-1])  # by the last one that is laid out
+        fault.fired = fault.fired and not replaced
     _deadlines(played, processes)
     _names(played)
     if scenario.operation == "load":
-        _load(played)
+        _load(played, processes)
         return
     path = directory / ("old" if scenario.operation == "overwrite" else "new")
     now = seen(path)
@@ -67,18 +81,21 @@ def first(played: Played, processes: list[Process], directory: Path, before: str
         problems.append(f"two outcomes: success on {succeeded}, failure on {failed}")
     if succeeded and not committed:
         problems.append(f"success on {succeeded}, and nothing is visible")
-    if failed and not succeeded and committed and not _uncertain(played):
+    if succeeded and _uncertain(played, "commit error"):
+        problems.append(f"success on {succeeded}, and the last sync of the commit failed")
+    if failed and not succeeded and committed and not _uncertain(played, "commit error", "commit dies"):
         problems.append(f"failure on {failed}, and the checkpoint is visible")
     if scenario.operation == "overwrite" and now is None:
         problems.append("neither the old checkpoint nor the new one is visible")
 
 
-def _uncertain(played: Played) -> bool:
-    """A commit whose last sync failed."""
-    return any(fault.rules and COMMIT_ERRORS[fault.rules] for fault in played.scenario.faults)
+def _uncertain(played: Played, *kinds: str) -> bool:
+    """A commit whose last sync failed, by a fault of these kinds."""
+    faults = [fault for fault in played.scenario.faults if fault.fired and fault.kind in kinds]
+    return any(COMMIT_ERRORS[fault.rules] for fault in faults)
 
 
-def _load(played: Played) -> None:
+def _load(played: Played, processes: list[Process]) -> None:
     problems = played.problems
     outcomes: dict[bool, list[int]] = {True: [], False: []}
     for rank, ended in sorted(played.ended.items()):
@@ -89,6 +106,10 @@ def _load(played: Played) -> None:
         outcomes[ended.error is None].append(rank)
     if outcomes[True] and outcomes[False]:
         problems.append(f"two outcomes: loaded on {outcomes[True]}, failed on {outcomes[False]}")
+    took = [process.rank for process in processes if process.facts.get("took values")]
+    unread = [fault for fault in played.scenario.faults if fault.fired and fault.kind == "read error"]
+    if took and any(fault.when != "fill" for fault in unread):
+        problems.append(f"ranks {took} took Python values, and rank {unread[0].rank} could not read")
 
 
 def _deadlines(played: Played, processes: list[Process]) -> None:
@@ -105,10 +126,6 @@ def _names(played: Played) -> None:
     only_leaves = all(fault.kind == "leave" for fault in fired)
     fired = [fault for fault in fired if fault.kind != "leave" or not (only_leaves or fault.rank in failed_first)]
     at_fault = {fault.rank for fault in fired}
-    # A store that wakes may tell its own rank of the deadline before it takes the votes that have waited for it.
-    host_woke = played.scenario.store == "rank 0" and any(
-        (fault.kind, fault.rank) == ("stop", 0) and fault.seconds < math.inf for fault in fired
-    )
     failed = {rank: ended for rank, ended in played.ended.items() if ended.error is not None}
     in_time = any(fault.fired_s <= played.scenario.timeout_s for fault in fired)
     for rank, ended in failed.items():
@@ -116,7 +133,7 @@ def _names(played: Played) -> None:
             continue  # too many slow messages in a row
         if rank in at_fault or _ran_out_of_time(played, ended):
             continue
-        if host_woke and isinstance(ended.error, RankFailedError):
+        if isinstance(ended.error, RankFailedError) and _counted_by_the_slow(played, ended.error, fired):
             continue
         if not isinstance(ended.error, RankFailedError) or not at_fault.intersection(ended.error.failed_ranks):
             played.problems.append(
@@ -124,7 +141,8 @@ def _names(played: Played) -> None:
             )
     # gloo's waits end at the deadline, or with their peer.
     told = played.scenario.operation != "load" or (played.scenario.node_count == 1 and played.scenario.writers < 8)
-    if told and len(fired) == 1 and fired[0].kind in ("interrupt", "write error") and failed:
+    told = told or any(fault.kind == "read error" for fault in fired)  # the others wait in a vote, or come to one
+    if told and len(fired) == 1 and fired[0].kind in ("interrupt", "write error", "read error") and failed:
         begin = min(failed[rank].ended_s for rank in failed)
         for rank, ended in failed.items():
             if ended.ended_s - begin > AT_ONCE_S:
@@ -139,8 +157,40 @@ def _ran_out_of_time(played: Played, ended: Ended) -> bool:
     if any(fault.kind not in SLOW or fault.seconds == math.inf for fault in faults):
         return type(ended.error) is CheckpointError and ended.ended_s - ended.begun_s >= played.scenario.timeout_s
     told = ("took longer than", "did not end within")
-    late = isinstance(ended.error, RankFailedError) or any(words in str(ended.error) for words in told)
+    # Rank 0 gets the last vote in time and the commit is too late: it says so to those who wait, who name it.
+    heard = isinstance(ended.error, RankFailedError) and str(ended.error).startswith(
+        "rank 0 could not commit: Checkpoint"
+    )
+    # What ends a collective at the deadline does not know who was late.
+    unnamed = isinstance(ended.error, RankFailedError) and not ended.error.failed_ranks
+    if unnamed and "the process group broke while ranks exchanged bytes (Timed out" in str(ended.error):
+        return bool(faults)
+    # One message in a hundred is slow there: whoever is named had sent nothing yet, and is not taken for another.
+    if played.scenario.slow > 1 and isinstance(ended.error, RankFailedError) and _is_silent(played, ended.error):
+        return bool(faults)
+    late = (heard or type(ended.error) is CheckpointError) and any(words in str(ended.error) for words in told)
     return late and bool(faults)
+
+
+def _is_silent(played: Played, error: RankFailedError) -> bool:
+    """Whether none of those that are named had voted when that was said of them."""
+    if (found := re.search(r"\(([\w-]+)\): no answer from", str(error))) is None:
+        return False
+    notes = played.world.history
+    said_s = min((when for when, _, what in notes if what.startswith(f"set {found[1]}/outcome/")), default=0.0)
+    voted = {rank for when, rank, what in notes if what == f"set {found[1]}/vote/{rank}" and when < said_s}
+    return not voted.intersection(error.failed_ranks)
+
+
+def _counted_by_the_slow(played: Played, error: RankFailedError, fired: list[Fault]) -> bool:
+    """A rank that slept past the deadline, or was cut off, counts the votes when it is back, before those who waited
+    for it can give theirs: it cannot know that the silence was its own.
+    """
+    if (found := re.search(r"\(([\w-]+)\): no answer from", str(error))) is None:
+        return False
+    slept = {fault.rank for fault in fired if fault.kind in ("stop", "cut") and fault.seconds < math.inf}
+    said = {f"set {found[1]}/outcome/{rank}" for rank in slept}
+    return any(rank in slept and what in said for _, rank, what in played.world.history)
 
 
 def _incomplete(path: Path, world_size: int) -> list[str]:

@@ -11,11 +11,11 @@ from unittest import mock
 
 from simulation import engine
 from simulation.scenario import FOREVER, Fault, Scenario
-from snapstone import collective, joint, opening, outcome, wire, writer
+from snapstone import collective, outcome, wire, writer
 from snapstone.collective import Channel, Deadline, Group
 from snapstone.errors import RankFailedError
 
-__all__ = ["MUTATIONS", "Mutation", "mutated"]
+__all__ = ["MUTATIONS", "UNDISTURBED", "Mutation", "mutated"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,30 @@ class Mutation:
     scenario: Scenario | None = None  # else the histories of the first seeds
 
 
-def _without_vote(label: str) -> Callable[[Any], Any]:
-    """The ranks still tell each other what they have, but nobody says that it failed, and nobody waits for the rest."""
+def _without_vote(label: str, kind: str = "save") -> Callable[[Any], Any]:
+    """The ranks still wait for what each has to say, but nobody says that it failed, and the silent count as there."""
 
     def replace(vote: Any) -> Any:
         def instead(self: Channel, name: str, error: Any, payload: bytes, deadline: Deadline) -> Any:
-            if name != label:
+            if (name, self.kind) != (label, kind):
+                return vote(self, name, error, payload, deadline)
+            if error is not None:
+                raise error
+            self._take(name)
+            if self.group.world_size == 1:
+                return [payload]
+            self._call(self._post(f"{name}/vote/{self.group.rank}", payload), deadline)
+            return _votes_there(self, name, payload, deadline)
+
+        return instead
+
+    return replace
+
+
+def _without_waiting(label: str, kind: str) -> Callable[[Any], Any]:
+    def replace(vote: Any) -> Any:
+        def instead(self: Channel, name: str, error: Any, payload: bytes, deadline: Deadline) -> Any:
+            if (name, self.kind) != (label, kind):
                 return vote(self, name, error, payload, deadline)
             if error is not None:
                 raise error
@@ -43,13 +61,24 @@ def _without_vote(label: str) -> Callable[[Any], Any]:
     return replace
 
 
-def _without_waiting(lead: Any) -> Any:
+def _votes_there(channel: Channel, label: str, payload: bytes, deadline: Deadline, stop: str = "") -> list[bytes]:
+    """All votes, at the deadline those that are there: `payload` stands for the others. `stop`: a key that ends it."""
+    names, stopped = channel._vote_names(label), channel._key(f"{label}/{stop}")
+    channel._poll(lambda store: store.check(names) or (stop and store.check([stopped])) or None, deadline)
+    missing = set(channel._call(lambda store: wire.absent(store, names), deadline))
+    return [
+        payload
+        if rank in missing or rank == channel.group.rank
+        else wire.unpack(channel._call(lambda store, name=name: wire.fetch(store, [name])[0], deadline))
+        for rank, name in enumerate(names)
+    ]
+
+
+def _counts_the_missing(lead: Any) -> Any:
     def instead(self: Channel, label: str, payload: bytes, deadline: Deadline, combine: Any) -> bytes:
-        """Success, whoever is missing."""
-        votes = [payload] * self.group.world_size
-        for rank, name in enumerate(self._vote_names(label)):
-            if rank and self._call(lambda store, name=name: store.check([name]), deadline):
-                votes[rank] = wire.unpack(self._call(lambda store, name=name: wire.fetch(store, [name])[0], deadline))
+        """Success at the deadline, whoever is missing."""
+        self._call(self._post(f"{label}/vote/0", b""), deadline)
+        votes = _votes_there(self, label, payload, deadline, "decision")
         return self._settle(label, b"", deadline, combine(votes))
 
     return instead
@@ -164,18 +193,6 @@ def _waits_on(wait_for: Any) -> Any:
     return lambda self, value, seconds: wait_for(self, value, math.inf)
 
 
-def _without_label(label: str) -> Callable[[Any], Any]:
-    def replace(together: Any) -> Any:
-        def instead(channel: Any, name: str, deadline: Any, trace: Any, step: Any) -> Any:
-            if name != label:
-                return together(channel, name, deadline, trace, step)
-            return [step() or b""] * channel.group.world_size
-
-        return instead
-
-    return replace
-
-
 # Rank 0 stops before its commit, and wakes when the others have given it up.
 SLOW_LEAD = Scenario(1, 3, "save", "launcher", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("stop", 0, "commit", seconds=4.0)])
 
@@ -201,23 +218,90 @@ STOPPED_LOAD = Scenario(
     1, 3, "load", "launcher", 1.0, 1e-4, 1.0, "scatter", 1, 2, [Fault("stop", 1, "post 1", FOREVER)]
 )
 
+# The last sync of the commit fails, and rank 0 dies before it can say so.
+UNMARKED = Scenario(
+    1,
+    3,
+    "save",
+    "launcher",
+    1.0,
+    1e-4,
+    1.0,
+    "auto",
+    1,
+    2,
+    [Fault("commit error", 0, 0, rules="fsync:4:errno=EIO"), Fault("kill", 0, "set outcome/broadcast")],
+)
+UNDESCRIBED = Scenario(1, 4, "save", "launcher", 2.0, 1e-4, 1.0, "auto", 1, 2, [Fault("read error", 2, "state")])
+UNASSIGNED = Scenario(1, 4, "save", "launcher", 2.0, 1e-4, 1.0, "auto", 1, 2, [Fault("read error", 0, "assign")])
+# A rank loses what it has to write, before a vote that only a save with a base has.
+SHARED = Scenario(1, 4, "delta", "launcher", 2.0, 1e-4, 1.0, "auto", 1, 2, [Fault("write error", 2, "start")])
+# Rank 1 cannot write, says so, and dies as it does.
+CLAIMED = Scenario(
+    1,
+    3,
+    "save",
+    "launcher",
+    2.0,
+    1e-4,
+    1.0,
+    "auto",
+    1,
+    2,
+    [Fault("write error", 1, "start"), Fault("kill", 1, "set written/outcome/1")],
+)
+# A rank that stops for longer than the deadline, and wakes.
+ASLEEP = Scenario(1, 4, "save", "launcher", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("stop", 1, "start", 3.0)])
+ASLEEP_LOAD = Scenario(
+    1, 4, "load", "launcher", 1.0, 1e-4, 1.0, "scatter", 1, 2, [Fault("stop", 1, "set boxes/vote/1", 3.0)]
+)
+
+
+def _unread(place: str, nodes: int = 1, writers: int = 2, strategy: str = "scatter") -> Scenario:
+    """Rank 2 fails by itself there."""
+    fault = Fault("read error", 2, place)
+    return Scenario(1, 4, "load", "launcher", 2.0, 1e-4, 1.0, strategy, nodes, writers, [fault])
+
+
+LOAD_VOTES = {
+    "open": _unread("open"),
+    "indexes": _unread("indexes", writers=8),
+    "gathered": None,
+    "plan": _unread("plan"),
+    "needs": _unread("needs"),
+    "boxes": _unread("boxes"),
+    "segment": _unread("segment"),
+    "mapped": _unread("mapped"),
+    "segments": _unread("segments"),
+    "rounds": _unread("rounds"),
+    "round-0": _unread("round-0", nodes=2),
+    "round-1": _unread("round-1", nodes=2),
+    "read": _unread("filled"),
+    "fill": _unread("fill"),
+}
+
 MUTATIONS: dict[str, Mutation] = {
-    "no vote plan": Mutation(Channel, "vote", _without_vote("plan")),
+    "no vote plan": Mutation(Channel, "vote", _without_vote("plan"), UNDESCRIBED),
+    "no vote assign": Mutation(Channel, "vote", _without_vote("assign"), UNASSIGNED),
     "no vote open": Mutation(Channel, "vote", _without_vote("open")),
+    "no vote shared": Mutation(Channel, "vote", _without_vote("shared"), SHARED),
     "no vote written": Mutation(Channel, "vote", _without_vote("written")),
-    "rank 0 does not wait for all votes": Mutation(Channel, "_lead", _without_waiting),
+    "rank 0 counts the missing": Mutation(Channel, "_lead", _counts_the_missing),
     "no claim": Mutation(Channel, "_settle", _without_claim, VOTED),
-    "claimed before it is posted": Mutation(Channel, "_settle", _claimed_before_posted),
+    "claimed before it is posted": Mutation(Channel, "_settle", _claimed_before_posted, CLAIMED),
     "no deadline of a poll": Mutation(Channel, "_poll", _never_expires),
     "no deadline of a store call": Mutation(Group, "call", _waits_for_the_store),
     "the others never decide": Mutation(Channel, "_follow", _late_followers),
     "no rename away": Mutation(engine._Staging, "withdraw", lambda _: _nothing, SLOW_LEAD),
     "no rename away, the disk is only looked at": Mutation(outcome.Outcome, "on_disk", _committed_only, SLOW_LEAD),
     "no look at the disk": Mutation(outcome.Outcome, "on_disk", _withdraws_blindly),
+    "a failed commit leaves no mark": Mutation(outcome.Outcome, "_disown", lambda _: _nothing, UNMARKED),
     "who does not hear fails": Mutation(outcome.Outcome, "hear", _hears_or_fails),
     "who does not hear succeeds": Mutation(outcome.Outcome, "hear", _believes_in_success),
     "a failed commit is announced as a success": Mutation(outcome.Outcome, "announce", _announces_success),
     "the silent are not named": Mutation(Channel, "_silent", _blames_nobody),
+    "the silent are not named, one of a save wakes": Mutation(Channel, "_silent", _blames_nobody, ASLEEP),
+    "the silent are not named, one of a load wakes": Mutation(Channel, "_silent", _blames_nobody, ASLEEP_LOAD),
     "who names another is named": Mutation(Channel, "_report", _blames_itself),
     "no explanation of removed files": Mutation(
         outcome.Outcome, "explain_removal", lambda _: lambda self, error, label: error
@@ -226,12 +310,26 @@ MUTATIONS: dict[str, Mutation] = {
     "nobody keeps the store after a success": Mutation(collective, "LINGER_S", lambda _: 0.0, LAST),
     "who leaves tells nobody": Mutation(Channel, "abort", lambda _: _nothing, INTERRUPTED),
     "a lead that leaves announces nothing": Mutation(writer.Writer, "_tell", _aborts_only, INTERRUPTED_LEAD),
-    "no vote rounds": Mutation(joint, "together", _without_label("rounds"), INTERRUPTED_LOAD),
     "who waits on a board hears nothing else": Mutation(Channel, "raise_if_failed", lambda _: _nothing, MAPPED),
     "no deadline of a board": Mutation(engine._Board, "wait_for", _waits_on, STOPPED_LOAD),
-    "no vote gathered": Mutation(opening, "together", _without_label("gathered")),
-    "no vote sent-0": Mutation(joint, "together", _without_label("sent-0")),
+    **{
+        f"no vote {label} of a load": Mutation(Channel, "vote", _without_vote(label, "load"), scenario)
+        for label, scenario in LOAD_VOTES.items()
+    },
+    # What goes wrong before it the next vote tells as well; to wait is what it is for, and when messages are late an
+    # undisturbed load fails without it, too.
+    "no vote sent-0 of a load": Mutation(Channel, "vote", _without_waiting("sent-0", "load")),
 }
+
+# Nothing befalls these.
+UNDISTURBED = [
+    Scenario(2, 4, "save", "rank 0", 2.0, 1e-4, 1.0, "auto", 1, 2),
+    Scenario(3, 3, "overwrite", "launcher", 2.0, 1e-4, 1.0, "auto", 1, 2),
+    Scenario(4, 3, "delta", "file", 2.0, 1e-4, 1.0, "auto", 1, 2),
+    Scenario(5, 4, "load", "rank 0", 2.0, 1e-4, 1.0, "scatter", 1, 2),
+    Scenario(6, 4, "load", "launcher", 2.0, 1e-4, 1.0, "scatter", 2, 8),
+    Scenario(7, 3, "load", "launcher", 2.0, 1e-4, 1.0, "auto", 1, 8),
+]
 
 
 @contextmanager

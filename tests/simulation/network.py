@@ -18,6 +18,7 @@ import torch
 from simulation.world import Process, World, current_process
 
 KEY_PARTS = 3  # of a key before its label: two of the group, one of the channel
+ABSENT_PAUSE_S = 0.01
 
 __all__ = ["Fabric", "Link", "Prefixed", "Server", "Store"]
 
@@ -166,8 +167,9 @@ class Store:
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         found = self._call(lambda values: [values.get(key) for key in keys])
-        if None in found:  # the real one waits for it, longer than any deadline
-            self._server.world.wait(lambda _: None, math.inf)
+        while None in found:  # the real one waits for it, longer than any deadline
+            self._server.world.sleep(ABSENT_PAUSE_S)
+            found = self._call(lambda values: [values.get(key) for key in keys])
         return list(found)
 
     def check(self, keys: list[str]) -> bool:

@@ -23,6 +23,22 @@ LEAD_STEPS = ("reap", "create", "keep_shared", "commit", "committed", "discard",
 SAVE_VOTES = ("plan", "assign", "open", "written")
 LOAD_STEPS = ("messages", "all_gather", "post 1", "post 2", "fail")
 LOAD_VOTES = ("open", "indexes", "plan", "needs", "boxes", "segment", "mapped", "round-0", "sent-0", "round-1", "read")
+# Where a rank of a load fails by itself: before these votes; before and after it reads, "joint" and "filled", for the
+# vote "read"; as it waits for its bytes.
+READ_STEPS = (
+    "open",
+    "indexes",
+    "plan",
+    "needs",
+    "boxes",
+    "segment",
+    "mapped",
+    "segments",
+    "rounds",
+    "round-0",
+    "round-1",
+)
+READ_STEPS += ("joint", "wait", "wait", "filled", "fill")
 
 # Which calls of a commit fail, and whether it is visible then.
 COMMIT_ERRORS = {
@@ -92,7 +108,19 @@ def draw(seed: int) -> Scenario:
     )
     for _ in range(luck.choices([0, 1, 2, 3], [3, 55, 30, 12])[0]):
         scenario.faults.append(_fault(luck, scenario))
+    if seed % 16 in ((7, 15) if operation == "load" else (15,)):
+        _add_read_error(scenario)
     return scenario
+
+
+def _add_read_error(scenario: Scenario) -> None:
+    """Drawn apart from all else, so that other seeds stay what they were before this fault came."""
+    luck = random.Random(f"read error {scenario.seed}")
+    if luck.random() < 0.5:
+        scenario.faults.clear()
+    rank, loads = luck.randrange(scenario.world_size), scenario.operation == "load"
+    place = luck.choice(READ_STEPS) if loads else "state" if rank else luck.choice(("state", "assign"))
+    scenario.faults.append(Fault("read error", rank, place))
 
 
 def _fault(luck: random.Random, scenario: Scenario) -> Fault:
@@ -141,7 +169,7 @@ def arm(fault: Fault, process: Process) -> None:
             fault.fired, fault.fired_s = True, process.world.now
             befalls()
 
-    if fault.kind in ("write error", "slow write", "leave") or fault.kind.startswith("commit"):
+    if fault.kind in ("write error", "read error", "slow write", "leave") or fault.kind.startswith("commit"):
         fire()  # at its own place; who draws it has said so
     elif isinstance(fault.when, float):
         process.world.at(fault.when, fire)
@@ -159,6 +187,7 @@ def _effect(fault: Fault, process: Process) -> Callable[[], None]:
         "interrupt": process.interrupt,
         "leave": lambda: facts.update(leaves=True),
         "write error": lambda: facts.update(write_error=OSError(errno.EIO, "write error of the simulation")),
+        "read error": lambda: facts.update(read_error=(fault.when, OSError(errno.EIO, "read error of the simulation"))),
         "slow write": lambda: facts.update(slow_write=fault.seconds),
         "commit error": lambda: facts.update(commit=(fault.rules, False)),
         "commit dies": lambda: facts.update(commit=(fault.rules, True)),

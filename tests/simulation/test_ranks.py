@@ -9,7 +9,7 @@ import pytest
 
 from simulation.batches import batch
 from simulation.history import play
-from simulation.mutations import MUTATIONS, mutated
+from simulation.mutations import MUTATIONS, UNDISTURBED, mutated
 
 SEEDS = 2000
 BATCH = 250
@@ -48,6 +48,9 @@ def test_a_seed_replays_event_by_event() -> None:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_no_rule_can_be_left_out(name: str) -> None:
     mutation = MUTATIONS[name]
+    with mutated(mutation):  # else to notice that it is gone would say nothing of what it is there for
+        broken = [problem for scenario in UNDISTURBED for problem in play(scenario.seed, scenario).problems]
+    assert broken == []
     if mutation.scenario is not None:
         assert play(1, mutation.scenario).problems == []
     for seed in range(1, SEARCHED + 1):
