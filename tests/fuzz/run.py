@@ -99,12 +99,16 @@ def work(given: argparse.Namespace, hand: Hand, parent: int) -> None:
 
 def is_too_long(child: int, hand: Hand, given: argparse.Namespace) -> str:
     """Why the input in hand has to be ended; "" as long as it may go on."""
-    _, begin, cpu_begin, data = hand.seen()
+    executions, begin, cpu_begin, data = hand.seen()
     if data is None:
         return ""
-    if (cpu := limits.cpu_seconds(child) - cpu_begin) > 2 * given.cpu_seconds:
+    cpu, seconds = limits.cpu_seconds(child) - cpu_begin, time.monotonic() - begin
+    # This process may have waited for its turn while the other went on to the next inputs.
+    if hand.seen()[0] != executions:
+        return ""
+    if cpu > 2 * given.cpu_seconds:
         return f"it has taken {cpu:.1f} s of CPU, and goes on"
-    if (seconds := time.monotonic() - begin) > given.wall_seconds:
+    if seconds > given.wall_seconds:
         return f"it has taken {seconds:.1f} s, but {cpu:.1f} s of CPU, and sleeps on"
     return ""
 
