@@ -18,6 +18,7 @@ import pytest
 
 TOOL_S = 60.0
 IMAGE_BYTES = 48 << 20
+JOURNAL_BYTES = 32 << 20
 PR_SET_PTRACER = 0x59616D61
 PR_SET_PTRACER_ANY = ctypes.c_ulong(-1).value
 
@@ -66,33 +67,38 @@ def needed(*lacks: Callable[[], str]) -> None:
             pytest.skip(why)
 
 
-def make_image(path: Path, nbytes: int = IMAGE_BYTES, block_bytes: int = 4096) -> Path:
+def make_image(path: Path, nbytes: int = IMAGE_BYTES, block_bytes: int = 4096, *options: str) -> Path:
     """An ext4 file system in a sparse file. Blocks are pages: of a write that does not begin at one FUSE may fail the
     rest alone, and the loop device takes what is short for success.
     """
     with path.open("wb") as file:
         file.truncate(nbytes)
-    run("mkfs.ext4", "-qF", "-b", str(block_bytes), "-E", "lazy_itable_init=0,lazy_journal_init=0", path)
+    run("mkfs.ext4", "-qF", "-b", str(block_bytes), "-E", "lazy_itable_init=0,lazy_journal_init=0", *options, path)
     return path
 
 
 class Mount:
     """Where the file system is; `again` unmounts and mounts it, after which what it holds is what its device has."""
 
-    def __init__(self, device: str, point: Path) -> None:
+    def __init__(self, device: str, point: Path, journal: str = "") -> None:
         self.device, self.point = device, point
+        self._options = "noauto_da_alloc" + (f",journal_path={journal}" if journal else "")
+        self._journal = ["-j", journal] if journal else []
         point.mkdir(exist_ok=True)
-        run("mount", "-o", "noauto_da_alloc", device, point)
+        self._mount()
+
+    def _mount(self) -> None:
+        run("mount", "-t", "ext4", "-o", self._options, self.device, self.point)
 
     def again(self) -> bool:
         """Whether the file system had to be repaired: a device that fails may leave a journal that is not replayed."""
         self.unmount()
         try:
-            run("mount", "-o", "noauto_da_alloc", self.device, self.point)
+            self._mount()
             return False
         except OSError:
-            quietly("e2fsck", "-fy", self.device)
-            run("mount", "-o", "noauto_da_alloc", self.device, self.point)
+            quietly("e2fsck", "-fy", *self._journal, self.device)
+            self._mount()
             return True
 
     def unmount(self) -> None:
@@ -108,12 +114,19 @@ class Mount:
 
 
 @contextmanager
-def mounted(directory: Path, image: Path) -> Iterator[Mount]:
+def loop_device(image: Path) -> Iterator[str]:
+    device = run("losetup", "-f", "--show", image)
+    try:
+        yield device
+    finally:
+        quietly("losetup", "-d", device)
+
+
+@contextmanager
+def mounted(directory: Path, image: Path, journal: str = "") -> Iterator[Mount]:
     """The file system in an image, or in what stands for one, mounted below `directory`."""
     with ExitStack() as stack:
-        device = run("losetup", "-f", "--show", image)
-        stack.callback(quietly, "losetup", "-d", device)
-        mount = Mount(device, directory / "mount")
+        mount = Mount(stack.enter_context(loop_device(image)), directory / "mount", journal)
         stack.callback(quietly, "umount", "-l", mount.point)
         yield mount
 
@@ -170,13 +183,29 @@ def wait_until(is_there: Callable[[], bool], process: subprocess.Popen[bytes]) -
 
 
 @contextmanager
-def failing_disk(directory: Path, percent: int) -> Iterator[tuple[Mount, Path]]:
-    """A mount whose device fails so many writes with EIO while the file `trigger` is there."""
-    image, trigger = make_image(directory / "image"), directory / "trigger"
+def failing_disk(directory: Path, percent: int, journal: str = "") -> Iterator[tuple[Mount, Path]]:
+    """A mount whose device fails so many writes with EIO while the file `trigger` is there; with a `journal`, that
+    device, which works, holds the journal.
+    """
+    options = ("-J", f"device={journal}") if journal else ()
+    image, trigger = make_image(directory / "image", IMAGE_BYTES, 4096, *options), directory / "trigger"
     plugin = ["--filter=error", "file", image, "error=EIO", f"error-pwrite-rate={percent}%", f"error-file={trigger}"]
-    with network_disk(directory, *plugin) as disk, mounted(directory, disk) as mount:
+    with network_disk(directory, *plugin) as disk, mounted(directory, disk, journal) as mount:
         yield mount, trigger
         trigger.unlink(missing_ok=True)
+
+
+@contextmanager
+def failing_data_disk(directory: Path, percent: int) -> Iterator[tuple[Mount, Path]]:
+    """A mount of which the data of files fails to be written so often, and the journal never: one failed write to a
+    journal ends all writing, so that nothing is acknowledged any more.
+    """
+    journal = directory / "journal"
+    with journal.open("wb") as file:
+        file.truncate(JOURNAL_BYTES)
+    run("mkfs.ext4", "-qF", "-b", "4096", "-O", "journal_dev", journal)
+    with loop_device(journal) as device, failing_disk(directory, percent, device) as made:
+        yield made
 
 
 @contextmanager

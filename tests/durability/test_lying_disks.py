@@ -31,6 +31,8 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("small_chunks")]
 
 RUNGS = ["buffered", "threads-direct", "uring"]
 SAVES = 12
+SAVES_MAX = 100
+DATA_PERCENT = 10  # of the writes: of the saves, which make several each, about half
 
 
 def use(monkeypatch: pytest.MonkeyPatch, where: Path, rung: str) -> None:
@@ -39,15 +41,21 @@ def use(monkeypatch: pytest.MonkeyPatch, where: Path, rung: str) -> None:
     monkeypatch.setenv("SNAPSTONE_IO", rung)
 
 
-def save_until_refused(run: Path) -> tuple[list[int], list[OSError]]:
-    """The steps that were acknowledged, and the errors of the others."""
-    acknowledged, refused = [], []
-    for step in range(2, SAVES + 2):
+def save_often(run: Path, until_one_after_a_refusal: bool = False) -> tuple[list[int], dict[int, OSError]]:
+    """The steps that were acknowledged, and the errors of the others; if asked for, more saves than `SAVES` until one
+    has been acknowledged after another was not.
+    """
+    acknowledged: list[int] = []
+    refused: dict[int, OSError] = {}
+    for step in range(2, SAVES_MAX + 2):
+        is_missing = until_one_after_a_refusal and not (acknowledged and refused and acknowledged[-1] > min(refused))
+        if step >= SAVES + 2 and not is_missing:
+            break
         try:
             ss.save(small.state(step), checkpoint_id=run / f"step-{step}")
             acknowledged.append(step)
         except OSError as error:
-            refused.append(error)
+            refused[step] = error
     return acknowledged, refused
 
 
@@ -79,10 +87,30 @@ def test_what_is_acknowledged_on_a_failing_device_is_there(
         run = mount.point / "run"
         ss.save(small.state(1), checkpoint_id=run / "step-1")
         trigger.touch()
-        acknowledged, refused = save_until_refused(run)
+        acknowledged, refused = save_often(run)
         assert refused, "the device failed, and nobody heard of it"
-        assert {error.errno for error in refused} <= {errno.EIO, errno.EROFS}
+        assert {error.errno for error in refused.values()} <= {errno.EIO, errno.EROFS}
         assert percent < 100 or not acknowledged
+        trigger.unlink()
+        assert_kept(mount, [1, *acknowledged])
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_what_is_acknowledged_amid_failing_writes_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: str
+) -> None:
+    """Some saves meet a write that fails and some do not, in turn: a save after a refused one is acknowledged, too."""
+    devices.needed(devices.lacks_loop_devices, devices.lacks_network_disks)
+    with devices.failing_data_disk(tmp_path, DATA_PERCENT) as (mount, trigger):
+        use(monkeypatch, mount.point, rung)
+        run = mount.point / "run"
+        ss.save(small.state(1), checkpoint_id=run / "step-1")
+        trigger.touch()
+        acknowledged, refused = save_often(run, until_one_after_a_refusal=True)
+        assert refused, "writes failed, and nobody heard of it"
+        assert {error.errno for error in refused.values()} <= {errno.EIO, errno.EROFS}
+        assert acknowledged
+        assert acknowledged[-1] > min(refused), "no save got through after one that was refused"
         trigger.unlink()
         assert_kept(mount, [1, *acknowledged])
 
@@ -102,7 +130,7 @@ def test_what_is_acknowledged_on_a_device_that_runs_out_of_room_is_there(
             ss.save(small.state(1), checkpoint_id=run / "step-1")
             facts = os.statvfs(memory)
             filler.write_bytes(b"x" * max(0, facts.f_bavail * facts.f_bsize - (600 << 10)))
-            acknowledged, refused = save_until_refused(run)
+            acknowledged, refused = save_often(run)
             assert refused, "there was no room, and nobody heard of it"
             filler.unlink()
             assert_kept(mount, [1, *acknowledged])

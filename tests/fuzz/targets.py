@@ -42,7 +42,8 @@ CHECKPOINT_ERRORS = (ss.CheckpointError,)
 @cache
 def place() -> Path:
     """A directory of this process, in memory where there is some."""
-    made = tempfile.mkdtemp(prefix="snapstone-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    prefix = f"snapstone-fuzz-{os.getpid()}-"  # by which `run` finds it when this process has been killed
+    made = tempfile.mkdtemp(prefix=prefix, dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     return Path(made)
 
