@@ -141,3 +141,43 @@ def _deletion(rank: int, run: Path) -> dict[str, Any]:
 def test_stock_deletes_the_only_checkpoint_before_the_next_is_written_and_this_does_not(tmp_path: Path) -> None:
     (found,) = values(run_ranks(1, _deletion, tmp_path, store="none", timeout=120))
     assert found == {"stock": [], "ours": ["checkpoint_0"]}
+
+
+def _cut_off(rank: int, run: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    from accelerate import Accelerator
+
+    from trainers import hf_jobs as jobs
+
+    last = run / "last"
+
+    def attached(value: float) -> tuple[Any, Any]:
+        accelerator = Accelerator(cpu=True)
+        model = torch.nn.Linear(4, 4)
+        torch.nn.init.constant_(model.weight, value)
+        model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        hf.attach(accelerator)
+        return accelerator, model
+
+    def replace() -> None:
+        """Dies when the directory has lost its old name and not got the new one."""
+        accelerator, _ = attached(1.0)
+        accelerator.save_state(str(last))
+        ss.wait()
+        rename = os.rename
+        os.rename = lambda *names: jobs.die() if names[1] == str(last) else rename(*names)  # type: ignore[assignment]
+        accelerator.save_state(str(last))
+        ss.wait()
+
+    def load() -> None:
+        accelerator, model = attached(2.0)
+        accelerator.load_state(str(last))
+        assert (model.weight == 1.0).all()
+
+    found = {"end": jobs.child(replace), "there": last.exists()}
+    return found | {"load": jobs.child(load), "left": last.exists()}
+
+
+def test_a_checkpoint_whose_replacement_was_cut_off_is_loaded_by_its_name(tmp_path: Path) -> None:
+    (found,) = values(run_ranks(1, _cut_off, tmp_path, store="none", timeout=120))
+    assert found == {"end": -signal.SIGKILL, "there": False, "load": 0, "left": True}

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 from datetime import timedelta
@@ -71,17 +72,20 @@ def test_a_run_killed_during_a_save_ends_bit_identical(found: dict[str, Any]) ->
     assert found["die_while_deleting"] == (["checkpoint-4"], "checkpoint-4", True, ["checkpoint-8"])
 
 
-def _replaced(run: Path) -> list[str]:
+def _replaced(run: Path) -> dict[str, Any]:
     from trainers import hf_jobs as jobs
 
     assert jobs.child(lambda: jobs.die_between_two_renames(run)) == -signal.SIGKILL
     assert jobs.names(run) == []
+    aside = run.with_name("aside")
+    shutil.copytree(run, aside)
+    named = jobs.child(lambda: jobs.train(run.with_name("other"), resume=str(aside / "checkpoint-4")))
     assert jobs.child(lambda: jobs.train(run, resume=True)) == 0
-    return jobs.names(run)
+    return {"named": named, "left": jobs.names(run)}
 
 
 def test_a_checkpoint_that_was_being_replaced_comes_back(found: dict[str, Any]) -> None:
-    assert found["_replaced"] == ["checkpoint-8"]
+    assert found["_replaced"] == {"named": 0, "left": ["checkpoint-8"]}
 
 
 def _stock_dies(run: Path) -> dict[str, Any]:

@@ -71,6 +71,23 @@ def test_what_a_crash_leaves_of_a_removal_the_next_save_removes(tmp_path: Path) 
     assert sorted(os.listdir(tmp_path)) == ["step-2", "step-3", "step-4"]
 
 
+def test_nothing_is_given_away_for_removal_that_a_power_cut_would_bring_back(tmp_path: Path) -> None:
+    folder = StepFolder(str(tmp_path))
+    save_stock(tmp_path / "step-3")
+    folder.make_room("step-3")
+    for step in (1, 2, 3):
+        save(tmp_path / f"step-{step}")
+    for take_away in (lambda: folder.prune(2, 3), lambda: folder.settle("step-3")):
+        _native.fault_arm("fsync:1:errno=EIO")
+        try:
+            with pytest.raises(OSError, match="Input/output error"):
+                take_away()
+        finally:
+            _native.fault_disarm()
+        assert take_away() == []
+    assert [step for step, _ in folder.committed()] == [2, 3]
+
+
 @pytest.mark.parametrize("durable", [True, False])
 def test_a_stock_checkpoint_is_replaced_when_the_new_one_is_durable_and_put_back_otherwise(
     tmp_path: Path, durable: bool

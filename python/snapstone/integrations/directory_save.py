@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import traceback
@@ -26,6 +27,7 @@ from .publication import Publication, recover
 __all__ = ["DirectorySave", "DirectorySaves"]
 
 _VOTES = ("written", "published")
+_log = logging.getLogger("snapstone")
 
 
 @dataclass(eq=False)
@@ -96,19 +98,26 @@ class DirectorySaves:
         channel = group.channel("checkpoint")
         deadline = Deadline(self.timeout_seconds)
         trace = Trace("save", group.rank, group.world_size)
+        publication: Publication | None = None
 
         def prepare() -> bytes:
+            nonlocal publication
             if leads:
                 for directory in {os.path.dirname(final), parent or os.path.dirname(final)}:
                     recover(directory)
             if check is not None and group.rank == 0:
                 check()
-            return Publication.name_for(final).encode()
+            name = Publication.name_for(final)
+            if leads and group.rank == 0:  # locked before another rank may write into it
+                publication = Publication.begin(final, name, parent=parent, leads=True)
+            return name.encode()
 
         try:
             name = together(channel, "name", deadline, trace, prepare)[0].decode()
-            publication = Publication.begin(final, name, parent=parent, leads=leads)
+            publication = publication or Publication.begin(final, name, parent=parent, leads=leads)
         except BaseException as error:
+            if publication is not None:
+                publication.discard()
             channel.abort(_VOTES, error)
             channel.close()
             raise
@@ -148,7 +157,7 @@ class DirectorySaves:
             together(save.channel, "written", save.deadline, save.trace, save.write_all)
             together(save.channel, "published", save.deadline, save.trace, lambda: self._publish(save, facts))
             if save.leads:
-                after()
+                _retain(after)
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)
             self._end(save, error)
@@ -171,6 +180,14 @@ class DirectorySaves:
         save.channel.close()
         save.trace.close()
         save.handle.settle(save.final, error)
+
+
+def _retain(after: Callable[[], object]) -> None:
+    """An older checkpoint that cannot be removed is no reason to fail, on some ranks, one that was published."""
+    try:
+        after()
+    except OSError as error:
+        _log.warning("older checkpoints stay: %s", error)
 
 
 def _nbytes(directory: str) -> int:

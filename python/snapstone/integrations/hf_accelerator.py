@@ -8,7 +8,7 @@ then older ones go that `total_limit` has no room for, which stock code deletes 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..collective import Deadline, Group
@@ -18,7 +18,7 @@ from ..dcp.background import saves
 from .directory_save import DirectorySaves
 from .numbered import newest_valid, rotate
 from .patches import Patches
-from .publication import check_replaceable, problems_of_load, recover
+from .publication import check_replaceable, problems_of_load, put_back, recover
 
 __all__ = ["AttachedAccelerator"]
 
@@ -63,7 +63,7 @@ class AttachedAccelerator:
                 )
             check_replaceable(final)
 
-        leads = accelerator.is_main_process or (configuration.save_on_each_node and accelerator.is_local_main_process)
+        leads = self._leads()
         # Not into the directory of numbered checkpoints, of which stock code counts every entry.
         parent = os.path.abspath(accelerator.project_dir) if naming else None
         save = self._saves.begin(final, step=None, leads=leads, parent=parent, check=check)
@@ -94,22 +94,38 @@ class AttachedAccelerator:
         if input_dir is None and accelerator.project_configuration.automatic_checkpoint_naming:
             input_dir = self._newest(os.path.join(accelerator.project_dir, "checkpoints"))
         elif input_dir is not None:
-            problems_of_load(os.path.expanduser(input_dir))
+            path = os.path.expanduser(input_dir)
+            self._before_all("put-back", self._leads(), lambda: put_back(path))
+            problems_of_load(path)
         with installed():
             return self._stock_load(input_dir, *args, **kwargs)
 
+    def _leads(self) -> bool:
+        """Whether this rank publishes: one of a file system."""
+        accelerator = self._accelerator
+        each = accelerator.project_configuration.save_on_each_node
+        return bool(accelerator.is_main_process or (each and accelerator.is_local_main_process))
+
     def _newest(self, run: str) -> str:
         """The same on every rank."""
-        group = Group.create()
-        channel = group.channel("resume")
+
+        def find() -> str:
+            recover(run)
+            path = newest_valid(run, _PREFIX, _WITNESS)
+            if path is None:
+                raise ValueError(f"No valid checkpoint found in {run}")
+            return path
+
+        return self._before_all("resume", Group.create().rank == 0, find)
+
+    def _before_all(self, label: str, acts: bool, step: Callable[[], str | None]) -> str:
+        """What `step` came to on rank 0, once it has ended on every rank that acts."""
+        channel = Group.create().channel(label)
         error: BaseException | None = None
-        path: str | None = ""
+        path: str | None = None
         try:
-            if group.rank == 0:
-                recover(run)
-                path = newest_valid(run, _PREFIX, _WITNESS)
-                if path is None:
-                    raise ValueError(f"No valid checkpoint found in {run}")
+            if acts:
+                path = step()
         except BaseException as failure:
             error = failure
         try:

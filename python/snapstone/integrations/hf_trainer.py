@@ -31,7 +31,7 @@ from . import safetensors_file
 from .directory_save import DirectorySave, DirectorySaves
 from .numbered import SENTINEL_NAME, newest_valid, rotate
 from .patches import Patches
-from .publication import problems_of_load, recover
+from .publication import problems_of_load, put_back, recover
 from .versions import UnsupportedVersionError
 
 __all__ = ["AttachedTrainer"]
@@ -245,6 +245,7 @@ class AttachedTrainer:
     @staticmethod
     def _checked(path: str) -> str:
         """Stock checkpoints are taken as they are where somebody names them."""
+        put_back(path)
         problems_of_load(path)
         return path
 

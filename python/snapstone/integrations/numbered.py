@@ -78,20 +78,22 @@ def newest_valid(run: str, prefix: str, witness: str) -> str | None:
 
 def rotate(run: str, prefix: str, witness: str, keep: int | None, protected: Iterable[str | None]) -> list[str]:
     """Removes the oldest complete checkpoints until `keep` are left; returns those. Incomplete ones neither count nor
-    go. `protected` stay and count, the one with the highest number above all.
+    go. `protected` stay and count, the one with the highest number above all. One that cannot be removed stays, with a
+    warning, and no other goes in its place.
     """
     if keep is None or keep <= 0:
         return []
     found = complete(run, prefix, witness)
     kept = {os.path.realpath(path) for path in protected if path} | {os.path.realpath(path) for path in found[-1:]}
+    excess = len(found) - max(keep, len(kept))
     removed: list[str] = []
-    for path in found:
-        if len(found) - len(removed) <= max(keep, len(kept)):
-            break
-        if os.path.realpath(path) not in kept:
+    for path in [path for path in found if os.path.realpath(path) not in kept][: max(excess, 0)]:
+        try:
             with suppress(FileNotFoundError):  # another job prunes the same run
                 remove(path)
             removed.append(path)
+        except OSError as error:
+            _log.warning("%s is not removed: %s", path, error)
     return removed
 
 

@@ -1,13 +1,16 @@
 """A directory that others fill and that appears at once: how checkpoints of many files become atomic.
 
-1. `Publication.begin` makes `.snapstone-new-<name>-<id>` beside the target, which a lock marks as alive.
+1. `Publication.begin` makes `.snapstone-new-<name>-<id>` beside the target, which a lock marks as alive. Who looks for
+   dead ones holds that lock for a moment, so `begin` waits for it: without a lock the files would be taken for dead.
 2. Whoever has files for it writes them there: a trainer, the engine with a checkpoint of its own inside.
 3. `seal` syncs every file and directory and writes MARKER_NAME, with size and digest of each file, last.
 4. `publish` renames the directory to its name. **This is the commit.** Where a directory of that name stands, it is
-   renamed to `.snapstone-old-...` first; a crash between the two renames is put right by `recover`.
+   renamed to `.snapstone-old-...` first, and back where the second rename fails; a crash between the two is put right
+   by `put_back`, which loads call, too. A lock on the old directory keeps others from doing so in between.
 5. The parent directory is synced.
 
-`remove` goes the other way: one rename, then the files. What crashes leave behind, `recover` removes.
+`remove` goes the other way: one rename, a sync of the parent, then the files: a power cut never brings back a part.
+What crashes leave behind, `recover` removes.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ import mmap
 import os
 import re
 import shutil
+import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +42,7 @@ __all__ = [
     "is_published",
     "problems",
     "problems_of_load",
+    "put_back",
     "recover",
     "remove",
 ]
@@ -44,6 +50,9 @@ __all__ = [
 MARKER_NAME = "snapstone.json"
 _MARKER_BYTES_MAX = 64 << 20
 _HIDDEN = re.compile(r"\.snapstone-(new|old|gone)-(.+)-[0-9a-f]{12}")
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+_LOCK_SECONDS = 10.0
+_LOCK_PAUSE_SECONDS = 0.005
 
 
 class Publication:
@@ -63,10 +72,14 @@ class Publication:
     def begin(cls, final: str, name: str, *, parent: str | None = None, leads: bool) -> Publication:
         """Makes the directory, in `parent` or beside `final`. `leads`: of the ranks that fill it, the one that
         publishes it.
+
+        Raises:
+            BlockingIOError: another process holds the lock of the directory, and does not let it go.
+            FileNotFoundError: another process has taken the directory for one of a dead save.
         """
         staging = os.path.join(parent or os.path.dirname(final), name)
         os.makedirs(staging, exist_ok=True)
-        return cls(final, staging, _locked(staging) if leads else None)
+        return cls(final, staging, _locked(staging, fcntl.LOCK_SH) if leads else None)
 
     def seal(self, facts: dict[str, Any]) -> None:
         """Step 3: `facts` go into the marker beside the digests."""
@@ -89,19 +102,36 @@ class Publication:
             _native.sync_directory(directory)
 
     def publish(self) -> None:
-        """Steps 4 and 5."""
+        """Steps 4 and 5.
+
+        Raises:
+            FileNotFoundError: the directory is not the one that `begin` locked: files are missing.
+        """
         parent, name = os.path.split(self.final)
         make_directories(parent)
+        if self._lock is not None:
+            _check_same(self._lock, self.staging)
         old = None
-        if os.path.isdir(self.final) and os.listdir(self.final):
+        if _is_free(self.final):
+            os.rename(self.staging, self.final)
+        else:
             old = os.path.join(parent, _hidden("old", name))
-            os.rename(self.final, old)
-        os.rename(self.staging, self.final)
+            self._exchange(old)
         _native.sync_directory(parent)
         self._unlock()
         if old is not None:
             with suppress(OSError):  # it is published; `recover` tries again
                 remove(old)
+
+    def _exchange(self, old: str) -> None:
+        with _lock_of(self.final, fcntl.LOCK_SH):  # `put_back` in another process waits for the end of this
+            try:
+                os.rename(self.final, old)
+                os.rename(self.staging, self.final)
+            except BaseException:
+                with suppress(OSError):  # it was acknowledged; where even this fails, `put_back` tries again
+                    os.rename(old, self.final)
+                raise
 
     def discard(self) -> None:
         """After an error. Again, or after `publish`, is nothing."""
@@ -179,52 +209,128 @@ def problems(
 
 def remove(path: str) -> None:
     """Deletes a directory that a crash must not leave in half."""
+    _remove_hidden([_hide(os.path.abspath(path))])
+
+
+def put_back(path: str) -> None:
+    """Gives a published directory its name again where a crash came while it was replaced. Any process may call it."""
     parent, name = os.path.split(os.path.abspath(path))
-    gone = os.path.join(parent, _hidden("gone", name))
-    os.rename(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    path = os.path.join(parent, name)
+    if not _is_free(path):
+        return
+    found = []
+    with suppress(FileNotFoundError):
+        for entry in os.scandir(parent):
+            match = _HIDDEN.fullmatch(entry.name)
+            if match is not None and match.group(1, 2) == ("old", name):
+                found.append((entry.stat().st_ctime_ns, entry.path))
+    for _, old in sorted(found)[-1:]:
+        # Blocking: it is being replaced now. Not found: it has been, or another process was faster.
+        with suppress(BlockingIOError, FileNotFoundError), _lock_of(old, fcntl.LOCK_EX):
+            if _is_free(path):
+                os.rename(old, path)
 
 
 def recover(parent: str) -> None:
     """Ends what a crash has left unfinished in `parent`: for the one process that publishes there."""
+    names: list[str] = []
     with suppress(FileNotFoundError):
-        for name in os.listdir(parent):
-            match = _HIDDEN.fullmatch(name)
-            if match is None:
-                continue
-            path, final = os.path.join(parent, name), os.path.join(parent, match[2])
-            if match[1] == "old" and not os.path.lexists(final):
-                os.rename(path, final)
+        names = sorted(os.listdir(parent))
+    with ExitStack() as locks:
+        gone = []
+        for match in filter(None, map(_HIDDEN.fullmatch, names)):
+            path, final = os.path.join(parent, match[0]), os.path.join(parent, match[2])
+            if match[1] == "gone":
+                gone.append(path)
             elif match[1] == "old":
+                put_back(final)
+                if is_published(final):
+                    with suppress(OSError):  # never in half: it would come back if the one that replaced it went
+                        gone.append(_hide(path))
+            elif _locked_dead(path, locks):
                 with suppress(OSError):
-                    remove(path)  # never in half: it would come back if the one that replaced it went
-            elif match[1] == "gone" or _is_dead(path):
-                shutil.rmtree(path, ignore_errors=True)
+                    gone.append(_hide(path))
+        with suppress(OSError):  # the next one tries again
+            _remove_hidden(gone)
+
+
+def _hide(path: str) -> str:
+    parent, name = os.path.split(path)
+    hidden = _HIDDEN.fullmatch(name)
+    gone = os.path.join(parent, _hidden("gone", name if hidden is None else hidden[2]))
+    os.rename(path, gone)
+    return gone
+
+
+def _remove_hidden(paths: Iterable[str]) -> None:
+    """Of one parent. Before the first file goes, the rename is durable, whichever process it was that did it."""
+    for number, path in enumerate(paths):
+        if number == 0:
+            _native.sync_directory(os.path.dirname(path))
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _hidden(kind: str, name: str) -> str:
     return f"{UNPUBLISHED if kind == 'new' else f'.snapstone-{kind}-'}{name}-{uuid.uuid4().hex[:12]}"
 
 
-def _locked(directory: str) -> int:
+def _is_free(path: str) -> bool:
+    """Whether a rename may put a directory there: nothing, or an empty directory."""
+    return not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path))
+
+
+def _locked(directory: str, how: int) -> int:
+    """A descriptor of the directory with its lock. Whoever holds one that conflicts is waited for."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    with suppress(OSError):  # a file system without locks; nobody removes the directory then
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        end = time.monotonic() + _LOCK_SECONDS
+        while not _has_lock(descriptor, how):
+            if time.monotonic() > end:
+                raise BlockingIOError(errno.EWOULDBLOCK, "another process keeps the directory locked", directory)
+            time.sleep(_LOCK_PAUSE_SECONDS)
+        _check_same(descriptor, directory)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
-def _is_dead(directory: str) -> bool:
+@contextmanager
+def _lock_of(directory: str, how: int) -> Iterator[None]:
+    descriptor = _locked(directory, how)
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+        yield
     finally:
         os.close(descriptor)
+
+
+def _has_lock(descriptor: int, how: int) -> bool:
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:  # without locks nobody takes the directory for dead
+            raise
     return True
+
+
+def _locked_dead(directory: str, locks: ExitStack) -> bool:
+    """Whether nobody alive fills the directory. Nobody begins to until `locks` end."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        locks.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _check_same(descriptor, directory)
+    except OSError:
+        return False
+    return True
+
+
+def _check_same(descriptor: int, directory: str) -> None:
+    """Raises FileNotFoundError where the name is not that of the directory that was opened."""
+    if not os.path.samestat(os.fstat(descriptor), os.stat(directory)):
+        raise FileNotFoundError(errno.ENOENT, "another process has removed the directory and made it anew", directory)
 
 
 def _sync(path: str) -> tuple[int, str]:

@@ -16,7 +16,7 @@ import stat
 import uuid
 from contextlib import suppress
 
-from .. import Checkpoint, manifest
+from .. import Checkpoint, _native, manifest
 from ..errors import CorruptCheckpointError, IncompleteCheckpointError
 
 __all__ = ["StepFolder"]
@@ -87,7 +87,9 @@ class StepFolder:
     def settle(self, name: str) -> list[str]:
         """After the save of `name` has become durable: what was moved aside for it, for somebody to remove."""
         aside = _REPLACED + name
-        return [self._to_trash(aside)] if os.path.lexists(os.path.join(self.path, aside)) else []
+        if not os.path.lexists(os.path.join(self.path, aside)):
+            return []
+        return self._out_of_sight([self._to_trash(aside)])
 
     def prune(self, keep_latest: int, durable: int) -> list[str]:
         """Takes all but the `keep_latest` highest steps out of sight, each in one rename, once step `durable` is: what
@@ -100,7 +102,7 @@ class StepFolder:
             if step != durable:
                 with suppress(FileNotFoundError):  # another job prunes the same run
                     trash.append(self._to_trash(os.path.basename(path)))
-        return trash
+        return self._out_of_sight(trash)
 
     def _names(self) -> list[str]:
         try:
@@ -111,6 +113,12 @@ class StepFolder:
     def _to_trash(self, name: str) -> str:
         trash = os.path.join(self.path, f".trash-{uuid.uuid4().hex}")
         os.rename(os.path.join(self.path, name), trash)
+        return trash
+
+    def _out_of_sight(self, trash: list[str]) -> list[str]:
+        """Once the renames are durable: a power cut would bring back what somebody has removed in part."""
+        if trash:
+            _native.sync_directory(self.path)
         return trash
 
     def put_back(self) -> None:
