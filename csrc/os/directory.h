@@ -16,7 +16,7 @@ struct Directory {
   std::string path;
 };
 
-Directory open_directory(const std::string& path);  // O_DIRECTORY; follows links: the user's own path
+Directory open_directory(const std::string& path);                // O_DIRECTORY; follows links: the user's own path
 Directory open_directory_again(int fd, const std::string& path);  // the one that `fd` has open; `path` for errors
 Directory open_directory_at(const Directory& parent, const std::string& name);  // O_DIRECTORY|O_NOFOLLOW
 // mkdirat, 0700 or for others too as the umask says; EEXIST throws.

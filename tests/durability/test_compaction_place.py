@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,12 @@ def save_and_compact(rank: int, run: str, saves: int) -> list[tuple[int, int | N
     wrong: list[tuple[int, int | None]] = []
     for step in range(1, saves):
         ss.save(state_at(2), checkpoint_id=last, step=step, base=base, overwrite=True)
-        found = None
         for _ in range(4):
             time.sleep(0.004)
-            found = ss.Checkpoint.open(last).step
-            if found != step:
-                wrong.append((step, found))
+            with suppress(ss.CheckpointError):  # half of it from before an exchange, half from after it
+                found = ss.Checkpoint.open(last).step
+                if found != step:
+                    wrong.append((step, found))
     Path(run, "stop").touch()
     assert how_it_ended(pid) == 0
     assert int(os.read(pipe, 100)) > 3, "nothing was compacted"
