@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mutation import document
+from mutation import document, sandbox
 from mutation.kill import Outcome, judge_all
 from mutation.lists import judge_lists
 from mutation.record import Reached, record, record_native
@@ -43,6 +43,9 @@ FIRST_NATIVE = ("csrc/store/", "csrc/format/", "csrc/pipeline/", "csrc/codec/", 
 
 def main(arguments: Sequence[str]) -> int:
     given = _arguments(arguments)
+    if reason := sandbox.why_not():
+        print(f"code without its checks may remove anything, and there is no sandbox for it here: {reason}")
+        return 2
     work = given.work.resolve()
     tree = work / "tree"
     sites = make_tree(tree)

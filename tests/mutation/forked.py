@@ -17,8 +17,11 @@ from typing import Any, NoReturn
 
 import pytest
 
+from mutation import sandbox
+
 __all__ = ["Ran", "native_tests", "run_native", "run_python"]
 
+MUTANT = "SNAPSTONE_MUTANT"  # names what is taken away: mutant.h, mutant.py
 POLL_S = 0.02
 NATIVE_SECONDS = 120
 USAGE_ERROR = 4
@@ -76,7 +79,7 @@ def run_python(
     params: int = 1 << 30,
     first_failure: bool = True,
 ) -> Ran:
-    """pytest in a fork; it and all that it started are killed after `seconds`."""
+    """pytest in a fork; it and all that it started are killed after `seconds`. A mutant runs in a sandbox."""
     scratch.mkdir(parents=True, exist_ok=True)
     reports = scratch / "reports"
     reports.unlink(missing_ok=True)
@@ -112,6 +115,8 @@ def _child(
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(tree)
         os.environ.update(env)
+        if MUTANT in env:
+            sandbox.enter(scratch)
         args = ["-q", "-p", "no:cacheprovider", "--basetemp", str(scratch / "tmp"), "--rootdir", str(tree)]
         args += ["-c", str(tree / "pyproject.toml"), *(["-x"] if first_failure else [])]
         code = int(pytest.main([*args, *tests], plugins=[plugin]))
@@ -150,14 +155,21 @@ def native_tests(tree: Path) -> list[str]:
     return found
 
 
-def run_native(tree: Path, test: str, env: Mapping[str, str]) -> tuple[bool, str, float]:
-    """Whether it passed, what it said if not, and seconds."""
+def run_native(tree: Path, test: str, env: Mapping[str, str], scratch: Path) -> tuple[bool, str, float]:
+    """Whether it passed, what it said if not, and seconds. A mutant runs in a sandbox."""
+    scratch.mkdir(parents=True, exist_ok=True)
     program, _, case = test.removeprefix("native/").partition("::")
     begin = time.monotonic()
     command = [str(tree / "build/tests/native" / f"native_{program}"), f"--gtest_filter={case}"]
     given = {**os.environ, **env, "PYTEST_CURRENT_TEST": test}
     process = subprocess.Popen(
-        command, env=given, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        env={**given, "TMPDIR": str(scratch)} if MUTANT in env else given,
+        cwd=tree,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=(lambda: sandbox.enter(scratch)) if MUTANT in env else None,
     )
     try:
         output, _ = process.communicate(timeout=NATIVE_SECONDS)

@@ -44,7 +44,7 @@ def judge(site: Site, digest: str, reached: Reached, tree: Path, scratch: Path) 
     begin = time.monotonic()
     tests = reached.by_site.get(site.name, [])
     env = {"SNAPSTONE_MUTANT": site.name}
-    killed, message, tried = _by_native(tree, tests, reached, env)
+    killed, message, tried = _by_native(tree, tests, reached, env, scratch)
     left = _varied([test for test in tests if not test.startswith("native/")])
     for count, limit in BATCHES if not killed else ():
         batch, left = left[:count], left[count:]
@@ -68,14 +68,16 @@ def judge(site: Site, digest: str, reached: Reached, tree: Path, scratch: Path) 
     return Outcome(site.name, site.line, site.text[:160], digest, killed, message, tried, len(tests), seconds)
 
 
-def _by_native(tree: Path, tests: list[str], reached: Reached, env: dict[str, str]) -> tuple[str, str, int]:
+def _by_native(
+    tree: Path, tests: list[str], reached: Reached, env: dict[str, str], scratch: Path
+) -> tuple[str, str, int]:
     native = [test for test in tests if test.startswith("native/")][:NATIVE_TESTS_MAX]
     spent = 0.0
     for tried, test in enumerate(native, 1):
         spent += reached.seconds[test]
         if spent > NATIVE_SECONDS_MAX and tried > 1:
             return "", "", tried - 1
-        passed, message, _ = run_native(tree, test, env)
+        passed, message, _ = run_native(tree, test, env, scratch)
         if not passed:
             return test, message, tried
     return "", "", len(native)

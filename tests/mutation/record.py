@@ -85,7 +85,9 @@ def record_native(tree: Path, work: Path) -> None:
         log.unlink(missing_ok=True)
         results = []
         for test in tests:
-            passed, message, seconds = run_native(tree, test, {"SNAPSTONE_MUTANT_LOG": str(log)})
+            passed, message, seconds = run_native(
+                tree, test, {"SNAPSTONE_MUTANT_LOG": str(log)}, work / "scratch" / "native"
+            )
             outcome = "passed" if passed else "failed"
             results.append({"nodeid": test, "outcome": outcome, "seconds": round(seconds, 3), "message": message})
         target.write_text(json.dumps({"digest": digest, "results": results, "reached": _read_log(log)}))

@@ -7,12 +7,15 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from mutation import sandbox
 from mutation.accepted import ACCEPTED
 from mutation.sites import EXCLUDED, find, instrumented, native_sites, python_sites
 from mutation.tree import ROOT
@@ -109,9 +112,35 @@ def test_every_accepted_one_is_still_there() -> None:
 SAMPLE = ("manifest.py:_parse#*", "manifest.py:_version#*", "manifest.py:writer_of*", "manifest.py:_hex#1")
 
 
+def test_what_runs_without_its_checks_can_harm_nothing(tmp_path: Path) -> None:
+    if reason := sandbox.why_not():
+        pytest.skip(reason)
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.write_text("kept")
+    shared = Path("/dev/shm", tmp_path.name)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            sandbox.enter(inside)
+            shutil.rmtree(tmp_path, ignore_errors=True)
+            (inside / "made").write_text(tempfile.mkdtemp())
+            shared.write_text("in a memory of its own")
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert outside.read_text() == "kept"
+    assert (inside / "made").read_text().startswith(str(inside))
+    assert not shared.exists()
+
+
 @pytest.mark.timeout(240)
 def test_a_check_that_is_taken_away_is_noticed_and_one_without_tests_survives(tmp_path: Path) -> None:
     """The sample of every run: checks of the manifest, against its unit tests and then against those of the plan."""
+    if reason := sandbox.why_not():
+        pytest.skip(reason)
     killed, code, said = _outcomes(tmp_path / "work", "tests/unit/test_manifest.py", *SAMPLE)
     assert len(killed) > 4
     assert {name: one["killed_by"] for name, one in killed.items() if not one["killed_by"]} == {}
