@@ -53,8 +53,8 @@ IS_LONG = os.environ.get("SNAPSTONE_SWEEP") == "long"
 # threads do not serve nothing gives EAGAIN.
 RETRIED = {("io_uring_enter", "EAGAIN"), ("io_uring_enter", "EBUSY"), ("uring_write", "EAGAIN"), ("flock", "EAGAIN")}
 RETRIED |= {("uring_read", "EAGAIN")}
-# As often as threads happen to need it, and not each time as often.
-UNCOUNTED = {"io_uring_enter"}
+# As often as threads happen to need it, and not each time as often; memory where one of them has none yet.
+UNCOUNTED = {"io_uring_enter", "mmap", "madvise"}
 # For these a call is tried for a second, a lock for ten, before that is an error: for ever at the first call alone.
 PATIENT = {(call, name) for call in ("pwrite", "pread", "uring_write", "uring_read") for name in ("EAGAIN",)}
 PATIENT |= {("io_uring_enter", "EAGAIN"), ("io_uring_enter", "EBUSY")}

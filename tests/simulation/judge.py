@@ -157,10 +157,8 @@ def _ran_out_of_time(played: Played, ended: Ended) -> bool:
     if any(fault.kind not in SLOW or fault.seconds == math.inf for fault in faults):
         return type(ended.error) is CheckpointError and ended.ended_s - ended.begun_s >= played.scenario.timeout_s
     told = ("took longer than", "did not end within")
-    # Rank 0 gets the last vote in time and the commit is too late: it says so to those who wait, who name it.
-    heard = isinstance(ended.error, RankFailedError) and str(ended.error).startswith(
-        "rank 0 could not commit: Checkpoint"
-    )
+    # Rank 0 gets the last vote in time and the commit is too late: it says so itself to those who wait, who name it.
+    heard = isinstance(ended.error, RankFailedError) and tuple(ended.error.failed_ranks) == (0,)
     # What ends a collective at the deadline does not know who was late.
     unnamed = isinstance(ended.error, RankFailedError) and not ended.error.failed_ranks
     if unnamed and "the process group broke while ranks exchanged bytes (Timed out" in str(ended.error):
