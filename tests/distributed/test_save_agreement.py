@@ -140,6 +140,24 @@ def test_keys_that_do_not_fit_fail_every_rank(tmp_path: Path, kind: str, line: s
         assert "stage" not in message.replace("staging", "")
 
 
+def save_what_differs(rank: int, run: str, option: str) -> str:
+    options: dict[str, Any] = {"checkpoint_id": Path(run, "c"), "timeout": 20}
+    if rank == 1:
+        other = {"checkpoint_id": Path(run, "other"), "step": 7, "overwrite": True, "base": Path(run, "before")}
+        options[option] = other[option]
+    with pytest.raises(ValueError, match="ranks 0 and 1 save different checkpoints") as caught:
+        ss.save({"fine": torch.ones(2)}, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["checkpoint_id", "step", "overwrite", "base"])
+def test_ranks_that_are_told_to_save_different_checkpoints_save_none(tmp_path: Path, option: str) -> None:
+    ss.save({"fine": torch.ones(2)}, checkpoint_id=tmp_path / "before")
+    first, second = values(run_ranks(2, save_what_differs, str(tmp_path), option))
+    assert first == second
+    assert os.listdir(tmp_path) == ["before"]
+
+
 def save_what_cannot_be(rank: int, path: str, kind: str) -> str:
     mesh = init_device_mesh("cpu", (2,))
     state: dict[str, Any] = {"fine": torch.ones(2)}
