@@ -75,7 +75,8 @@ def _write(path: Path, options: argparse.Namespace, done: int, total: dict[str, 
     document = {
         "theme": "ranks",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": f"python -m simulation --first {options.first} --seeds {options.seeds} --jobs {options.jobs}",
+        "command": f"python -m simulation --first {options.first} --seeds {options.seeds} --jobs {options.jobs} "
+        f"--seconds {options.seconds:g}",
         "machine": {
             "cpu": _cpu(),
             "cpu_count": os.cpu_count(),
