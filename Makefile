@@ -56,8 +56,7 @@ kill: setup  ## SIGKILL before every function, line and system call of saves, on
 
 crash: setup  ## a million states that a crash may leave, judged, and real power cuts; stored in benchmarks/results
 	@PYTHONPATH=tests:benchmarks $(PYTHON_BIN)/python -m crash explore --states 1000000 --json benchmarks/results
-	@SNAPSTONE_CRASH_ROUNDS=100 $(PYTHON_BIN)/python tools/long_form.py cuts tests/crash/test_power_cuts.py \
-	  --timeout 3600 $(PYTEST_ARGS)
+	@SNAPSTONE_CRASH_ROUNDS=100 $(PYTHON_BIN)/python tools/long_form.py cuts tests/crash/test_power_cuts.py $(PYTEST_ARGS)
 
 crash-ranks: setup  ## every cut of real links, SEEDS=100000 histories of simulated ranks (OUT=FILE)
 	@SNAPSTONE_TEST_CUTS=all $(PYTHON_BIN)/python tools/long_form.py links tests/distributed/test_cut_links.py $(PYTEST_ARGS)

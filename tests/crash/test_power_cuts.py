@@ -18,11 +18,11 @@ from distributed.ranks import Ranks
 from durability import doomed, small
 from durability.chain import CHUNK_BYTES
 
-pytestmark = pytest.mark.timeout(300)
-
 SEED = int(os.environ.get("SNAPSTONE_CRASH_SEED", "1"))
 ROUNDS = int(os.environ.get("SNAPSTONE_CRASH_ROUNDS", "3"))
 FIRST_S = 60.0
+
+pytestmark = pytest.mark.timeout(300 + 30 * ROUNDS)
 
 
 @pytest.fixture(params=sorted(FILE_SYSTEMS))
