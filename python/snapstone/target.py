@@ -76,6 +76,17 @@ class Target:
 
     def _is_replaceable(self) -> bool:
         """A checkpoint, damaged or not, and nothing else: what is replaced is deleted."""
+        while True:
+            looked_at = _identity(self.path)
+            try:
+                if looked_at is None or self._holds_a_checkpoint_alone():
+                    return True
+            except FileNotFoundError:
+                pass
+            if _identity(self.path) == looked_at:  # and no save or compaction has taken its place meanwhile
+                return False
+
+    def _holds_a_checkpoint_alone(self) -> bool:
         if not manifest.is_checkpoint(self.path) or os.path.islink(self.path):
             return False
         names = set(os.listdir(self.path))
@@ -114,6 +125,14 @@ class Target:
                 if patience.expired:
                     raise
                 time.sleep(0.05)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        facts = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return facts.st_dev, facts.st_ino
 
 
 def _holds_shared_files(directory: str) -> bool:

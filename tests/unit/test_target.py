@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import snapstone as ss
 from snapstone.target import Target
 
 
@@ -24,3 +28,29 @@ def test_what_no_manifest_can_hold_is_refused(step: Any, metadata: Any, error: t
     with pytest.raises(error, match=words):
         Target.of("run/c", step, metadata)
     assert Target.of("run/c", (1 << 63) - 1, {"k": 2}).step == (1 << 63) - 1
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_looked_at_can_be_replaced(tmp_path: Path) -> None:
+    """Compacted, it has no directory `base` any more, which was listed before."""
+    state = {"t": torch.ones(3)}
+    ss.save(state, checkpoint_id=tmp_path / "first")
+    ss.save(state, checkpoint_id=tmp_path / "c", base=tmp_path / "first")
+    ss.save(state, checkpoint_id=tmp_path / "compacted")
+    assert (tmp_path / "c" / "base").is_dir()
+    listed = os.listdir
+    others = [tmp_path / "compacted"]
+
+    def lists(path: str) -> list[str]:
+        names = listed(path)
+        if others:
+            os.rename(path, tmp_path / "aside")
+            others.pop().rename(path)
+        return names
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "listdir", lists)
+        Target.of(tmp_path / "c", None, None).check(overwrite=True)
+    assert not (tmp_path / "c" / "base").exists()
+    (tmp_path / "c" / "more").touch()
+    with pytest.raises(FileExistsError, match="holds other things too"):
+        Target.of(tmp_path / "c", None, None).check(overwrite=True)
