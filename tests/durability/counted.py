@@ -9,6 +9,6 @@ __all__ = ["count"]
 
 def count(what: str, number: int = 1) -> None:
     """From any process of a test."""
-    if path := os.environ.get("SNAPSTONE_TEST_COUNTS"):
+    if number and (path := os.environ.get("SNAPSTONE_TEST_COUNTS")):
         with open(path, "a", encoding="ascii") as file:
             file.write(f"{what}\t{int(number)}\n")
