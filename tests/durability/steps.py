@@ -78,6 +78,7 @@ HELPERS = {
     "Target.parent",
     "Target.name",
     "Target._is_replaceable",
+    "Target._holds_a_checkpoint_alone",
     "_holds_shared_files",
     "_assign_all",
     "_item",
