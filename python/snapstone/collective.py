@@ -22,16 +22,13 @@ Success needs the vote of every rank, and a rank with an error never votes, so i
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import math
-import queue
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from contextlib import suppress
 from typing import Any, Final, TypeAlias, TypeVar, cast
@@ -43,6 +40,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from . import inherited, wire
 from .errors import RankFailedError
+from .store_worker import StoreWorker
 
 T = TypeVar("T")
 _Combine: TypeAlias = Callable[[list[bytes]], list[bytes]]
@@ -55,7 +53,6 @@ EAGER_POLL_MAX_S: Final = 0.004  # where ranks wait for each other again and aga
 POLL_S_PER_RANK: Final = 0.0001  # all ranks together ask a store at most 10,000 times per second
 LINGER_S: Final = 2.0  # rank 0 may serve the store: how long close() keeps it for slower readers; after a failure,
 FAILED_LINGER_S: Final = 0.5  # of which some ranks may never hear, that long
-LEAVE_S: Final = 2.0  # at exit, for store calls that are under way
 RETIRED_COUNT_MAX: Final = 32  # closed channels whose keys wait for slower ranks
 REASON_CHARS_MAX: Final = 2000
 NAMED_RANKS_MAX: Final = 16
@@ -81,54 +78,6 @@ class Deadline:
         return Deadline(self.remaining() + seconds)
 
 
-class _StoreWorker:
-    """One daemon thread with a connection of its own. A call that hangs in it can be left behind."""
-
-    def __init__(self, connect: Callable[[], wire.Store]) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[wire.Store], Any], Future[Any]] | None] = queue.SimpleQueue()
-        thread = threading.Thread(target=self._serve, args=(self._jobs, connect), name="snapstone-store", daemon=True)
-        _store_threads[thread] = self._jobs
-        thread.start()
-
-    def submit(self, operation: Callable[[wire.Store], T]) -> Future[T]:
-        future: Future[T] = Future()
-        self._jobs.put((operation, future))
-        return future
-
-    def stop(self) -> None:
-        self._jobs.put(None)  # the thread ends after the jobs that it has
-
-    @staticmethod
-    def _serve(jobs: queue.SimpleQueue[Any], connect: Callable[[], wire.Store]) -> None:
-        store: wire.Store | None = None
-        while (job := jobs.get()) is not None:
-            operation, future = job
-            if future.set_running_or_notify_cancel():
-                try:
-                    # Connecting hangs like any other call when the store's host is stopped, so it happens here.
-                    if store is None:
-                        store = connect()
-                    future.set_result(operation(store))
-                except BaseException as error:
-                    future.set_exception(error)
-            del job, operation, future  # they may hold the last reference to a group
-
-
-_store_threads: WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Any]] = WeakKeyDictionary()
-
-
-@atexit.register
-def _end_store_threads() -> None:
-    """A daemon thread that comes back from torch while the interpreter ends is unwound through a C++ destructor, which
-    aborts the process.
-    """
-    for jobs in list(_store_threads.values()):
-        jobs.put(None)
-    deadline = Deadline(LEAVE_S)
-    for thread in list(_store_threads):
-        thread.join(deadline.remaining())
-
-
 _groups: WeakKeyDictionary[dist.ProcessGroup, Group] = WeakKeyDictionary()
 _incarnations: Counter[str] = Counter()  # of groups, by name: one built again on the same store must not meet old keys
 _create_lock = threading.Lock()
@@ -145,7 +94,7 @@ class Group:
         self.eager_poll_max_s: Final = max(EAGER_POLL_MAX_S, POLL_S_PER_RANK * len(ranks))
         self._store = store
         self._prefix = prefix
-        self._worker: _StoreWorker | None = None
+        self._worker: StoreWorker | None = None
         self._worker_lock = threading.Lock()
         self._lost = False
         self._sequence = 0
@@ -223,10 +172,10 @@ class Group:
             if self._worker is not None:  # else the store is gone
                 self._worker.submit(sweep)
 
-    def _live_worker(self) -> _StoreWorker:
+    def _live_worker(self) -> StoreWorker:
         with self._worker_lock:
             if self._worker is None:
-                self._worker = _StoreWorker(self._connect)
+                self._worker = StoreWorker(self._connect)
             return self._worker
 
     def _connect(self) -> wire.Store:
@@ -238,7 +187,7 @@ class Group:
             store = store.clone()
         return cast(wire.Store, PrefixStore(self._prefix, store))
 
-    def _abandon(self, worker: _StoreWorker) -> None:
+    def _abandon(self, worker: StoreWorker) -> None:
         worker.stop()
         with self._worker_lock:
             self._lost = True
@@ -273,9 +222,8 @@ class Channel:
         self._prefix: Final = f"{number}.{kind}"
         self._labels: set[str] = set()
         self._posted: list[str] = []
-        self.failed = False
-        self._closed = False
-        self.lost = False
+        self.failed = self.lost = self._closed = False
+        self._came_late = False  # to the vote that it is in, after the deadline
         self.poll_max_s = group.poll_max_s
 
     def exchange(self, label: str, payload: bytes, deadline: Deadline) -> list[bytes]:
@@ -306,11 +254,12 @@ class Channel:
         """Rank 0 gets every rank's payload, the others None at once. `vote` comes next, and tells who is missing."""
         self._take(label)
         if self.group.rank != 0:
-            self._call(self._post(f"{label}/vote/{self.group.rank}", payload), deadline)
+            self._cast(label, payload, deadline)
             return None
         if self.group.world_size == 1:
             return [payload]
         names, decision = self._vote_names(label)[1:], self._key(f"{vote}/decision")
+        self._came_late = deadline.expired
         self._poll(lambda store: store.check(names) or store.check([decision]) or None, deadline)
         self.raise_if_failed(vote, deadline)
         if missing := self._call(lambda store: wire.absent(store, names, 1), deadline):
@@ -380,7 +329,7 @@ class Channel:
             missing = [] if decided else wire.absent(store, names)
             return decided, missing, [] if decided or missing else wire.fetch(store, names[1:])
 
-        self._call(self._post(f"{label}/vote/0", b""), deadline)  # present, for a peer that asks who is missing
+        self._cast(label, b"", deadline)  # present, for a peer that asks who is missing
         self._poll(lambda store: store.check([decision]) or store.check(names) or None, deadline)
         decided, missing, votes = self._call(tally, deadline)
         if decided:
@@ -390,12 +339,16 @@ class Channel:
         return self._settle(label, b"", deadline, combine([payload, *map(wire.unpack, votes)]))
 
     def _follow(self, label: str, payload: bytes, deadline: Deadline, _: _Combine) -> bytes:
-        self._call(self._post(f"{label}/vote/{self.group.rank}", payload), deadline)
+        self._cast(label, payload, deadline)
         if decided := self._poll(lambda store: self._decided(store, label), deadline.extended(GRACE_S)):
             return wire.unpack(decided)
         names = self._vote_names(label)
         missing = self._call(lambda store: wire.absent(store, names), deadline) or [0]  # all voted, so rank 0 is stuck
         return self._settle(label, self._silent(label, missing, deadline), deadline)
+
+    def _cast(self, label: str, payload: bytes, deadline: Deadline) -> None:
+        self._call(self._post(f"{label}/vote/{self.group.rank}", payload), deadline)
+        self._came_late = deadline.expired
 
     def _report(self, label: str, error: BaseException, deadline: Deadline) -> RankFailedError | None:
         """Tells the other ranks of `error`. Returns how the vote had failed before, if it had."""
@@ -483,7 +436,8 @@ class Channel:
         return [self._key(f"{label}/vote/{rank}") for rank in range(self.group.world_size)]
 
     def _silent(self, label: str, missing: Sequence[int], deadline: Deadline) -> bytes:
-        ranks = [self.group.ranks[index] for index in missing]
+        own = [self.group.rank] * self._came_late  # the others may have given this rank up
+        ranks = [self.group.ranks[index] for index in sorted({*missing, *own})]
         named = ", ".join(map(str, ranks[:NAMED_RANKS_MAX])) + (", ..." if len(ranks) > NAMED_RANKS_MAX else "")
         who = f"rank {named}" if len(ranks) == 1 else f"{len(ranks)} ranks ({named})"
         return _verdict(f"{self.kind} ({label}): no answer from {who} within {deadline.seconds:g} s", ranks)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from .collective import Deadline, Group
-from .errors import RankFailedError
+from .errors import CheckpointError, RankFailedError
 
 __all__ = ["Fabric", "Message"]
 
@@ -35,6 +35,12 @@ def _broken(*buffers: Any, peer: int | None = None) -> Iterator[None]:
             f"the process group broke while ranks exchanged bytes{where} ({reason})",
             failed_ranks=() if peer is None else (peer,),
         ) from error
+
+
+def _check(deadline: Deadline) -> None:
+    """Who comes after the deadline would blame a peer that has waited, or has left."""
+    if deadline.expired:
+        raise CheckpointError(f"ranks did not end within {deadline.seconds:g} s what comes before an exchange of bytes")
 
 
 def _limit(deadline: Deadline) -> timedelta:
@@ -63,10 +69,11 @@ class Fabric:
 
     def transfer(self, sends: Sequence[Message], receives: Sequence[Message], deadline: Deadline) -> None:
         """Returns when all have left and arrived. RankFailedError when the backend fails, or is late: it names the
-        peer of the first message that did not get through.
+        peer of the first message that did not get through. CheckpointError after the deadline.
         """
         if not sends and not receives:
             return
+        _check(deadline)
         device = self._device()
         staged = [message.memory.to(device) for message in sends]
         landing = [message.memory if device.type == "cpu" else message.memory.to(device) for message in receives]
@@ -93,6 +100,7 @@ class Fabric:
 
     def all_gather(self, payload: bytes, deadline: Deadline) -> list[bytes]:
         """Every rank's payload, in rank order."""
+        _check(deadline)
         lengths = self._gather(torch.tensor([len(payload)]), deadline)
         longest = max(int(length) for length in lengths)
         mine = torch.zeros(longest, dtype=torch.uint8)

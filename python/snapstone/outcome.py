@@ -96,13 +96,15 @@ class Outcome:
                     self.staging.write_file(_WITHDRAWN_BY, str(rank).encode(), "withdrawn_by")
         return None if self._is_disowned() else committed
 
-    def withdrawal(self) -> RankFailedError | None:
-        """Says which rank has withdrawn this save from rank 0, if it is known."""
+    def withdrawal(self) -> CheckpointError | None:
+        """Says which rank has withdrawn this save from rank 0, if it is known; that it is too late, if it is."""
         try:
             trash = os.path.join(self.target.parent, f".trash-{self.save_id}")
             rank = int(_native.read_file(trash, _WITHDRAWN_BY, 16))
         except (OSError, ValueError):
             return None
+        if self.deadline.expired:  # any rank may withdraw then, and none is at fault
+            return self.too_late()
         message = f"not committed: rank {rank} lost the store, and withdrew the save"
         return RankFailedError(message, path=self.target.path, failed_ranks=(rank,))
 
@@ -110,8 +112,7 @@ class Outcome:
         """For rank 0, which may find nothing to commit any more."""
         if not isinstance(failure, FileNotFoundError) or os.path.lexists(self.staging.path):
             return failure
-        # After the deadline any rank may withdraw, and none is at fault.
-        late = (None if self.deadline.expired else self.withdrawal()) or self.too_late()
+        late = self.withdrawal() or self.too_late()
         late.__cause__ = failure
         return late
 
@@ -134,7 +135,7 @@ class Outcome:
             self.channel.raise_if_failed(label, self.deadline)
             if os.path.lexists(staging):
                 return failure
-            why = self.withdrawal() or removed
+            why: CheckpointError = self.withdrawal() or removed
         except RankFailedError as known:
             why = known
         why.__context__ = failure

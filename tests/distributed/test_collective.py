@@ -239,6 +239,23 @@ def test_rank_0_stopped_with_the_store_elsewhere_is_named_by_all() -> None:
     assert len({message for message, _, _ in told}) == 1
 
 
+def _comes_after_its_own_deadline(rank: int) -> tuple[str, tuple[int, ...], float]:
+    _meet()
+    channel = Group.create().channel("save")
+    if rank != 0:
+        time.sleep(1.0)
+    try:
+        return _fails(lambda: channel.vote("written", None, _own(rank), Deadline(20 if rank else 0)))
+    finally:
+        channel.close()
+
+
+def test_a_rank_that_comes_after_its_deadline_names_itself_with_the_others() -> None:
+    for message, failed_ranks, _ in values(run_ranks(3, _comes_after_its_own_deadline)):
+        assert "no answer from 3 ranks (0, 1, 2)" in message
+        assert failed_ranks == (0, 1, 2)
+
+
 def _after_an_outage(rank: int) -> list[float]:
     group = Group.create()
     _meet()

@@ -21,6 +21,7 @@ import snapstone as ss
 from distributed.rank_states import AT_ONCE_S, LATE_S, LONG_S
 from distributed.ranks import run_ranks, values
 from snapstone import fabric, joint, rounds
+from snapstone.collective import Deadline, Group
 from snapstone.segment import Segment
 
 MIB = 1 << 20
@@ -262,3 +263,18 @@ def test_without_memory_to_share_every_rank_hears_what_needs_none(saved: Path) -
     found = values(run_ranks(3, _limited, saved, store="launcher"))  # a FileStore would meet the limit too
     assert [name for name, _ in found] == ["OSError", "RankFailedError", "RankFailedError"]
     assert all("strategy='direct' needs none" in message for _, message in found)
+
+
+def _exchanged_late(rank: int) -> tuple[str, tuple[int, ...]]:
+    deadline = Deadline(1.0)
+    if rank == 1:
+        time.sleep(1.5)
+    memory = torch.zeros(8, dtype=torch.uint8)
+    mine, theirs = fabric.Message(memory, 1 - rank, 0), fabric.Message(memory.clone(), 1 - rank, 0)
+    with pytest.raises(ss.CheckpointError) as caught:
+        fabric.Fabric(None, Group.create()).transfer([mine], [theirs], deadline)
+    return type(caught.value).__name__, getattr(caught.value, "failed_ranks", ())
+
+
+def test_who_comes_late_to_an_exchange_does_not_blame_who_has_waited() -> None:
+    assert values(run_ranks(2, _exchanged_late)) == [("RankFailedError", (1,)), ("CheckpointError", ())]

@@ -37,6 +37,7 @@ from snapstone import (
     outcome,
     reader,
     rounds,
+    store_worker,
     target,
     writer,
 )
@@ -326,16 +327,16 @@ def _spoken(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def simulated(world: World, network: Fabric, *, real_shares: bool = False) -> Iterator[None]:
     """Inside, the engine runs on the processes of `world`, with `network` under its Fabric."""
-    threads = types.SimpleNamespace(Thread=_Thread, Lock=collective.threading.Lock)
+    threads = types.SimpleNamespace(Thread=_Thread)
     seeded = types.SimpleNamespace(uuid4=lambda: uuid.UUID(int=world.random.getrandbits(128), version=4))
     native = _Native()
     replaced: list[tuple[Any, str, Any]] = [
         (collective, "time", _Clock(world)),
-        (collective, "queue", types.SimpleNamespace(SimpleQueue=_Queue)),
-        (collective, "threading", threads),
+        (store_worker, "queue", types.SimpleNamespace(SimpleQueue=_Queue)),
+        (store_worker, "threading", threads),
+        (store_worker, "_threads", WeakKeyDictionary()),
         (collective, "wait_for_futures", _wait_for_futures),
         (collective, "PrefixStore", Prefixed),
-        (collective, "_store_threads", WeakKeyDictionary()),
         (collective.Group, "create", _group),
         (target, "time", _Clock(world)),
         (target, "_native", native),

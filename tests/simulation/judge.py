@@ -31,7 +31,6 @@ from snapstone.errors import CheckpointError, RankFailedError
 
 if TYPE_CHECKING:
     from simulation.history import Ended, Played
-    from simulation.scenario import Fault
 
 __all__ = ["clean", "first", "seen", "undisturbed"]
 
@@ -133,8 +132,6 @@ def _names(played: Played) -> None:
             continue  # too many slow messages in a row
         if rank in at_fault or _ran_out_of_time(played, ended):
             continue
-        if isinstance(ended.error, RankFailedError) and _counted_by_the_slow(played, ended.error, fired):
-            continue
         if not isinstance(ended.error, RankFailedError) or not at_fault.intersection(ended.error.failed_ranks):
             played.problems.append(
                 f"rank {rank} names none of {sorted(at_fault)}: {type(ended.error).__name__}: {ended.error}"
@@ -157,38 +154,42 @@ def _ran_out_of_time(played: Played, ended: Ended) -> bool:
     if any(fault.kind not in SLOW or fault.seconds == math.inf for fault in faults):
         return type(ended.error) is CheckpointError and ended.ended_s - ended.begun_s >= played.scenario.timeout_s
     told = ("took longer than", "did not end within")
-    # Rank 0 gets the last vote in time and the commit is too late: it says so itself to those who wait, who name it.
-    heard = isinstance(ended.error, RankFailedError) and tuple(ended.error.failed_ranks) == (0,)
+    # Who has waited for the slow one is too late itself: it says so to the others, who name it.
+    heard = isinstance(ended.error, RankFailedError) and _says_to_be_late(ended.error)
     # What ends a collective at the deadline does not know who was late.
     unnamed = isinstance(ended.error, RankFailedError) and not ended.error.failed_ranks
     if unnamed and "the process group broke while ranks exchanged bytes (Timed out" in str(ended.error):
         return bool(faults)
-    # One message in a hundred is slow there: whoever is named had sent nothing yet, and is not taken for another.
-    if played.scenario.slow > 1 and isinstance(ended.error, RankFailedError) and _is_silent(played, ended.error):
+    # Whoever is named had indeed not come by the deadline.
+    if isinstance(ended.error, RankFailedError) and _is_silent(played, ended.error, {fault.rank for fault in faults}):
         return bool(faults)
     late = (heard or type(ended.error) is CheckpointError) and any(words in str(ended.error) for words in told)
     return late and bool(faults)
 
 
-def _is_silent(played: Played, error: RankFailedError) -> bool:
-    """Whether none of those that are named had voted when that was said of them."""
-    if (found := re.search(r"\(([\w-]+)\): no answer from", str(error))) is None:
-        return False
-    notes = played.world.history
-    said_s = min((when for when, _, what in notes if what.startswith(f"set {found[1]}/outcome/")), default=0.0)
-    voted = {rank for when, rank, what in notes if what == f"set {found[1]}/vote/{rank}" and when < said_s}
-    return not voted.intersection(error.failed_ranks)
+def _says_to_be_late(error: RankFailedError) -> bool:
+    """Whether the one that is named says so of itself."""
+    lead = "rank 0 could not commit: " in str(error)
+    found = re.search(r"rank (\d+) failed: CheckpointError: ", str(error))
+    said_by = 0 if lead else int(found[1]) if found else None
+    return tuple(error.failed_ranks) == (said_by,)
 
 
-def _counted_by_the_slow(played: Played, error: RankFailedError, fired: list[Fault]) -> bool:
-    """A rank that slept past the deadline, or was cut off, counts the votes when it is back, before those who waited
-    for it can give theirs: it cannot know that the silence was its own.
+def _is_silent(played: Played, error: RankFailedError, slow: set[int]) -> bool:
+    """Whether none of those that are named had voted in time, and not only because they waited for the one that counts
+    the votes: who comes back too late cannot name others without itself.
     """
-    if (found := re.search(r"\(([\w-]+)\): no answer from", str(error))) is None:
+    if (found := re.search(r"no answer from (?:rank|\d+ ranks) \(?([\d, ]+)(, ...)?", str(error))) is None:
         return False
-    slept = {fault.rank for fault in fired if fault.kind in ("stop", "cut") and fault.seconds < math.inf}
-    said = {f"set {found[1]}/outcome/{rank}" for rank in slept}
-    return any(rank in slept and what in said for _, rank, what in played.world.history)
+    told = {int(rank) for rank in re.findall(r"\d+", found[1])}
+    if not told <= set(error.failed_ranks) or (not found[2] and len(told) < len(error.failed_ranks)):
+        return False
+    labels = re.findall(r"\((\S+?)\): ", str(error))  # of the vote, and of what went before it
+    due_s = min(one.begun_s for one in played.ended.values()) + played.scenario.timeout_s
+    notes = played.world.history
+    counted = {rank for _, rank, what in notes if what == f"set {labels[0]}/outcome/{rank}"}
+    voted = {rank for when, rank, what in notes if what == f"set {labels[-1]}/vote/{rank}" and when < due_s}
+    return not voted.intersection(error.failed_ranks) and not counted <= slow
 
 
 def _incomplete(path: Path, world_size: int) -> list[str]:

@@ -250,6 +250,8 @@ CLAIMED = Scenario(
     2,
     [Fault("write error", 1, "start"), Fault("kill", 1, "set written/outcome/1")],
 )
+# Rank 0 waits for what it sends, and tells the others in the vote that they are in.
+UNSENT = Scenario(1, 3, "save", "launcher", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("kill", 2, "set items/vote/2")])
 # A rank that stops for longer than the deadline, and wakes.
 ASLEEP = Scenario(1, 4, "save", "launcher", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("stop", 1, "start", 3.0)])
 ASLEEP_LOAD = Scenario(
@@ -302,7 +304,7 @@ MUTATIONS: dict[str, Mutation] = {
     "the silent are not named": Mutation(Channel, "_silent", _blames_nobody),
     "the silent are not named, one of a save wakes": Mutation(Channel, "_silent", _blames_nobody, ASLEEP),
     "the silent are not named, one of a load wakes": Mutation(Channel, "_silent", _blames_nobody, ASLEEP_LOAD),
-    "who names another is named": Mutation(Channel, "_report", _blames_itself),
+    "who names another is named": Mutation(Channel, "_report", _blames_itself, UNSENT),
     "no explanation of removed files": Mutation(
         outcome.Outcome, "explain_removal", lambda _: lambda self, error, label: error
     ),
