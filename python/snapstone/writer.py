@@ -174,8 +174,6 @@ class Writer:
     def _check_joinable(self) -> None:
         """Raises why there will be no staging directory any more."""
         self.channel.raise_if_failed("written" if self._base is None else "shared", self.deadline)
-        if (withdrawn := self._outcome().withdrawal()) is not None:
-            raise withdrawn
 
     def _describe(self) -> bytes:
         self._shards = describe_all(self._flattened)
@@ -376,12 +374,7 @@ class Writer:
     def _vote_bytes(self, label: str, error: BaseException | None, payload: bytes) -> list[bytes]:
         error = self._outcome().explain_removal(error, label)
         with self.trace.span("vote"):
-            try:
-                return self._vote(label, error, payload)
-            except RankFailedError as failure:
-                if failure is error and isinstance(failure.__cause__, RankFailedError):
-                    raise failure.__cause__ from None  # why it was removed is the news
-                raise
+            return self._vote(label, error, payload)
 
     def _commit(self, entries: list[Any]) -> Manifest:
         heed_unchanged(

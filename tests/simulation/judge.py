@@ -31,6 +31,7 @@ from snapstone.errors import CheckpointError, RankFailedError
 
 if TYPE_CHECKING:
     from simulation.history import Ended, Played
+    from simulation.scenario import Fault
 
 __all__ = ["clean", "first", "seen", "undisturbed"]
 
@@ -161,7 +162,7 @@ def _ran_out_of_time(played: Played, ended: Ended) -> bool:
     if unnamed and "the process group broke while ranks exchanged bytes (Timed out" in str(ended.error):
         return bool(faults)
     # Whoever is named had indeed not come by the deadline.
-    if isinstance(ended.error, RankFailedError) and _is_silent(played, ended.error, {fault.rank for fault in faults}):
+    if isinstance(ended.error, RankFailedError) and _is_silent(played, ended.error, faults):
         return bool(faults)
     late = (heard or type(ended.error) is CheckpointError) and any(words in str(ended.error) for words in told)
     return late and bool(faults)
@@ -175,7 +176,7 @@ def _says_to_be_late(error: RankFailedError) -> bool:
     return tuple(error.failed_ranks) == (said_by,)
 
 
-def _is_silent(played: Played, error: RankFailedError, slow: set[int]) -> bool:
+def _is_silent(played: Played, error: RankFailedError, faults: list[Fault]) -> bool:
     """Whether none of those that are named had voted in time, and not only because they waited for the one that counts
     the votes: who comes back too late cannot name others without itself.
     """
@@ -189,7 +190,8 @@ def _is_silent(played: Played, error: RankFailedError, slow: set[int]) -> bool:
     notes = played.world.history
     counted = {rank for _, rank, what in notes if what == f"set {labels[0]}/outcome/{rank}"}
     voted = {rank for when, rank, what in notes if what == f"set {labels[-1]}/vote/{rank}" and when < due_s}
-    return not voted.intersection(error.failed_ranks) and not counted <= slow
+    too_late = {fault.rank for fault in faults if fault.fired_s + fault.seconds > due_s}
+    return not voted.intersection(error.failed_ranks) and not counted <= too_late
 
 
 def _incomplete(path: Path, world_size: int) -> list[str]:

@@ -11,7 +11,7 @@ from unittest import mock
 
 from simulation import engine
 from simulation.scenario import FOREVER, Fault, Scenario
-from snapstone import collective, outcome, wire, writer
+from snapstone import collective, fabric, outcome, wire, writer
 from snapstone.collective import Channel, Deadline, Group
 from snapstone.errors import RankFailedError
 
@@ -185,6 +185,14 @@ def _blames_nobody(silent: Any) -> Any:
     return lambda self, label, missing, deadline: silent(self, label, [self.group.world_size - 1], deadline)
 
 
+def _names_others(silent: Any) -> Any:
+    def instead(self: Any, *arguments: Any) -> Any:
+        self._came_late = False
+        return silent(self, *arguments)
+
+    return instead
+
+
 def _aborts_only(tell: Any) -> Any:
     return lambda self, error: self.channel.abort(writer.VOTES, error)
 
@@ -252,6 +260,11 @@ CLAIMED = Scenario(
 )
 # Rank 0 waits for what it sends, and tells the others in the vote that they are in.
 UNSENT = Scenario(1, 3, "save", "launcher", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("kill", 2, "set items/vote/2")])
+# Rank 0 comes back after the deadline, when the others have had nothing to answer to.
+CUT_OFF_LEAD = Scenario(
+    1, 3, "save", "launcher", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("cut", 0, "set plan/vote/0", 1.4)]
+)
+CUT_OFF_SENDER = Scenario(1, 4, "load", "rank 0", 1.3, 2e-4, 1.0, "scatter", 3, 8, [Fault("cut", 0, "messages", 1.7)])
 # A rank that stops for longer than the deadline, and wakes.
 ASLEEP = Scenario(1, 4, "save", "launcher", 1.0, 1e-4, 1.0, "auto", 1, 2, [Fault("stop", 1, "start", 3.0)])
 ASLEEP_LOAD = Scenario(
@@ -304,6 +317,8 @@ MUTATIONS: dict[str, Mutation] = {
     "the silent are not named": Mutation(Channel, "_silent", _blames_nobody),
     "the silent are not named, one of a save wakes": Mutation(Channel, "_silent", _blames_nobody, ASLEEP),
     "the silent are not named, one of a load wakes": Mutation(Channel, "_silent", _blames_nobody, ASLEEP_LOAD),
+    "who comes after the deadline names only others": Mutation(Channel, "_silent", _names_others, CUT_OFF_LEAD),
+    "bytes are exchanged after the deadline": Mutation(fabric, "_check", lambda _: _nothing, CUT_OFF_SENDER),
     "who names another is named": Mutation(Channel, "_report", _blames_itself, UNSENT),
     "no explanation of removed files": Mutation(
         outcome.Outcome, "explain_removal", lambda _: lambda self, error, label: error

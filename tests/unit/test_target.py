@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import snapstone as ss
+from snapstone.collective import Deadline
 from snapstone.target import Target
 
 
@@ -54,3 +56,12 @@ def test_a_checkpoint_that_is_replaced_while_it_is_looked_at_can_be_replaced(tmp
     (tmp_path / "c" / "more").touch()
     with pytest.raises(FileExistsError, match="holds other things too"):
         Target.of(tmp_path / "c", None, None).check(overwrite=True)
+
+
+def test_a_staging_directory_that_never_shows_is_waited_for_until_the_deadline(tmp_path: Path) -> None:
+    asked = []
+    begin = time.monotonic()
+    with pytest.raises(FileNotFoundError):
+        Target.of(tmp_path / "c", 1, None).join_staging("0" * 16, Deadline(0.3), lambda: asked.append(1))
+    assert 0.2 < time.monotonic() - begin < 10
+    assert len(asked) > 1

@@ -145,6 +145,19 @@ TEST_F(SaveBaseTest, a_base_for_another_number_of_chunks_is_refused) {
                std::invalid_argument);
 }
 
+TEST_F(SaveBaseTest, a_base_that_names_a_record_which_it_lacks_is_refused_before_that_is_looked_at) {
+  const Tensors tensors = some_tensors();
+  SaveBase base = base_of(save(tensors, "base"));
+  base.record_of_chunk.back() = base.records.size();
+  std::string message;
+  try {
+    base.check(base.record_of_chunk.size());
+  } catch (const std::invalid_argument& error) {
+    message = error.what();
+  }
+  EXPECT_EQ(message, "the base names records that it does not have");
+}
+
 TEST_P(SaveBaseOnRung, the_file_does_not_depend_on_the_ring) {
   Tensors tensors = some_tensors(60 * kTestChunkBytes);
   const Saved base = save(tensors, "base", {.rung = GetParam()});
@@ -186,6 +199,16 @@ TEST_P(SaveBaseOnRung, when_the_room_expected_is_not_there_the_room_needed_is_en
   run(job);
   EXPECT_EQ(written_chunks(*job), 1u);
   expect_loads(*job, base, "a", tensors);
+}
+
+TEST_P(SaveBaseOnRung, a_disk_that_fails_to_make_room_ends_the_job) {
+  if (!io::rung_is_direct(GetParam())) GTEST_SKIP() << "only direct files are preallocated";
+  Tensors tensors = some_tensors();
+  const Saved base = save(tensors, "base", {.rung = GetParam()});
+  tensors.bytes[5][0] ^= 1;
+  const auto job = job_on(base, tensors, "a", {.rung = GetParam()});
+  const ArmedFaults faults("fallocate:1:errno=EIO");
+  EXPECT_EQ(errno_of([&] { run(job); }), EIO);
 }
 
 TEST_P(SaveBaseOnRung, a_failing_write_ends_the_job_and_frees_all_slots) {

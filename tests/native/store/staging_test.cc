@@ -121,6 +121,12 @@ TEST_F(StagingTest, a_create_that_fails_leaves_nothing) {
   }
 }
 
+TEST_F(StagingTest, a_directory_for_shared_files_that_cannot_be_made_says_why) {
+  Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
+  const ArmedFaults faults("mkdir:1:errno=ENOSPC");
+  EXPECT_EQ(errno_of([&] { staging.link_shared(run_.path(), {}, {}); }), ENOSPC);
+}
+
 TEST_F(StagingTest, a_file_system_without_locks_is_no_obstacle) {
   for (const char* const rules : {"flock:1+:errno=EOPNOTSUPP", "flock:1+:errno=ENOSYS"}) {
     const ArmedFaults faults(rules);
