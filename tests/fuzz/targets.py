@@ -234,11 +234,18 @@ def sound_results() -> dict[str, Any]:
     return document
 
 
+def put_results(data: bytes) -> Path:
+    return put("results/stall-x.json", mutate.text(Input(data), sound_results()))
+
+
 def read_results(data: bytes) -> None:
-    path = put("results/stall-x.json", mutate.text(Input(data), sound_results()))
     with suppress(results.ResultsError):
-        results.read(path)
-    page(Measurements.read(path.parent)).encode()
+        results.read(put_results(data))
+
+
+def draw_results(data: bytes) -> None:
+    """The report leaves out what cannot be read. It takes longer than what a reader may: it draws."""
+    page(Measurements.read(put_results(data).parent)).encode()
 
 
 EVENTS = [
@@ -327,6 +334,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "stock_metadata": read_stock_metadata,
     "status_page": read_status_page,
     "results": read_results,
+    "report": draw_results,
     "trace": read_trace,
     "packed": read_packed,
     "marker": read_marker,

@@ -18,7 +18,7 @@ from snapstone.dcp import stock
 from snapstone.integrations import numbered, packing, publication
 
 SEED = 90809
-EXAMPLES = {"checkpoint": 40, "results": 15}  # the slow ones; `make fuzz` runs many more of all
+EXAMPLES = {"checkpoint": 40, "report": 15}  # the slow ones; `make fuzz` runs many more of all
 
 
 @pytest.mark.parametrize("name", list(TARGETS))
