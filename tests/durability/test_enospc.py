@@ -183,3 +183,17 @@ def test_enospc_at_any_call(use_rung: Callable[[str], Path], rung: str, kind: st
     assert failures >= 10
     save(small.state(2), run / "c")
     small.assert_holds(run / "c", 2)
+
+
+def test_what_one_process_finds_before_bytes_move_is_raised_by_the_call_itself(tmp_path: Path) -> None:
+    """As the data file that cannot be made; ranks hear of it in a vote, and from the handle."""
+    handles: list[Any] = []
+    raised = set()
+    for fault in faults("open", "errno=ENOSPC"):
+        path = tmp_path / f"c-{fault.nth}"
+        refused = os_error_of(lambda path=path: handles.append(ss.async_save(big(8), checkpoint_id=path)))
+        if refused is None:
+            os_error_of(lambda: handles[-1].result(60))
+        else:
+            raised.add(os.path.basename(refused.filename))
+    assert "rank-00000.data" in raised

@@ -257,6 +257,21 @@ TEST_F(StagingTest, everything_is_synced_before_the_commit_point) {
   EXPECT_EQ(checkpoint(), "");
 }
 
+TEST_F(StagingTest, a_manifest_that_is_not_what_was_written_is_not_committed) {
+  Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
+  {
+    const ArmedFaults faults("fsync:1:delay=300");
+    std::thread other([&] {
+      while (fault::seen("fsync") == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      std::ofstream(run_ / (staging_name(kSaveId) + "/" + kManifestName)) << "manifesto";
+    });
+    EXPECT_THROW(staging.commit(bytes_of("manifest!"), bytes_of("digest"), kFinal, false, true), CorruptError);
+    other.join();
+  }
+  EXPECT_FALSE(exists(kFinal));
+  staging.discard();
+}
+
 TEST_F(StagingTest, the_parent_is_synced_before_the_old_checkpoint_goes) {
   save(kOldSaveId, "old", false);
   const ArmedFaults faults("fsync:5:errno=EIO");  // data, manifest, digest, staging directory, parent
@@ -308,7 +323,11 @@ TEST_F(StagingTest, only_the_predecessor_is_replaced) {
   save(std::string(32, 'b'), "newer", true);
   Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
   staging.succeed(predecessor);
-  EXPECT_EQ(errno_of([&] { staging.commit(bytes_of("new"), bytes_of("new"), kFinal, true); }), ESTALE);
+  {
+    const ArmedFaults faults("");
+    EXPECT_EQ(errno_of([&] { staging.commit(bytes_of("new"), bytes_of("new"), kFinal, true); }), ESTALE);
+    EXPECT_EQ(fault::seen("renameat2"), 0u) << "the newer one was away for a moment";
+  }
   EXPECT_EQ(checkpoint(), "newer");
   std::filesystem::remove_all(run_ / kFinal);
   Staging second = Staging::create(run_.path(), std::string(32, 'c'), {"boot"});
