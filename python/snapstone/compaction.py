@@ -132,8 +132,6 @@ def _compact(place: str, replaced: Any, deadline: Deadline, progress: bool | Cal
             compaction.verify(document)
         with trace.span("commit"):
             compaction.check_time()
-            if manifest.read(source.path).save_id != source.manifest.save_id:
-                raise _superseded(source.path)
             data = document.to_bytes()
             try:
                 staging.commit(data, manifest.digest_line(data), target.name, True)

@@ -117,6 +117,27 @@ def test_a_damaged_index_is_found_by_the_rank_that_reads_it_and_told_to_all(save
     assert found == ["RankFailedError (1,)", "CorruptCheckpointError ", "RankFailedError (1,)"]
 
 
+def _broken_gather(rank: int, path: Path) -> tuple[tuple[int, ...], str]:
+    class Broken(Fabric):
+        def all_gather(self, payload: bytes, deadline: Deadline) -> list[bytes]:
+            if rank == 1:
+                raise ss.RankFailedError("the backend broke here")
+            return super().all_gather(payload, deadline)
+
+    group = Group.create()
+    channel = group.channel("test")
+    with pytest.raises(ss.RankFailedError) as caught:
+        opening.open_together(str(path), group, channel, Broken(None, group), Deadline(3), Trace("open", 0, 1))
+    channel.close()
+    return caught.value.failed_ranks, str(caught.value)
+
+
+def test_indexes_that_could_not_be_gathered_are_told_by_who_missed_them(saved: Path) -> None:
+    for failed_ranks, message in values(run_ranks(3, _broken_gather, saved)):
+        assert failed_ranks == ()
+        assert "rank 0: the process group broke while ranks exchanged bytes" in message
+
+
 def make_index(rank: int, items: list[TensorItem]) -> Index:
     stored = tuple(StoredTensor(item, ["p", item.name], Place(3 * i, 2, i)) for i, item in enumerate(items))
     return Index("0" * 32, rank, 4, (f"rank-{rank:05d}.data",), 1 << 20, stored, {"o": {"value": rank}}, b"t" * 80)

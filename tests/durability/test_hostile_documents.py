@@ -57,6 +57,18 @@ def test_the_forge_itself_makes_sound_checkpoints(source: Path, path: Path) -> N
     small.assert_holds(path, 1)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("save_id", "f" * 32), ("rank", 1), ("world_size", 7), ("files", ["other.data"])]
+)
+def test_the_index_of_another_save_is_said_to_be_one(source: Path, path: Path, key: str, value: Any) -> None:
+    forged = Forge(source)
+    assert forged.header[key] != value
+    forged.header[key] = value
+    forged.write(path)
+    with pytest.raises(ss.CorruptCheckpointError, match="index belongs to another save, rank or file"):
+        ss.load(small.state(0), checkpoint_id=path)
+
+
 def test_any_value_of_the_manifest_replaced_or_removed(source: Path, path: Path) -> None:
     forge = Forge(source)
     forge.write(path)

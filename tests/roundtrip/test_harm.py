@@ -96,8 +96,12 @@ def test_a_step_after_an_interrupted_call_does_not_wait(tmp_path: Path, monkeypa
     parameter = nn.Parameter(torch.ones(3))
     optimizer = optim.SGD([parameter])
 
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name == "snapstone-save":
+            raise KeyboardInterrupt
+        start(thread)
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", interrupted)

@@ -196,6 +196,23 @@ def test_a_header_with_one_wrong_field(change: dict[str, Any]) -> None:
         parsed(with_header(encoded(stored()), change))
 
 
+def test_what_is_refused_is_named() -> None:
+    data = encoded(stored())
+    magic = data[:8]
+    named = {
+        f"header length {1 << 40} does not fit into {len(data)} bytes": struct.pack("<8sQ", magic, 1 << 40) + data[16:],
+        f"header length {len(data)} does not fit": struct.pack("<8sQ", magic, len(data)) + data[16:],
+        "header is not an object": with_header(data, raw=b"[]"),
+        "a tensor is not an object": with_header(data, {"tensors": [[]]}),
+        "shape, offsets and sizes differ in length": with_header(
+            data, {"tensors": [row(data, offsets=[0], sizes=[4])]}
+        ),
+    }
+    for words, wrong in named.items():
+        with pytest.raises(CorruptCheckpointError, match=words):
+            parsed(wrong)
+
+
 @pytest.mark.parametrize(
     "key", ["save_id", "rank", "world_size", "files", "chunk_bytes", "chunk_count", "tensors", "objects"]
 )

@@ -13,6 +13,7 @@
 
 #include "armed_faults.h"
 #include "os/file.h"
+#include "os/ownership.h"
 #include "temporary_directory.h"
 
 namespace snapstone::os {
@@ -218,6 +219,35 @@ TEST_F(DirectoryTest, sync_reports_errors) {
   EXPECT_EQ(errno_of([&] { sync_directory(root()); }), 0);
   const ArmedFaults faults("fsync:1:errno=EIO");
   EXPECT_EQ(errno_of([&] { sync_directory(root()); }), EIO);
+}
+
+TEST_F(DirectoryTest, what_cannot_be_described_is_an_error) {
+  struct stat facts{};
+  ASSERT_EQ(::stat(directory_.path().c_str(), &facts), 0);
+  EXPECT_EQ(stat_directory(root()).inode, facts.st_ino);
+  const ArmedFaults faults("fstat:1:errno=EIO");
+  EXPECT_EQ(errno_of([&] { stat_directory(root()); }), EIO);
+}
+
+// Whose it is and who may use it, of another directory.
+TEST_F(DirectoryTest, owner_and_permissions_are_given_or_it_is_said_why_not) {
+  make_directory_at(root(), "model");
+  ASSERT_EQ(::chmod((directory_ / "model").c_str(), 0751), 0);
+  Entry model = stat_directory(open_directory(directory_ / "model"));
+  const auto give = [&] { give_owner_and_mode(root().fd.get(), root().path, model); };
+  give();
+  EXPECT_EQ(stat_directory(root()).mode & 07777, 0751u);
+  {
+    const ArmedFaults faults("fstat:1:errno=EIO");
+    EXPECT_EQ(errno_of(give), EIO);
+  }
+  ++model.owner_uid;
+  {
+    const ArmedFaults faults("fchown:1:errno=EIO");
+    EXPECT_EQ(errno_of(give), EIO) << "failed, not refused";
+  }
+  const ArmedFaults faults("fchown:1:errno=EPERM");
+  EXPECT_EQ(errno_of(give), EPERM);
 }
 
 TEST_F(DirectoryTest, locks_exclude_other_open_descriptions) {

@@ -62,8 +62,12 @@ TEST(DirectIoAlignment, is_a_power_of_two_and_falls_back_to_the_block_size) {
   const File file = create_file(directory.fd(), directory.path(), "data", false);
   const std::uint64_t alignment = direct_io_alignment(file.fd.get());
   EXPECT_TRUE(std::has_single_bit(alignment)) << alignment;
-  const ArmedFaults faults("fstat:1:errno=ENOSYS");
-  EXPECT_GE(direct_io_alignment(file.fd.get()), kPageBytes);
+  {
+    const ArmedFaults faults("fstat:1:errno=ENOSYS");
+    EXPECT_GE(direct_io_alignment(file.fd.get()), kPageBytes);
+  }
+  const ArmedFaults faults("fstat:1+:errno=EIO");
+  EXPECT_EQ(errno_of([&] { direct_io_alignment(file.fd.get()); }), EIO);
 }
 
 void expect_probe_works_and_leaves_nothing(const TemporaryDirectory& directory, bool direct) {
