@@ -296,8 +296,7 @@ def assign(state: MutableMapping[str, Any], path: LeafPath, value: Any) -> None:
     Dicts and lists change in place; tuples and read-only mappings are replaced in what holds them. Only the last item
     of the path may be new, and only in a mapping; KeyError or IndexError otherwise.
     """
-    if not path or _placed(state, path, value, grow=False) is not state:
-        raise TypeError(f"a {type(state).__name__} cannot take a value at {_show_path(path)}; pass a dict")
+    _placed(state, path, value, grow=False)  # which is `state` itself, changed
 
 
 def finish(
@@ -425,10 +424,7 @@ def unflatten(paths: Mapping[str, LeafPath], values: Mapping[str, Any]) -> dict[
             raise CorruptCheckpointError(f"a list with item {count - 1} but only {len(node)} items")
         return [built(node.get(index)) for index in range(count)]
 
-    try:
-        return cast(dict[Any, Any], built(root))
-    except RecursionError:
-        raise CorruptCheckpointError(f"nested more than {MAX_DEPTH} levels deep") from None
+    return cast(dict[Any, Any], built(root))  # no deeper than `_insert` lets it be: MAX_DEPTH
 
 
 def _insert(root: _Node, path: LeafPath, value: Any, name: str) -> None:

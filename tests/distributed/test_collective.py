@@ -100,6 +100,8 @@ def test_one_process_needs_no_store_and_no_peers() -> None:
         assert channel.exchange("a", b"x", soon) == [b"x"]
         assert channel.gather("b", b"x", soon, "after") == [b"x"]
         assert channel.broadcast("c", b"x", soon) == b"x"
+        with pytest.raises(ValueError, match="broadcast 'f': rank 0 must pass a payload"):
+            channel.broadcast("f", None, soon)
         assert channel.agree("d", b"x", soon)
         with pytest.raises(OSError, match="mine"):
             channel.vote("e", OSError("mine"), b"", soon)
@@ -478,3 +480,21 @@ def _second_life(rank: int) -> list[bytes]:
 
 def test_a_group_built_again_on_the_same_store_does_not_hear_its_former_self() -> None:
     assert values(run_ranks(2, _second_life, store="launcher")) == [[b"1", b"1"]] * 2
+
+
+def _unusable_groups(rank: int) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            Group.create()
+        except ValueError as error:
+            os._exit(7 if "belongs to the process that forked this one" in str(error) else 8)
+        os._exit(9)
+    dist.distributed_c10d._world.pg_map[dist.group.WORLD] = ("mpi", None)  # as a group of MPI is entered
+    with pytest.raises(ValueError, match="process_group: its backend has no key-value store"):
+        Group.create()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_group_of_a_forking_parent_or_without_a_store_is_refused() -> None:
+    assert values(run_ranks(1, _unusable_groups)) == [7]

@@ -4,6 +4,7 @@ rank hears of it at once, no rank keeps bytes of another checkpoint, and the nex
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -246,6 +247,31 @@ def test_a_segment_is_opened_only_as_the_one_that_was_made() -> None:
             Segment.open(wrong, 4096)
     for one in (mine, other, again):
         one.close()
+
+
+def _segment_descriptors() -> set[str]:
+    found = {name: os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
+    return {name for name, target in found.items() if "memfd:snapstone-load" in target}
+
+
+def test_a_segment_that_cannot_be_made_or_opened_leaves_no_descriptor() -> None:
+    segment = Segment.make(4096)
+    before = _segment_descriptors()
+    nbytes, limits = 64 * MIB, resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + nbytes // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{nbytes} bytes to share.*memory; strategy='direct' needs none") as caught:
+            Segment.make(nbytes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert caught.value.errno == errno.ENOMEM
+    with pytest.raises(OverflowError, match="too large"):
+        Segment.make(1 << 64)
+    with pytest.raises(ValueError, match="greater than file size"):
+        Segment.open(segment.path, 8192)
+    assert _segment_descriptors() == before != set()
+    segment.close()
 
 
 def _limited(rank: int, path: Path) -> tuple[str, str]:

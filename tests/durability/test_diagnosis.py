@@ -5,6 +5,7 @@ Every kind of damage is really done to the files; the diagnosis must name it, wi
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ import torch
 import snapstone as ss
 from durability import small
 from durability.chain import CHUNK_BYTES, chunk_at, make_chain
+from snapstone.chunks import read_range
 from snapstone.diagnosis import Diagnosis
 
 SEED = 4108
@@ -205,3 +207,13 @@ def test_only_the_first_chunks_of_a_file_are_looked_at(path: Path) -> None:
     assert len(report.diagnoses) == LARGE <= 4
     assert ss.verify(path, diagnosis=False).diagnoses == ()
     small.assert_slots_free()
+
+
+def test_a_file_that_cannot_be_opened_is_not_taken_for_one_that_is_missing(directory: Path) -> None:
+    file = directory / "file"
+    file.write_bytes(b"abcdef")
+    assert [read_range(str(file), 2, nbytes) for nbytes in (3, 9)] == [b"cde", b"cdef"]
+    assert [read_range(str(directory / name), 0, 1) for name in (".", "absent")] == [b"", b""]
+    with pytest.raises(OSError, match="name too long") as caught:
+        read_range(str(directory / ("n" * 300)), 0, 1)
+    assert caught.value.errno == errno.ENAMETOOLONG

@@ -245,6 +245,14 @@ def test_a_stray_file_is_a_problem_for_verify_alone(saved: Path) -> None:
     assert small.load(saved) == small.bits(small.state(1))
 
 
+def test_a_table_of_chunks_that_the_manifest_does_not_name_is_a_problem_for_verify(saved: Path) -> None:
+    document = json.loads((saved / MANIFEST).read_bytes())
+    document["writers"][0]["data"][0]["xxh128"] = "0" * 32
+    write_manifest(saved, json.dumps(document).encode())
+    problem = f"{saved / 'rank-00000.data'}: the manifest's digest of its chunk table does not match (rank 0)"
+    assert ss.verify(saved).problems == (problem,)
+
+
 def test_a_missing_path_is_not_found_by_both_names(directory: Path) -> None:
     for path in (directory / "absent", directory / "absent" / "deeper"):
         for read in (small.load, ss.verify, ss.Checkpoint.open):

@@ -9,6 +9,7 @@ import torch
 
 import snapstone as ss
 from roundtrip.bits import DTYPES, assert_same, files_of, other_bits, random_bits
+from snapstone import config
 
 MIB = 1 << 20
 
@@ -111,4 +112,12 @@ def test_a_codec_that_is_none_is_refused(tmp_path: Path, codec: str) -> None:
         return
     with pytest.raises(ValueError, match="codec="):
         ss.save({}, checkpoint_id=tmp_path / "c", codec=codec)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("codec", ["zstd", "xor-zstd:1"])
+def test_a_build_without_zstd_refuses_its_codecs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
+    monkeypatch.setattr(config, "zstd_compiled_in", lambda: False)  # test_bundled_build.py has a real one
+    with pytest.raises(ValueError, match=f"codec='{codec}': this build of snapstone has no zstd; use None"):
+        ss.save({"t": torch.ones(1)}, checkpoint_id=tmp_path / "c", codec=codec)
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,30 @@ def test_a_wrong_environment_variable_is_named(
     for call in (lambda: ss.save({"t": torch.ones(1)}, checkpoint_id=tmp_path / "c"), ss.prepare):
         with pytest.raises(ValueError, match=name):
             call()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("SNAPSTONE_DMA_BYTES", "0", "must be between 1048576 and 33554432"),
+        ("SNAPSTONE_DMA_BYTES", str(1 << 30), "must be between 1048576 and 33554432"),
+        ("SNAPSTONE_DMA_GBPS", "-1", "must be a number from 0 to 1e+06"),
+        ("SNAPSTONE_DMA_GBPS", "fast", "must be a number from 0 to 1e+06"),
+        ("SNAPSTONE_HBM_FRACTION", "1.5", "must be a number from 0 to 1"),
+        ("SNAPSTONE_HBM_FRACTION", "nan", "must be a number from 0 to 1"),
+        ("SNAPSTONE_DIGEST", "cpu", "use 'auto', 'host' or 'device'"),
+    ],
+)
+def test_a_wrong_variable_about_devices_is_named_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"^{name}='?{value}'?: {re.escape(reason)}$"):
+        ss.save({"t": torch.ones(1)}, checkpoint_id=tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_level_of_verify_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    ss.save({"t": torch.ones(1)}, checkpoint_id=tmp_path / "c")
+    with pytest.raises(ValueError, match="level='deep': use 'quick' or 'full'"):
+        ss.verify(tmp_path / "c", level="deep")  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, namedtuple
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -339,3 +340,23 @@ def test_names_that_collide_are_refused(tmp_path: Path) -> None:
 def test_a_state_that_is_not_a_mapping_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="mapping"):
         save([torch.ones(1)], tmp_path)
+
+
+class Endless:
+    def state_dict(self) -> Any:
+        return self
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        raise AssertionError("it is never loaded")
+
+
+def test_a_stateful_that_is_its_own_state_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the state is nested more than 200 levels deep, or contains itself"):
+        save({"a": Endless()}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_read_only_state_cannot_take_a_value(tmp_path: Path) -> None:
+    save({"w": torch.ones(2), "epoch": 3}, tmp_path)
+    with pytest.raises(TypeError, match="a dict that can take loaded values, not a mappingproxy"):
+        load(MappingProxyType({"w": torch.zeros(2), "epoch": 0}), tmp_path)

@@ -12,7 +12,9 @@ import pathlib
 import pickle
 import random
 import struct
+import sys
 from collections import Counter, OrderedDict, defaultdict, namedtuple
+from collections.abc import Callable
 from datetime import date, datetime, timedelta, timezone
 from typing import Any
 
@@ -163,6 +165,10 @@ class Custom:
     __hash__ = None  # type: ignore[assignment]
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
 Point = namedtuple("Point", "x y")
 
 
@@ -187,6 +193,8 @@ def test_oversized_and_foreign_arrays_are_refused_by_name() -> None:
             encode((tensor,), name="data")
     with pytest.raises(ValueError, match="qint8"):
         encode(torch.qint8)
+    with pytest.raises(TypeError, match=r"^data\.0: cannot store a Subclass inside a tuple or set; put it into a dict"):
+        encode((torch.ones(2).as_subclass(Subclass),), name="data")
 
 
 def test_pickle_needs_consent_on_both_sides() -> None:
@@ -198,6 +206,13 @@ def test_pickle_needs_consent_on_both_sides() -> None:
         encode({"a": lambda: 0}, allow_pickle=True)
     with pytest.raises(CorruptCheckpointError, match="invalid pickle"):
         decode({"$pickle": "AAAA"}, allow_pickle=True)
+
+
+def test_a_pickle_whose_class_is_gone_is_incompatible_not_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = encode({"a": Custom(3)}, allow_pickle=True)
+    monkeypatch.delattr(sys.modules[__name__], "Custom")
+    with pytest.raises(IncompatibleCheckpointError, match=r"^x\.a: the class of a pickled object is missing: .*Custom"):
+        decode(encoded, name="x", allow_pickle=True)
 
 
 def test_pickle_bytes_are_never_executed_without_consent(tmp_path: pathlib.Path) -> None:
@@ -228,6 +243,21 @@ def test_values_that_contain_themselves_or_nest_too_deeply_are_refused() -> None
         deep = {1: deep}
     with pytest.raises(ValueError, match=r"levels deep|too deeply"):
         encode(deep)
+
+
+def test_a_caller_near_the_end_of_the_stack_is_told_of_the_nesting() -> None:
+    deep: Any = ()
+    for _ in range(MAX_DEPTH - 10):
+        deep = (deep,)
+    encoded = encode(deep)
+
+    def after(frames: int, call: Callable[[], Any]) -> Any:
+        return after(frames - 1, call) if frames else call()
+
+    with pytest.raises(ValueError, match=r"^here: nested too deeply"):
+        after(600, lambda: encode(deep, name="here"))
+    with pytest.raises(CorruptCheckpointError, match=r"^here: nested too deeply"):
+        after(600, lambda: decode(encoded, name="here"))
 
 
 def nested(levels: int, wrap: str) -> Any:
@@ -279,6 +309,21 @@ SCALAR = {"dtype": "float32", "data": "AACAPw=="}
 def test_hostile_json_is_reported_as_corrupt_with_its_place(hostile: Any) -> None:
     with pytest.raises(CorruptCheckpointError, match=r"^root\.k\.1"):
         decode({"k": [0, hostile]}, name="root")
+
+
+@pytest.mark.parametrize(
+    ("hostile", "problem"),
+    [
+        ((1, 2), "tuple is not a type of JSON"),
+        ({"$float": "3ff0000000000000"}, "invalid float: 1.0 is finite"),
+        ({"$numpy": {"dtype": "bool", "data": "Ag=="}}, "a bool that is neither 0 nor 1"),
+        ({"$numpy": {"dtype": "<U1", "data": "QQAAAA=="}}, "numpy scalar of dtype <U1"),
+    ],
+)
+def test_hostile_json_is_reported_with_what_is_wrong(hostile: Any, problem: str) -> None:
+    with pytest.raises(CorruptCheckpointError) as caught:
+        decode({"k": hostile}, name="root")
+    assert str(caught.value) == f"root.k: {problem}"
 
 
 def test_random_mutations_of_valid_json_never_escape_the_typed_errors() -> None:

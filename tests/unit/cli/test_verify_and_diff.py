@@ -15,6 +15,7 @@ from click.testing import Result
 
 import snapstone as ss
 from snapstone import _native
+from snapstone.run_directory import verified
 
 from .conftest import EVIL_NAME, flip_byte, state_at
 
@@ -144,6 +145,21 @@ def test_nothing_there_is_not_found(snapstone: Run, tmp_path: Path, saved_run: P
         result = snapstone(*arguments)
         assert (result.exit_code, result.stdout) == (3, ""), arguments
         assert result.stderr.startswith(f"snapstone: {absent}: ")
+
+
+def test_what_is_below_a_file_is_not_found(snapstone: Run, run_path: Path) -> None:
+    below = run_path / "step-9" / "MANIFEST.json" / "step-1"
+    assert snapstone("verify", below).exit_code == 3
+    with pytest.raises(ss.CheckpointNotFoundError) as caught:
+        list(verified(str(below), "full"))
+    assert caught.value.path == str(below)
+
+
+def test_a_checkpoint_that_is_removed_while_others_are_verified_is_left_out(run_path: Path) -> None:
+    entries = verified(str(run_path), "full")
+    first = next(entries)
+    shutil.rmtree(run_path / "step-10")
+    assert (first.name, [*entries]) == ("step-9", [])
 
 
 def test_a_failing_disk_is_an_io_error(snapstone: Run, snapstone_json: RunJson, saved_run: Path) -> None:
