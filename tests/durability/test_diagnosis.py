@@ -18,8 +18,9 @@ import torch
 import snapstone as ss
 from durability import small
 from durability.chain import CHUNK_BYTES, chunk_at, make_chain
-from snapstone.chunks import read_range
+from snapstone.chunks import Chunks, read_range
 from snapstone.diagnosis import Diagnosis
+from snapstone.reader import Reader
 
 SEED = 4108
 PAGE = 4096
@@ -217,3 +218,14 @@ def test_a_file_that_cannot_be_opened_is_not_taken_for_one_that_is_missing(direc
     with pytest.raises(OSError, match="name too long") as caught:
         read_range(str(directory / ("n" * 300)), 0, 1)
     assert caught.value.errno == errno.ENAMETOOLONG
+
+
+@pytest.mark.parametrize("codec", [None, "zstd"])
+def test_a_chunk_in_which_the_file_ends_says_so(directory: Path, codec: str | None) -> None:
+    path = directory / "c"
+    ss.save({"t": torch.arange(10_000)}, checkpoint_id=path, codec=codec)
+    (chunk, *_) = Chunks(Reader(str(path))).of_file("rank-00000.data")
+    assert chunk.raw()
+    os.truncate(path / "rank-00000.data", chunk.offset + chunk.stored_bytes - 1)
+    with pytest.raises(ss.CorruptCheckpointError, match="the file ends in this chunk"):
+        chunk.raw()
