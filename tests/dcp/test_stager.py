@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import errno
 import mmap
 import os
+import resource
 import threading
 import time
 from concurrent.futures import Future
@@ -261,6 +263,39 @@ def test_an_error_keeps_no_tensors_alive() -> None:
     with pytest.raises(ArithmeticError):
         stager.synchronize_staging()
     assert torch._C._storage_Use_Count(storage._cdata) == before
+    stager.close()
+
+
+def test_a_tensor_that_cannot_be_copied_is_refused_inside_another_one_too() -> None:
+    class Own(torch.Tensor):
+        def __create_write_items__(self, name: str, value: Any) -> list[Any]:
+            return []
+
+    stager = Stager()
+    wrapper = LocalShardsWrapper([torch.ones(2), torch.ones(2).as_subclass(Own)], [(0,), (2,)])
+    with pytest.raises(TypeError, match=r"^model\.w: cannot be staged, because it wraps a Own$"):
+        stager.stage({"model": {"w": wrapper}})
+    assert stager.stage({"t": torch.ones(2)}).result().keys() == {"t"}
+    stager.close()
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_memory_that_the_system_does_not_give_is_an_error_that_says_how_much(blocking: bool) -> None:
+    others = segments()
+    stager = Stager(blocking=blocking)
+    state = {"t": torch.ones(1_000_000)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="4194304 bytes of memory to stage in: File too large") as info:
+            finished(stager.stage(state))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert info.value.errno == errno.EFBIG
+    assert segments() == others
+    with suppress(OSError):  # the next call tells it, too
+        stager.synchronize_staging()
+    assert (finished(stager.stage(state))["t"] == 1).all()
     stager.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -237,6 +238,39 @@ def test_a_dtype_that_differs_is_cast_as_stock_does_unless_refused(tmp_path: Pat
     assert isinstance(root_error(info), ss.IncompatibleCheckpointError)
 
 
+class OneShort(dcp.DefaultLoadPlanner):
+    def resolve_tensor(self, read_item: Any) -> torch.Tensor:
+        return super().resolve_tensor(read_item)[:-1]
+
+
+class OneShortSave(dcp.DefaultSavePlanner):
+    def transform_object(self, write_item: Any, object: Any) -> Any:
+        return super().transform_object(write_item, object)[:-1]
+
+
+def test_a_planner_whose_tensors_are_not_as_planned_is_refused(tmp_path: Path) -> None:
+    dcp.save({"t": torch.ones(4)}, storage_writer=StorageWriter(tmp_path / "c"))
+    target = {"t": torch.zeros(4)}
+    with pytest.raises(CheckpointException) as info:
+        dcp.load(target, storage_reader=StorageReader(tmp_path / "c"), planner=OneShort())
+    assert isinstance(root_error(info), ValueError)
+    assert "mismatch sizes (3,) vs (4,)" in str(root_error(info))
+    assert (target["t"] == 0).all()
+    with pytest.raises(CheckpointException) as info:
+        dcp.save({"t": torch.zeros(4)}, storage_writer=StorageWriter(tmp_path / "c"), planner=OneShortSave())
+    assert isinstance(root_error(info), ValueError)
+    assert str(root_error(info)) == "t: planned with sizes [4], is [3]"
+    assert (ss.Checkpoint.open(tmp_path / "c").get_tensor("t") == 1).all()
+    assert os.listdir(tmp_path) == ["c"]
+
+
+@pytest.mark.parametrize("strategy", ["direct", "scatter", "broadcast", "auto"])
+def test_what_cannot_be_opened_is_said_whoever_reads(tmp_path: Path, strategy: Any) -> None:
+    with pytest.raises(ss.CheckpointNotFoundError, match="no such checkpoint") as info:
+        StorageReader(tmp_path / "absent", strategy=strategy).read_metadata()
+    assert info.value.path == str(tmp_path / "absent")
+
+
 def test_values_without_a_typed_form_need_consent_twice(tmp_path: Path) -> None:
     state = {"t": torch.ones(1), "value": Opaque(3)}
     with pytest.raises(CheckpointException):
@@ -335,6 +369,41 @@ def begin(writer: StorageWriter, state: dict[str, Any]) -> tuple[Any, Any, Any]:
     plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
     (plan,) = writer.prepare_global_plan(plans)
     return planner, plan, metadata
+
+
+@pytest.mark.parametrize("note", [None, {"save_id": "a" * 32, "world_size": 2}])
+def test_a_rank_waits_for_its_coordinator_no_longer_than_its_timeout(tmp_path: Path, note: Any) -> None:
+    if note is not None:  # of a save that is over
+        (tmp_path / ".saving-c").write_text(json.dumps(note))
+    writer = StorageWriter(tmp_path / "c", timeout=0.2)
+    planner = dcp.DefaultSavePlanner()
+    planner.set_up_planner({"t": torch.ones(3)}, is_coordinator=False)
+    writer.set_up_storage_writer(False, rank=1)
+    with pytest.raises(ss.CheckpointError, match="staging directory never appeared") as info:
+        writer.write_data(planner.create_local_plan(), planner)
+    assert info.value.path == str(tmp_path / "c")
+
+
+def test_a_save_that_copies_out_of_shared_files_keeps_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SNAPSTONE_CHUNK_BYTES", "65536")
+    first = {name: torch.full((16_384,), float(number)) for number, name in enumerate("abcd")}
+    dcp.save(first, storage_writer=StorageWriter(tmp_path / "a"))
+    changed = {name: tensor + 10 for name, tensor in first.items()} | {"a": first["a"]}
+    _native.fault_arm("copy_file_range:1:delay=2500")
+    try:
+        with pytest.raises(CheckpointException) as info:
+            dcp.save(changed, storage_writer=StorageWriter(tmp_path / "b", base=tmp_path / "a", timeout=2))
+    finally:
+        _native.fault_disarm()
+    error = root_error(info)
+    assert isinstance(error, ss.CheckpointError)
+    assert "not written in time" in str(error)
+    assert os.listdir(tmp_path) == ["a"]
+    dcp.save(changed, storage_writer=StorageWriter(tmp_path / "b", base=tmp_path / "a"))
+    assert (tmp_path / "b" / "rank-00000.carried.data").stat().st_size == 65536
+    assert ss.verify(tmp_path / "b")
 
 
 def test_files_of_another_save_are_not_committed(tmp_path: Path) -> None:

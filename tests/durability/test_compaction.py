@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -266,6 +267,22 @@ def test_a_copy_that_went_wrong_is_not_blamed_on_the_source(directory: Path) -> 
     assert_unchanged(path, before)
 
 
+def test_an_index_that_lost_a_value_on_its_way_is_not_committed(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_chain(directory)[-1]
+    before, encode = contents(path), index.encode
+
+    def encode_less(*, objects: dict[str, Any], **rest: Any) -> bytes:
+        return encode(objects={name: value for name, value in objects.items() if name != "step"}, **rest)
+
+    monkeypatch.setattr(index, "encode", encode_less)
+    with pytest.raises(ss.CheckpointError, match="would not hold the same tensors and values") as caught:
+        ss.compact(path)
+    assert caught.value.path == str(path)
+    assert_unchanged(path, before)
+
+
 def test_a_missing_shared_file_is_named(directory: Path) -> None:
     path = make_chain(directory)[-1]
     gone = shared_files(path)[0]
@@ -285,6 +302,24 @@ def test_a_link_in_the_place_of_a_shared_file_is_refused(directory: Path) -> Non
     with pytest.raises((ss.CheckpointError, FileExistsError)):
         ss.compact(path)
     assert file.is_symlink()
+    assert small.leftovers(directory) == []
+
+
+@pytest.mark.parametrize("kind", ["link", "directory", "fifo"])
+def test_what_is_no_regular_file_in_the_place_of_an_own_file_is_named(directory: Path, kind: str) -> None:
+    path = make_chain(directory)[-1]
+    file = path / "rank-00000.data"
+    file.rename(directory / "elsewhere")
+    if kind == "link":
+        file.symlink_to(directory / "elsewhere")
+    elif kind == "directory":
+        file.mkdir()
+    else:
+        os.mkfifo(file)
+    with pytest.raises(ss.CorruptCheckpointError, match="data file cannot be opened") as caught:
+        ss.compact(path)
+    assert (caught.value.path, caught.value.rank) == (str(file), 0)
+    assert (path / "base").exists()
     assert small.leftovers(directory) == []
 
 

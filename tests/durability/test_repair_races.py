@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,6 +73,76 @@ def test_a_save_that_takes_the_name_meanwhile_is_left_as_it_is(directory: Path, 
     assert error.errno == errno.ESTALE
     small.assert_holds(run / "last", 2)
     assert small.leftovers(run) == []
+
+
+@pytest.mark.parametrize("damaged", ["rank-00000.data", "rank-00000.index", "MANIFEST.json"])
+def test_a_checkpoint_that_was_moved_meanwhile_is_repaired_and_said_to_be_elsewhere(
+    directory: Path, damaged: str
+) -> None:
+    run, replica = directory / "run", directory / "replica"
+    ss.save(small.state(1), checkpoint_id=run / "last")
+    shutil.copytree(run, replica)
+    flip_bit(run / "last" / damaged, 100)
+    with held(lambda: ss.repair(run / "last", sources=[replica])) as ended:
+        (run / "last").rename(run / "aside")
+        ss.save(small.state(2), checkpoint_id=run / "last")
+    (error,) = ended
+    assert isinstance(error, OSError)
+    assert (error.errno, error.filename) == (errno.ESTALE, str(run / "last"))
+    small.assert_holds(run / "aside", 1)
+    small.assert_holds(run / "last", 2)
+    assert small.leftovers(run) == []
+
+
+def test_a_repaired_file_that_is_gone_meanwhile_is_said_to_be_missing(directory: Path) -> None:
+    run, replica = directory / "run", directory / "replica"
+    ss.save(small.state(1), checkpoint_id=run / "last")
+    shutil.copytree(run, replica)
+    flip_bit(run / "last" / "rank-00000.index", 100)
+    before = contents(run)
+    with held(lambda: ss.repair(run / "last", sources=[replica])) as ended:
+        (staging,) = run.glob(".staging-*")
+        shutil.rmtree(staging)
+    (error,) = ended
+    assert isinstance(error, FileNotFoundError)
+    assert ".staging-" in str(error.filename)
+    assert contents(run) == before
+
+
+def test_a_repaired_file_that_went_wrong_on_its_way_replaces_nothing(directory: Path) -> None:
+    path = make_chain(directory)[-1]
+    flip_bit(shared_files(path)[0], 100)
+    before = contents(directory)
+    with held(lambda: ss.repair(path)) as ended:
+        (staging,) = directory.glob(".staging-*")
+        flip_bit(staging / "repaired-1", 100)
+    (error,) = ended
+    assert isinstance(error, ss.CheckpointError)
+    assert "wrong bytes; nothing was replaced" in str(error)
+    assert contents(directory) == before
+
+
+def test_a_repaired_file_that_is_wrong_in_its_place_makes_way_for_the_damaged_one(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_chain(directory, 1)[0]
+    flip_bit(path / "rank-00000.data", 100)
+    before, place = contents(directory), _Repair._place
+
+    def spoils_and_places(self: _Repair, new: str, *where: Any) -> str:
+        if new == "repaired-1":
+            (staging,) = directory.glob(".staging-*")
+            flip_bit(staging / new, 100)
+        return place(self, new, *where)
+
+    with monkeypatch.context() as spoiling:
+        spoiling.setattr(_Repair, "_place", spoils_and_places)
+        with pytest.raises(ss.CheckpointError, match="could not be read back; the damaged one is back") as caught:
+            ss.repair(path)
+    assert caught.value.path == str(path / "rank-00000.data")
+    assert contents(directory) == before
+    assert ss.repair(path)
+    assert_step(path, 1)
 
 
 def test_a_neighbour_that_was_replaced_meanwhile_is_left_as_it_is(directory: Path) -> None:
