@@ -283,8 +283,8 @@ class _JointLoad:
     def _measure_fabric(self) -> bytes:
         rank, world_size = self._group.rank, self._group.world_size
         memory = torch.zeros((2, PROBE_FABRIC_BYTES), dtype=torch.uint8)
-        begin = time.perf_counter()
         send, receive = Message(memory[0], (rank + 1) % world_size, 0), Message(memory[1], (rank - 1) % world_size, 0)
+        begin = time.perf_counter()
         self._fabric.transfer([send], [receive], self._deadline)
         return json.dumps(PROBE_FABRIC_BYTES / (time.perf_counter() - begin)).encode()
 

@@ -15,7 +15,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import snapstone as ss
 from distributed.ranks import run_ranks, values
-from snapstone import RankFailedError, _native
+from snapstone import RankFailedError, _native, joint
+from snapstone.strategy import Rates
 
 MIB = 1 << 20
 PLACEMENTS: dict[str, Any] = {"rows": Shard(0), "columns": Shard(1), "replicated": Replicate()}
@@ -98,8 +99,34 @@ def test_any_strategy_loads_the_same_bits_and_reads_shared_bytes_once(
     assert sum(result[0]["bytes_read"] for result in results) > 1.2 * needed
 
 
-def _big_save(rank: int, run: Path) -> None:
-    ss.save({"w": full(3, 12 * 1024, 1024)}, checkpoint_id=run / "c")  # 48 MiB
+def _measured_load(rank: int, run: Path) -> tuple[str, list[Rates]]:
+    os.environ["SNAPSTONE_NODE"] = f"node-{rank}"
+    found: list[Rates] = []
+    measure = joint._JointLoad._measure
+
+    def keeps(self: Any, needs: Any) -> list[Rates]:
+        found.extend(measure(self, needs))
+        return found
+
+    joint._JointLoad._measure = keeps  # type: ignore[method-assign]
+    target = {"w": torch.zeros(17 * 1024, 1024)}
+    checkpoint = ss.load(target, checkpoint_id=run / "c")
+    assert torch.equal(target["w"], full(3, 17 * 1024, 1024))
+    return checkpoint.stats["strategy"], found
+
+
+def test_what_is_large_and_wanted_twice_is_measured_before_auto_chooses(tmp_path: Path) -> None:
+    values(run_ranks(1, _big_save, tmp_path, 17 * 1024))  # 68 MiB
+    (chosen, rates), other = values(run_ranks(2, _measured_load, tmp_path))
+    assert other == (chosen, rates)
+    assert chosen in ("direct", "scatter")
+    assert len(rates) == 2
+    for rate in rates:  # nothing moves a terabyte per second, but what does not move at all seems to
+        assert all(MIB < one < 1e12 for one in (rate.storage, rate.fabric, rate.memory)), rate
+
+
+def _big_save(rank: int, run: Path, rows: int = 12 * 1024) -> None:
+    ss.save({"w": full(3, rows, 1024)}, checkpoint_id=run / "c")  # 48 MiB
 
 
 def _failing_load(rank: int, run: Path, strategy: str, failing: int, rule: str, nodes: int) -> tuple[str, Any, bool]:

@@ -14,6 +14,7 @@ import torch
 
 import snapstone as ss
 from roundtrip.bits import DTYPES, assert_same, bits_of, nested_equal, random_bits
+from snapstone.tensors import describe
 
 MIB = 1 << 20
 
@@ -287,3 +288,16 @@ def test_open_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "c" / "rank-00000.index").unlink()
     with pytest.raises(ss.IncompleteCheckpointError, match="index file is missing"):
         ss.Checkpoint.open(tmp_path / "c")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_not_called_corrupt(tmp_path: Path, verify: bool) -> None:
+    checkpoint = saved(tmp_path / "c", {"t": torch.ones(1000)})
+    with (tmp_path / "c" / "rank-00000.data").open("r+b") as data:
+        data.write(bytes(100))
+    (tmp_path / "c" / "MANIFEST.json").unlink()
+    targets = describe("t", torch.zeros(1000))
+    with pytest.raises(ss.CheckpointError, match="the checkpoint was removed while it was read") as caught:
+        checkpoint.reader.fill(targets, verify=verify)
+    assert type(caught.value) is ss.CheckpointError
+    assert caught.value.path == str(tmp_path / "c")
