@@ -371,6 +371,7 @@ def begin(writer: StorageWriter, state: dict[str, Any]) -> tuple[Any, Any, Any]:
     return planner, plan, metadata
 
 
+@pytest.mark.timeout(30)
 @pytest.mark.parametrize("note", [None, {"save_id": "a" * 32, "world_size": 2}])
 def test_a_rank_waits_for_its_coordinator_no_longer_than_its_timeout(tmp_path: Path, note: Any) -> None:
     if note is not None:  # of a save that is over

@@ -121,8 +121,9 @@ def test_what_is_large_and_wanted_twice_is_measured_before_auto_chooses(tmp_path
     assert other == (chosen, rates)
     assert chosen in ("direct", "scatter")
     assert len(rates) == 2
-    for rate in rates:  # nothing moves a terabyte per second, but what does not move at all seems to
-        assert all(MIB < one < 1e12 for one in (rate.storage, rate.fabric, rate.memory)), rate
+    for rate in rates:  # nothing is that fast, but what does not move at all seems to be
+        assert all(MIB < one < 1e12 for one in (rate.storage, rate.memory)), rate
+        assert MIB < rate.fabric < 1e11, rate
 
 
 def _big_save(rank: int, run: Path, rows: int = 12 * 1024) -> None:
