@@ -72,18 +72,22 @@ def clones(state: Any) -> Any:
     return [clones(item) for item in state] if isinstance(state, list) else state
 
 
+def links() -> dict[int, str]:
+    """What this process has open, without what the thread of its status page opens and closes."""
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # what listed the directory
+            found[int(number)] = os.readlink(f"/proc/self/fd/{number}")
+    return {number: link for number, link in found.items() if not link.startswith(("/proc/", "/dev/shm/snapstone-"))}
+
+
 def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(links())
 
 
 def segments() -> set[int]:
     """Descriptors of staging memory in this process."""
-    found = set()
-    for number in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # what listed the directory
-            if "snapstone-staging" in os.readlink(f"/proc/self/fd/{number}"):
-                found.add(int(number))
-    return found
+    return {number for number, link in links().items() if "snapstone-staging" in link}
 
 
 @pytest.fixture(autouse=True)
