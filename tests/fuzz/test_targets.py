@@ -82,6 +82,11 @@ def test_claims_of_sound_pickles_fit(protocol: int) -> None:
     stock.check_claims(pickle.dumps(many, protocol=protocol))
 
 
+def test_an_opcode_that_no_pickle_has_is_named() -> None:
+    with pytest.raises(pickle.UnpicklingError, match="invalid opcode 0xfe"):
+        stock.check_claims(pickles()["unknown opcode"])
+
+
 MARKERS: dict[str, object] = {
     "no files": {"version": 1, "checkpoints": []},
     "files of a number": {"version": 1, "checkpoints": [], "files": 5},
