@@ -94,6 +94,21 @@ def test_every_file_comes_back_from_a_replica(directory: Path, codec: str | None
     assert_clean(run)
 
 
+def test_the_directory_of_shared_files_comes_back(directory: Path) -> None:
+    run, replica = directory / "run", directory / "replica"
+    path = make_chain(run)[-1]
+    shutil.copytree(run, replica)
+    before = bytes_of(path)
+    shutil.rmtree(path / "base")
+    assert not ss.verify(path)
+    report = ss.repair(path, sources=[replica])
+    assert report, report.problems
+    assert bytes_of(path).keys() == before.keys()
+    for step in (1, 2, 3):
+        assert_step(run / f"step-{step}", step)
+    assert_clean(run)
+
+
 def test_a_shared_file_is_put_right_in_every_checkpoint_that_has_it(directory: Path) -> None:
     run, replica = directory / "run", directory / "replica"
     paths = make_chain(run)

@@ -70,7 +70,7 @@ def build_native(tree: Path, jobs: int = 2) -> None:
 def _native_sources(tree: Path) -> list[Path]:
     """Of what tests the sites; other programs are not built."""
     found = sorted((tree / "tests/native").rglob("*_test.cc"))
-    return [path for path in found if path.parent.name in NATIVE_FOLDERS and not path.name.startswith("device_")]
+    return [path for path in found if path.parent.name in NATIVE_FOLDERS]
 
 
 def digest_of(path: str) -> str:

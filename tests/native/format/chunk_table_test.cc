@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <limits>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -158,6 +159,18 @@ TEST(ChunkTableTest, there_are_as_many_references_as_xor_records) {
     EXPECT_EQ(table_problem({xor_record(), plain_record()}, references), std::pair(reason, std::int64_t{-1}));
   }
   EXPECT_EQ(table_problem({}, 1).first, reason);
+}
+
+TEST(ChunkTableTest, more_references_than_records_are_refused) {
+  const std::vector<ChunkRecord> table = {xor_record(), plain_record()};
+  for (const std::uint64_t references : {std::uint64_t{3}, ~std::uint64_t{0}}) {
+    try {
+      chunk_references(table, references);
+      FAIL() << references;
+    } catch (const std::invalid_argument& error) {
+      EXPECT_STREQ(error.what(), "more references than chunks");
+    }
+  }
 }
 
 TEST(ChunkTableTest, a_reference_stands_behind_what_refers_to_it) {

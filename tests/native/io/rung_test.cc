@@ -3,27 +3,32 @@
 #include "io/rung.h"
 
 #include <linux/capability.h>
-#include <linux/filter.h>
-#include <linux/seccomp.h>
-#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
+#include <ucontext.h>
 #include <unistd.h>
 
+#include <chrono>
+#include <csignal>
 #include <cstddef>
 #include <cstdio>
 #include <memory>
 #include <stdexcept>
+#include <thread>
 
 #include "base/fault_hook.h"
+#include "failing_allocations.h"
 #include "io/engine_fixture.h"
 #include "os/file_system.h"
+#include "os/memory.h"
+#include "refused_calls.h"
 
 namespace snapstone::io {
 namespace {
 
 constexpr std::array<Rung, 4> kRungs = {Rung::kUringFixed, Rung::kUring, Rung::kThreadsDirect, Rung::kBuffered};
 constexpr unsigned kIoUringSetup = 425;
+constexpr unsigned kIoUringRegister = 427;
 
 class RungTest : public ::testing::Test {
  protected:
@@ -66,19 +71,36 @@ class RungTest : public ::testing::Test {
   const TemporaryDirectory directory_;
 };
 
-void filter_io_uring(std::uint32_t action) {
-  sock_filter code[] = {
+#if defined(__x86_64__)
+constexpr std::uint32_t kFromHandler = 0x5afe;
+constexpr std::size_t kFeatures = 5;              // of the words of struct io_uring_params
+constexpr std::uint32_t kFeatureNoDrop = 1 << 1;  // IORING_FEAT_NODROP
+
+// In place of io_uring_setup: a ring, but without a feature that came with 5.5.
+void set_up_as_an_old_kernel(int /*signal*/, siginfo_t* /*facts*/, void* context) {
+  auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+  auto* const params = reinterpret_cast<std::uint32_t*>(registers[REG_RSI]);
+  const long ring = ::syscall(kIoUringSetup, registers[REG_RDI], params, 0, 0, 0, kFromHandler);
+  if (ring >= 0) params[kFeatures] &= ~kFeatureNoDrop;
+  registers[REG_RAX] = ring >= 0 ? ring : -errno;
+}
+
+void become_an_old_kernel() {
+  struct sigaction action{};
+  action.sa_sigaction = set_up_as_an_old_kernel;
+  action.sa_flags = SA_SIGINFO;
+  ::sigaction(SIGSYS, &action, nullptr);
+  std::vector<sock_filter> code = {
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
-      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, kIoUringSetup, 0, 1),
-      BPF_STMT(BPF_RET | BPF_K, action),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, kIoUringSetup, 0, 3),
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, args[5])),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, kFromHandler, 1, 0),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_TRAP),
       BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
   };
-  const sock_fprog program{4, code};
-  if (::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || ::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0) {
-    std::perror("prctl");
-    std::_Exit(2);
-  }
+  testing::install_filter(code);
 }
+#endif
 
 // Gives up CAP_IPC_LOCK too: it exempts from the limit.
 void lower_memlock_limit(rlim_t nbytes) {
@@ -98,6 +120,7 @@ TEST_F(RungTest, NamesAreRead) {
   for (const Rung rung : kRungs) {
     EXPECT_EQ(rung_from_name(rung_name(rung)), rung);
   }
+  EXPECT_STREQ(rung_name(static_cast<Rung>(99)), "unknown");
   try {
     rung_from_name("floppy");
     FAIL() << "took it";
@@ -161,6 +184,39 @@ TEST_F(RungTest, AnyFailureOfTheProbeIsAReason) {
             "O_DIRECT: EINVAL (the file system refuses it at the first transfer)");
   const std::string refused = reason("io_uring_setup:1:errno=EPERM", Rung::kUring);
   EXPECT_TRUE(refused.starts_with("io_uring_setup: EPERM (")) << refused;
+}
+
+TEST_F(RungTest, OtherBytesThanWereWrittenAreAReason) {
+  fault::arm("pread:1:delay=200");
+  std::thread scribbler([&] {
+    while (fault::seen("pread") == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    const std::string here = std::filesystem::canonical(directory_.get().path).string() + "/";
+    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+      std::error_code gone;
+      if (!std::filesystem::read_symlink(entry, gone).string().starts_with(here)) continue;
+      std::fstream(entry.path(), std::ios::in | std::ios::out | std::ios::binary) << "other";
+    }
+  });
+  EXPECT_EQ(try_rung(directory_.get(), Rung::kBuffered), "read: not the bytes that were written");
+  scribbler.join();
+}
+
+TEST_F(RungTest, AnyFailingAllocationOfTheProbeIsAReason) {
+  int refused = 0;
+  bool reached = true;
+  for (std::uint64_t nth = 1; reached; ++nth) {
+    std::string reason;
+    {
+      const FailingAllocation failing(nth);
+      reason = try_rung(directory_.get(), Rung::kBuffered);
+      reached = FailingAllocation::reached();
+    }
+    EXPECT_TRUE(reason == "ENOMEM" || reason.empty()) << nth << ": " << reason;  // fewer threads will do
+    EXPECT_TRUE(std::filesystem::is_empty(directory_.get().path)) << nth;
+    refused += reason.empty() ? 0 : 1;
+    ASSERT_LT(nth, 200u);
+  }
+  EXPECT_GT(refused, 5);
 }
 
 TEST_F(RungTest, RefusedRungsArePassedOverWithReasons) {
@@ -262,7 +318,7 @@ TEST_F(RungTest, DirectoryWithoutWritePermissionGetsTheBestEngine) {
 TEST_F(RungTest, SeccompFilterThatKillsIsSurvived) {
   EXPECT_EXIT(
       {
-        filter_io_uring(SECCOMP_RET_KILL_PROCESS);
+        testing::refuse_call(kIoUringSetup, SECCOMP_RET_KILL_PROCESS);
         report(directory_.get());
       },
       ::testing::ExitedWithCode(0),
@@ -272,11 +328,37 @@ TEST_F(RungTest, SeccompFilterThatKillsIsSurvived) {
 TEST_F(RungTest, SeccompFilterThatRefusesIsNamed) {
   EXPECT_EXIT(
       {
-        filter_io_uring(SECCOMP_RET_ERRNO | EPERM);
+        testing::refuse_call(kIoUringSetup, SECCOMP_RET_ERRNO | EPERM);
         report(directory_.get());
       },
       ::testing::ExitedWithCode(0), uring_compiled_in() ? "uring: io_uring_setup: EPERM .*" : "liburing");
 }
+
+TEST_F(RungTest, RefusedBuffersMeanPlainBuffers) {
+  if (!has(Rung::kUring) || os::memlock_limit_bytes() < kSegmentBytes) {
+    GTEST_SKIP() << try_rung(directory_.get(), Rung::kUringFixed);
+  }
+  EXPECT_EXIT(
+      {
+        testing::refuse_call(kIoUringRegister, SECCOMP_RET_ERRNO | ENOMEM);
+        report(directory_.get());
+      },
+      ::testing::ExitedWithCode(0), "^chose uring\nuring-fixed: io_uring_register: no registered buffers");
+}
+
+#if defined(__x86_64__)
+TEST_F(RungTest, RingWithoutWhatIsNeededIsPassedOver) {
+  if (!has(Rung::kUring)) {
+    GTEST_SKIP() << try_rung(directory_.get(), Rung::kUring);
+  }
+  EXPECT_EXIT(
+      {
+        become_an_old_kernel();
+        report(directory_.get());
+      },
+      ::testing::ExitedWithCode(0), "\nuring: io_uring_setup: ENOSYS");
+}
+#endif
 
 TEST_F(RungTest, SmallMemlockLimitMeansPlainBuffers) {
   if (!has(Rung::kUring)) {

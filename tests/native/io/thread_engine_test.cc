@@ -1,6 +1,9 @@
 #include "io/thread_engine.h"
 
+#include <cstdio>
+
 #include "io/engine_contract.h"
+#include "refused_calls.h"
 
 namespace snapstone::io {
 namespace {
@@ -63,6 +66,22 @@ TEST_F(ThreadEngineTest, BufferedWritesNeedNoThread) {
   EXPECT_TRUE(masks_of_engine_threads().empty());
   std::array<Completion, 1> completions;
   EXPECT_EQ(engine->complete(completions, 1), 1u);
+}
+
+TEST(ThreadEngineDeathTest, NoThreadAtAllIsAnError) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(
+      {
+        testing::refuse_threads(EAGAIN);
+        try {
+          make_engine(Rung::kThreadsDirect, 8);
+        } catch (const OsError& error) {
+          std::fprintf(stderr, "threw %s\n", error.verb().c_str());
+          std::_Exit(error.error_number() == EAGAIN ? 0 : 1);
+        }
+        std::_Exit(2);
+      },
+      ::testing::ExitedWithCode(0), "threw pthread_create");
 }
 
 TEST_F(ThreadEngineTest, HasNoRegisteredBuffers) {

@@ -103,6 +103,14 @@ TEST_F(DirectoryTest, a_winner_that_appears_during_the_fallback_is_eexist) {
   EXPECT_EQ(read("full/x"), "old");
 }
 
+TEST_F(DirectoryTest, a_rename_that_fails_in_the_fallback_says_why) {
+  make_directory_at(root(), "stage");
+  const ArmedFaults faults("renameat2:1:errno=ENOSYS;rename:1:errno=ENOSPC");
+  EXPECT_EQ(errno_of([&] { rename_noreplace(root(), "stage", "step"); }), ENOSPC);
+  EXPECT_TRUE(exists("stage"));
+  EXPECT_FALSE(exists("step"));
+}
+
 TEST_F(DirectoryTest, exchange_swaps_both_names) {
   make_directory_at(root(), "a");
   make_directory_at(root(), "b");

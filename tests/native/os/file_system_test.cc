@@ -7,8 +7,12 @@
 
 #include <bit>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <string>
+#include <thread>
 
 #include "armed_faults.h"
 #include "base/limits.h"
@@ -102,6 +106,27 @@ TEST(SharedBytes, hard_links_are_really_tried) {
   const ArmedFaults faults("");
   try_hard_link(directory.directory());
   EXPECT_EQ(fault::seen("link"), 1u);
+  EXPECT_TRUE(list_directory(directory.directory()).empty());
+}
+
+// As where the driver of a file system copies: the second name is of another file.
+TEST(SharedBytes, a_hard_link_that_is_a_copy_is_none) {
+  const TemporaryDirectory directory;
+  const ArmedFaults faults("stat:1:delay=200");
+  std::thread copier([&] {
+    while (fault::seen("stat") == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    const auto linked = std::filesystem::directory_iterator(directory.path())->path();
+    std::filesystem::remove(linked);
+    std::ofstream(linked) << "";
+  });
+  try {
+    try_hard_link(directory.directory());
+    ADD_FAILURE() << "took it for a link";
+  } catch (const OsError& error) {
+    EXPECT_EQ(error.error_number(), EOPNOTSUPP);
+    EXPECT_EQ(error.verb(), "link: made another file");
+  }
+  copier.join();
   EXPECT_TRUE(list_directory(directory.directory()).empty());
 }
 

@@ -14,6 +14,7 @@
 
 #include "base/fault_hook.h"
 #include "pipeline/pipeline_fixture.h"
+#include "refused_calls.h"
 
 #if defined(__SANITIZE_THREAD__)
 constexpr bool kThreadSanitizer = true;  // a forked child of several threads may not start threads under it
@@ -347,6 +348,20 @@ TEST_F(EngineTest, a_forked_child_may_drop_an_inherited_job_and_not_start_it) {
   go = true;
   waiter.join();
   finish(*running);
+}
+
+TEST_F(EngineTest, an_engine_without_any_thread_is_an_error) {
+  if (kThreadSanitizer) GTEST_SKIP() << "threads after fork";
+  EXPECT_EQ(in_child([] {
+              testing::refuse_threads(EAGAIN);
+              try {
+                Engine::instance();
+              } catch (const OsError& error) {
+                return error.verb() == "pthread_create" ? error.error_number() : 1;
+              }
+              return 2;
+            }),
+            EAGAIN);
 }
 
 TEST_F(EngineTest, the_number_of_lanes_can_be_chosen) {

@@ -165,6 +165,13 @@ TEST_F(StagingTest, the_lock_is_waited_for_while_a_reaper_looks) {
   EXPECT_FALSE(is_lockable(staging_name(kSaveId))) << "joined without the lock";
 }
 
+TEST_F(StagingTest, a_lock_that_nobody_gives_back_ends_the_save) {
+  os::make_directory_at(run_.directory(), staging_name(kSaveId));
+  const os::Directory holder = os::open_directory_at(run_.directory(), staging_name(kSaveId));
+  ASSERT_TRUE(os::try_lock_exclusive(holder));
+  EXPECT_EQ(errno_of([&] { Staging::join(run_.path(), kSaveId); }), EWOULDBLOCK) << "joined without the lock";
+}
+
 TEST_F(StagingTest, files_are_created_once_and_never_through_a_link) {
   const Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
   staging.create_file("rank-00000.data", false);
@@ -241,6 +248,29 @@ TEST_F(StagingTest, discard_removes_what_a_writer_adds_meanwhile) {
   const ArmedFaults faults("rmdir:1:errno=ENOTEMPTY");
   staging.discard();
   EXPECT_EQ(names(), std::vector<std::string>{});
+}
+
+TEST_F(StagingTest, a_rank_that_cannot_withdraw_the_save_says_so) {
+  Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
+  {
+    const ArmedFaults faults("rename:1:errno=EIO");
+    EXPECT_EQ(errno_of([&] { staging.withdraw(); }), EIO);
+  }
+  EXPECT_TRUE(exists(staging_name(kSaveId)));
+  staging.withdraw();
+  EXPECT_EQ(names(), std::vector<std::string>{trash_name(kSaveId)});
+  EXPECT_NO_THROW(staging.withdraw()) << "another rank did it";
+}
+
+TEST_F(StagingTest, files_of_a_base_that_was_never_linked_cannot_be_synced) {
+  const Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
+  try {
+    staging.sync(std::vector<std::string>{"rank-00000.data"});
+    FAIL() << "synced nothing";
+  } catch (const OsError& error) {
+    EXPECT_EQ(error.error_number(), ENOENT);
+    EXPECT_TRUE(error.path().ends_with("/base/rank-00000.data")) << error.path();
+  }
 }
 
 // Steps 5 to 8: each check arms the call that comes next, and counts those that came before.
@@ -362,6 +392,31 @@ TEST_F(StagingTest, what_moved_into_the_place_of_the_predecessor_is_put_back) {
     EXPECT_EQ(exists(staging_name(kSaveId)), fails);
     std::filesystem::remove_all(run_ / "aside");
   }
+}
+
+// What was taken out by the exchange is gone when it is looked for: a rank that was too late trashed it.
+TEST_F(StagingTest, what_is_gone_before_it_is_put_back_ends_the_save) {
+  save(std::string(32, 'b'), "newer", false);
+  std::filesystem::rename(run_ / kFinal, run_ / "newer");
+  save(kOldSaveId, "old", false);
+  Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
+  staging.succeed(std::make_shared<Predecessor>(Predecessor::open(run_.path(), kFinal)));
+  // The looks: at the old manifest files for their modes, at what stands there, at what was taken, at that to put it
+  // back.
+  const ArmedFaults faults("renameat2:1:delay=200;stat:5:delay=200");
+  std::thread mover([&] {
+    while (fault::seen("renameat2") == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    std::filesystem::rename(run_ / kFinal, run_ / "aside");
+    std::filesystem::rename(run_ / "newer", run_ / kFinal);
+    while (fault::seen("stat") < 5) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    std::filesystem::rename(run_ / staging_name(kSaveId), run_ / trash_name(kSaveId));
+  });
+  const int error = errno_of([&] { staging.commit(bytes_of("new"), bytes_of("new"), kFinal, true); });
+  mover.join();
+  staging.discard();
+  EXPECT_EQ(error, ENOENT);
+  EXPECT_EQ(read(trash_name(kSaveId) + "/" + kManifestName), "newer");
+  EXPECT_EQ(read(kFinal + "/" + kManifestName), "new");
 }
 
 // A failing call at every place in turn: the save reports it, and old or new is there, whole.
