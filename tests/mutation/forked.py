@@ -19,7 +19,7 @@ import pytest
 
 from mutation import sandbox
 
-__all__ = ["Ran", "native_tests", "run_native", "run_python"]
+__all__ = ["MUTANT", "OUT_OF_TIME", "USAGE_ERROR", "Ran", "native_tests", "run_native", "run_python"]
 
 MUTANT = "SNAPSTONE_MUTANT"  # names what is taken away: mutant.h, mutant.py
 POLL_S = 0.02

@@ -91,7 +91,7 @@ def _copy_changed(source: Path, target: Path) -> None:
             if here.suffix == ".so" and (into / name).exists():
                 continue  # perhaps that of `build_native`
             if not (into / name).exists() or (into / name).read_bytes() != here.read_bytes():
-                shutil.copy2(here, into / name)
+                shutil.copy(here, into / name)  # with the time of now: it may have changed while it was built
 
 
 def _is_instrumented(path: Path) -> bool:

@@ -1,5 +1,4 @@
-// choose_rung() remembers its verdicts for the life of the process: tests of it run in processes of their own (death
-// tests of the "threadsafe" style start the program anew).
+// choose_rung() remembers its verdicts for the life of the process: tests of it run in forked children.
 #include "io/rung.h"
 
 #include <linux/capability.h>
@@ -18,6 +17,7 @@
 
 #include "base/fault_hook.h"
 #include "failing_allocations.h"
+#include "forked_child.h"
 #include "io/engine_fixture.h"
 #include "os/file_system.h"
 #include "os/memory.h"
@@ -32,10 +32,7 @@ constexpr unsigned kIoUringRegister = 427;
 
 class RungTest : public ::testing::Test {
  protected:
-  void SetUp() override {
-    GTEST_FLAG_SET(death_test_style, "threadsafe");
-    ::unsetenv("SNAPSTONE_IO");
-  }
+  void SetUp() override { ::unsetenv("SNAPSTONE_IO"); }
   void TearDown() override { fault::disarm(); }
 
   // Does this machine let tests have a ring and O_DIRECT? FAIL_WITHOUT_IO_URING=1: it has to.
@@ -48,8 +45,8 @@ class RungTest : public ::testing::Test {
     return reason.empty();
   }
 
-  // The last call of a child process: says what was chosen for `directory`.
-  [[noreturn]] void report(const os::Directory& directory) const {
+  // What was chosen for `directory`, said by a child process.
+  static void report(const os::Directory& directory) {
     try {
       const RungChoice choice = choose_rung(directory);
       std::fprintf(stderr, "chose %s%s\n", rung_name(choice.rung), choice.forced ? " (forced)" : "");
@@ -59,13 +56,6 @@ class RungTest : public ::testing::Test {
     } catch (const std::exception& error) {
       std::fprintf(stderr, "threw %s\n", error.what());
     }
-    std::filesystem::remove_all(directory.path);
-    leave();
-  }
-  [[noreturn]] void leave() const {
-    fault::disarm();
-    std::filesystem::remove_all(directory_.get().path);
-    std::_Exit(0);
   }
 
   const TemporaryDirectory directory_;
@@ -220,13 +210,10 @@ TEST_F(RungTest, AnyFailingAllocationOfTheProbeIsAReason) {
 }
 
 TEST_F(RungTest, RefusedRungsArePassedOverWithReasons) {
-  EXPECT_EXIT(
-      {
-        fault::arm("io_uring_setup:1+:errno=ENOSYS;fcntl:1+:errno=EINVAL");
-        report(directory_.get());
-      },
-      ::testing::ExitedWithCode(0),
-      "chose buffered\nuring-fixed: .*\nuring: .*\nthreads-direct: O_DIRECT: EINVAL .*\n");
+  testing::expect_child_says("chose buffered\nuring-fixed: .*\nuring: .*\nthreads-direct: O_DIRECT: EINVAL .*\n", [&] {
+    fault::arm("io_uring_setup:1+:errno=ENOSYS;fcntl:1+:errno=EINVAL");
+    report(directory_.get());
+  });
 }
 
 TEST_F(RungTest, BestRungThatWorksIsChosen) {
@@ -237,7 +224,7 @@ TEST_F(RungTest, BestRungThatWorksIsChosen) {
   if (os::file_system_facts(directory_.get()).memory_backed) {
     expected = "chose buffered\n";
   }
-  EXPECT_EXIT(report(directory_.get()), ::testing::ExitedWithCode(0), expected);
+  testing::expect_child_says(expected, [&] { report(directory_.get()); });
 }
 
 TEST_F(RungTest, EnvironmentForcesARung) {
@@ -245,42 +232,33 @@ TEST_F(RungTest, EnvironmentForcesARung) {
     if (!try_rung(directory_.get(), rung).empty()) {
       continue;
     }
-    EXPECT_EXIT(
-        {
-          ::setenv("SNAPSTONE_IO", rung_name(rung), 1);
-          report(directory_.get());
-        },
-        ::testing::ExitedWithCode(0), std::string("chose ") + rung_name(rung) + " \\(forced\\)");
+    testing::expect_child_says(std::string("chose ") + rung_name(rung) + " \\(forced\\)", [&] {
+      ::setenv("SNAPSTONE_IO", rung_name(rung), 1);
+      report(directory_.get());
+    });
   }
 }
 
 TEST_F(RungTest, UnusableForcedRungIsAnError) {
-  EXPECT_EXIT(
-      {
-        ::setenv("SNAPSTONE_IO", "uring", 1);
-        fault::arm("io_uring_setup:1+:errno=EPERM");
-        report(directory_.get());
-      },
-      ::testing::ExitedWithCode(0), "threw SNAPSTONE_IO=uring does not work: io_uring_setup: ");
-  EXPECT_EXIT(
-      {
-        ::setenv("SNAPSTONE_IO", "floppy", 1);
-        report(directory_.get());
-      },
-      ::testing::ExitedWithCode(0), "threw .*'floppy'; choose one of uring-fixed");
+  testing::expect_child_says("threw SNAPSTONE_IO=uring does not work: io_uring_setup: ", [&] {
+    ::setenv("SNAPSTONE_IO", "uring", 1);
+    fault::arm("io_uring_setup:1+:errno=EPERM");
+    report(directory_.get());
+  });
+  testing::expect_child_says("threw .*'floppy'; choose one of uring-fixed", [&] {
+    ::setenv("SNAPSTONE_IO", "floppy", 1);
+    report(directory_.get());
+  });
 }
 
 TEST_F(RungTest, VerdictOfAFileSystemIsRemembered) {
-  EXPECT_EXIT(
-      {
-        choose_rung(directory_.get());
-        fault::arm("io_uring_setup:1+:errno=EPERM;pwrite:1+:errno=EIO");
-        choose_rung(directory_.get());
-        std::fprintf(stderr, "probed again %llu times\n",
-                     static_cast<unsigned long long>(fault::seen("io_uring_setup") + fault::seen("pwrite")));
-        leave();
-      },
-      ::testing::ExitedWithCode(0), "probed again 0 times");
+  testing::expect_child_says("probed again 0 times", [&] {
+    choose_rung(directory_.get());
+    fault::arm("io_uring_setup:1+:errno=EPERM;pwrite:1+:errno=EIO");
+    choose_rung(directory_.get());
+    std::fprintf(stderr, "probed again %llu times\n",
+                 static_cast<unsigned long long>(fault::seen("io_uring_setup") + fault::seen("pwrite")));
+  });
 }
 
 TEST_F(RungTest, MemoryBackedFileSystemIsBuffered) {
@@ -293,8 +271,9 @@ TEST_F(RungTest, MemoryBackedFileSystemIsBuffered) {
   if (!os::file_system_facts(memory->get()).memory_backed) {
     GTEST_SKIP() << "/dev/shm is not memory here";
   }
-  EXPECT_EXIT(report(memory->get()), ::testing::ExitedWithCode(0),
-              "chose buffered\nuring-fixed: tmpfs keeps files in memory.*\nuring: .*\nthreads-direct: .*\n$");
+  testing::expect_child_says(
+      "chose buffered\nuring-fixed: tmpfs keeps files in memory.*\nuring: .*\nthreads-direct: .*\n$",
+      [&] { report(memory->get()); });
 }
 
 // A checkpoint on a read-only mount is read with the best engine there is, and that is not held against the whole
@@ -303,47 +282,38 @@ TEST_F(RungTest, DirectoryWithoutWritePermissionGetsTheBestEngine) {
   if (!has(Rung::kUring)) {
     GTEST_SKIP() << try_rung(directory_.get(), Rung::kUring);
   }
-  EXPECT_EXIT(
-      {
-        fault::arm("open:1+:errno=EROFS");
-        const Rung read_only = choose_rung(directory_.get()).rung;
-        fault::arm("io_uring_setup:1+:errno=EPERM");
-        const Rung writable = choose_rung(directory_.get()).rung;
-        std::fprintf(stderr, "%d %d\n", rung_is_uring(read_only), rung_is_uring(writable));
-        leave();
-      },
-      ::testing::ExitedWithCode(0), "^1 0\n");
+  testing::expect_child_says("^1 0\n", [&] {
+    fault::arm("open:1+:errno=EROFS");
+    const Rung read_only = choose_rung(directory_.get()).rung;
+    fault::arm("io_uring_setup:1+:errno=EPERM");
+    const Rung writable = choose_rung(directory_.get()).rung;
+    std::fprintf(stderr, "%d %d\n", rung_is_uring(read_only), rung_is_uring(writable));
+  });
 }
 
 TEST_F(RungTest, SeccompFilterThatKillsIsSurvived) {
-  EXPECT_EXIT(
-      {
+  testing::expect_child_says(
+      uring_compiled_in() ? "uring: io_uring_setup: kills the caller with signal [0-9]+ .SIGSYS" : "liburing", [&] {
         testing::refuse_call(kIoUringSetup, SECCOMP_RET_KILL_PROCESS);
         report(directory_.get());
-      },
-      ::testing::ExitedWithCode(0),
-      uring_compiled_in() ? "uring: io_uring_setup: kills the caller with signal [0-9]+ .SIGSYS" : "liburing");
+      });
 }
 
 TEST_F(RungTest, SeccompFilterThatRefusesIsNamed) {
-  EXPECT_EXIT(
-      {
-        testing::refuse_call(kIoUringSetup, SECCOMP_RET_ERRNO | EPERM);
-        report(directory_.get());
-      },
-      ::testing::ExitedWithCode(0), uring_compiled_in() ? "uring: io_uring_setup: EPERM .*" : "liburing");
+  testing::expect_child_says(uring_compiled_in() ? "uring: io_uring_setup: EPERM .*" : "liburing", [&] {
+    testing::refuse_call(kIoUringSetup, SECCOMP_RET_ERRNO | EPERM);
+    report(directory_.get());
+  });
 }
 
 TEST_F(RungTest, RefusedBuffersMeanPlainBuffers) {
   if (!has(Rung::kUring) || os::memlock_limit_bytes() < kSegmentBytes) {
     GTEST_SKIP() << try_rung(directory_.get(), Rung::kUringFixed);
   }
-  EXPECT_EXIT(
-      {
-        testing::refuse_call(kIoUringRegister, SECCOMP_RET_ERRNO | ENOMEM);
-        report(directory_.get());
-      },
-      ::testing::ExitedWithCode(0), "^chose uring\nuring-fixed: io_uring_register: no registered buffers");
+  testing::expect_child_says("^chose uring\nuring-fixed: io_uring_register: no registered buffers", [&] {
+    testing::refuse_call(kIoUringRegister, SECCOMP_RET_ERRNO | ENOMEM);
+    report(directory_.get());
+  });
 }
 
 #if defined(__x86_64__)
@@ -351,12 +321,10 @@ TEST_F(RungTest, RingWithoutWhatIsNeededIsPassedOver) {
   if (!has(Rung::kUring)) {
     GTEST_SKIP() << try_rung(directory_.get(), Rung::kUring);
   }
-  EXPECT_EXIT(
-      {
-        become_an_old_kernel();
-        report(directory_.get());
-      },
-      ::testing::ExitedWithCode(0), "\nuring: io_uring_setup: ENOSYS");
+  testing::expect_child_says("\nuring: io_uring_setup: ENOSYS", [&] {
+    become_an_old_kernel();
+    report(directory_.get());
+  });
 }
 #endif
 
@@ -364,12 +332,10 @@ TEST_F(RungTest, SmallMemlockLimitMeansPlainBuffers) {
   if (!has(Rung::kUring)) {
     GTEST_SKIP() << try_rung(directory_.get(), Rung::kUring);
   }
-  EXPECT_EXIT(
-      {
-        lower_memlock_limit(8 << 20);
-        report(directory_.get());
-      },
-      ::testing::ExitedWithCode(0), "uring-fixed: RLIMIT_MEMLOCK: 8388608 bytes");
+  testing::expect_child_says("uring-fixed: RLIMIT_MEMLOCK: 8388608 bytes", [&] {
+    lower_memlock_limit(8 << 20);
+    report(directory_.get());
+  });
 }
 
 }  // namespace

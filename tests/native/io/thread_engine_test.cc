@@ -2,6 +2,7 @@
 
 #include <cstdio>
 
+#include "forked_child.h"
 #include "io/engine_contract.h"
 #include "refused_calls.h"
 
@@ -68,20 +69,15 @@ TEST_F(ThreadEngineTest, BufferedWritesNeedNoThread) {
   EXPECT_EQ(engine->complete(completions, 1), 1u);
 }
 
-TEST(ThreadEngineDeathTest, NoThreadAtAllIsAnError) {
-  GTEST_FLAG_SET(death_test_style, "threadsafe");
-  EXPECT_EXIT(
-      {
-        testing::refuse_threads(EAGAIN);
-        try {
-          make_engine(Rung::kThreadsDirect, 8);
-        } catch (const OsError& error) {
-          std::fprintf(stderr, "threw %s\n", error.verb().c_str());
-          std::_Exit(error.error_number() == EAGAIN ? 0 : 1);
-        }
-        std::_Exit(2);
-      },
-      ::testing::ExitedWithCode(0), "threw pthread_create");
+TEST_F(ThreadEngineTest, NoThreadAtAllIsAnError) {
+  testing::expect_child_says("^threw pthread_create " + std::to_string(EAGAIN), [] {
+    testing::refuse_threads(EAGAIN);
+    try {
+      make_engine(Rung::kThreadsDirect, 8);
+    } catch (const OsError& error) {
+      std::fprintf(stderr, "threw %s %d\n", error.verb().c_str(), error.error_number());
+    }
+  });
 }
 
 TEST_F(ThreadEngineTest, HasNoRegisteredBuffers) {

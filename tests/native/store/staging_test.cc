@@ -411,10 +411,15 @@ TEST_F(StagingTest, what_is_gone_before_it_is_put_back_ends_the_save) {
     while (fault::seen("stat") < 5) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     std::filesystem::rename(run_ / staging_name(kSaveId), run_ / trash_name(kSaveId));
   });
-  const int error = errno_of([&] { staging.commit(bytes_of("new"), bytes_of("new"), kFinal, true); });
+  try {
+    staging.commit(bytes_of("new"), bytes_of("new"), kFinal, true);
+    ADD_FAILURE() << "committed";
+  } catch (const OsError& error) {
+    EXPECT_EQ(error.error_number(), ENOENT);
+    EXPECT_EQ(error.verb(), "stat");
+  }
   mover.join();
   staging.discard();
-  EXPECT_EQ(error, ENOENT);
   EXPECT_EQ(read(trash_name(kSaveId) + "/" + kManifestName), "newer");
   EXPECT_EQ(read(kFinal + "/" + kManifestName), "new");
 }
