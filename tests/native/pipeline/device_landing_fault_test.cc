@@ -188,6 +188,47 @@ TEST_F(DeviceLoadFaults, whether_targets_are_free_is_no_error_on_a_device_that_f
   EXPECT_TRUE(job->settled());
 }
 
+// What the caller has enqueued hangs, as a collective does that waits for a dead rank.
+TEST_F(DeviceLoadFaults, a_load_that_is_given_up_does_not_wait_for_the_caller) {
+  for (const bool kernels : {true, false}) {
+    use_ring(16, true);
+    const Tensors tensors = some_tensors(100 * kTestChunkBytes);
+    const std::string name = kernels ? "a" : "b";
+    const Saved saved = save(tensors, name);
+    const std::vector<DeviceBytes> targets = targets_like(tensors);
+    LoadOptions impatient = options(kernels);
+    impatient.landing.patience = 50ms;
+    SNAPSTONE_FAKE(fakecuda_enqueue_delay)(0, caller(0), 2'000'000);
+    const auto job = load_job(plan_to(saved, targets), name, impatient);
+    job->mark(0, caller(0));
+    start(job);
+    EXPECT_FALSE(job->wait(200ms)) << "did not wait for what the caller had enqueued";
+    job->cancel();
+    const auto begin = std::chrono::steady_clock::now();
+    EXPECT_THROW(finish(*job), CancelledError);
+    EXPECT_LT(std::chrono::steady_clock::now() - begin, 1500ms);
+    SNAPSTONE_FAKE(fakecuda_drain)();
+  }
+}
+
+TEST_F(DeviceLoadFaults, no_memory_to_decode_into_is_an_error) {
+  use_ring(16, true);
+  const Tensors tensors = some_tensors(100 * kTestChunkBytes);
+  const Saved saved = save(tensors, "a", {.compress = true});
+  const std::vector<DeviceBytes> targets = targets_like(tensors);
+  load(load_job(plan_to(saved, targets), "a", options(false)));  // lanes have their own memory now
+  LoadOptions large = options(false);
+  large.landing.batch_bytes = 128 << 20;  // more than any workspace of this process has
+  {
+    const ArmedFaults faults("mmap:1+:errno=ENOMEM");
+    EXPECT_EQ(testing::errno_of([&] { load(load_job(plan_to(saved, targets), "a", large)); }), ENOMEM);
+    EXPECT_GT(fault::seen("mmap"), 0u);
+  }
+  EXPECT_EQ(ring_->free_count(), ring_->slot_count());
+  load(load_job(plan_to(saved, targets), "a", large));
+  expect_loaded(targets, tensors.bytes);
+}
+
 class DeviceLoadLost : public DeviceLoadTest {};
 
 // In a process of its own: the device does not come back.

@@ -339,52 +339,6 @@ TEST_F(DeviceSave, more_packed_chunks_than_the_scratch_holds) {
   }
 }
 
-TEST_F(DeviceSave, a_start_before_the_copies_are_enqueued_is_an_error) {
-  DeviceTensors state = tensors(on_one());
-  const auto job = device_job(state, "a");
-  EXPECT_THROW(run(job), std::logic_error);
-}
-
-TEST_F(DeviceSave, a_mark_that_lacks_a_device_is_an_error) {
-  DeviceTensors state = tensors(mixed());
-  const auto job = device_job(state, "a");
-  const ProducerMark mark(std::map<std::int32_t, std::uintptr_t>{{0, reinterpret_cast<std::uintptr_t>(streams()[0])}});
-  job->enqueue(mark);
-  EXPECT_THROW(run(job), std::invalid_argument);
-}
-
-TEST_F(DeviceSave, a_stream_under_capture_cannot_be_marked) {
-  SNAPSTONE_FAKE(fakecuda_capture)(0, streams()[0], 1);
-  EXPECT_THROW(tensors(on_one()).mark(), std::logic_error);
-  SNAPSTONE_FAKE(fakecuda_capture)(0, streams()[0], 0);
-}
-
-// Waiting for what is outside of the graph would break the capture.
-TEST_F(DeviceSave, a_stream_under_capture_cannot_be_fenced) {
-  DeviceTensors state = tensors(on_one());
-  const auto job = device_job(state, "a");
-  state.produce(2000);
-  job->enqueue(*state.mark());
-  cuda::Stream stream = cuda::Stream::borrowed(cuda::Device::of(0), static_cast<cuda::StreamHandle>(streams()[0]));
-  SNAPSTONE_FAKE(fakecuda_capture)(0, streams()[0], 1);
-  EXPECT_THROW(job->fence(stream), std::logic_error);
-  SNAPSTONE_FAKE(fakecuda_capture)(0, streams()[0], 0);
-  run(job);
-}
-
-TEST_F(DeviceSave, a_fence_before_the_snapshot_is_enqueued_is_an_error) {
-  use_ring_of(12);
-  ring_->register_with(cuda::Device::of(0));
-  DeviceTensors state = tensors(on_one(60 * kTestChunkBytes));
-  const auto job = device_job(state, "a");
-  state.produce();
-  job->enqueue(*state.mark());
-  cuda::Stream stream = cuda::Stream::borrowed(cuda::Device::of(0), static_cast<cuda::StreamHandle>(streams()[0]));
-  EXPECT_THROW(job->fence(stream), std::logic_error);
-  run(job);
-  EXPECT_NO_THROW(job->fence(stream)) << "nothing to wait for";
-}
-
 TEST_F(DeviceSave, a_job_that_is_never_started_gives_everything_back) {
   ring_->register_with(cuda::Device::of(0));
   {
