@@ -291,6 +291,37 @@ def test_without_memory_to_share_every_rank_hears_what_needs_none(saved: Path) -
     assert all("strategy='direct' needs none" in message for _, message in found)
 
 
+def _given_up(rank: int, path: Path) -> tuple[str, tuple[int, ...], str]:
+    """Rank 1 has a second for the load. The others have more, and read the last round when rank 1 has given it up."""
+    given_up = path.parent / "given up"
+    keep_in_step, read = rounds.Rounds._keep_in_step, rounds.Rounds._read
+
+    def kept(self: rounds.Rounds) -> bytes:
+        ended = keep_in_step(self)
+        given_up.touch()
+        return ended
+
+    def waited(self: rounds.Rounds, k: int) -> None:
+        end = time.monotonic() + 30
+        while k == len(self._division.rounds) - 1 and not given_up.exists() and time.monotonic() < end:
+            time.sleep(0.005)
+        read(self, k)
+
+    if rank == 1:
+        rounds.Rounds._keep_in_step = kept  # type: ignore[method-assign]
+    else:
+        rounds.Rounds._read = waited  # type: ignore[method-assign]
+    with pytest.raises(ss.CheckpointError) as caught:
+        load(rank, path, timeout=1.0 if rank else LONG_S)
+    return type(caught.value).__name__, getattr(caught.value, "failed_ranks", ()), str(caught.value)
+
+
+def test_a_load_of_which_one_rank_has_had_no_part_is_a_failure_on_all(saved: Path) -> None:
+    for name, _, message in values(run_ranks(3, _given_up, saved)):
+        assert name == "CheckpointError"
+        assert "load did not end within" in message
+
+
 def _exchanged_late(rank: int) -> tuple[str, tuple[int, ...]]:
     deadline = Deadline(1.0)
     if rank == 1:

@@ -22,4 +22,5 @@ ACCEPTED: tuple[tuple[str, str, str], ...] = (
     ("csrc/io/uring_engine.cc", 'throw OsError(ENOSYS, "io_uring_setup: built without', "of builds without liburing"),
     ("csrc/codec/compress.cc", 'return "unknown"', "a name for people, of what `known_codec` has refused before"),
     ("csrc/store/staging.cc", "remove_quietly(parent_, staging)", "what it leaves goes under its other name next"),
+    ("repair.py:_Repair._place", "raise _stale(checkpoint)", "who placed the file looks again whether it stands"),
 )

@@ -31,6 +31,7 @@ LEFT_OUT = {
     "test_docs.py": "reads pages",
     "test_readme.py": "reads pages",
     "test_kernels.py": "compiles kernels",
+    "test_bundled_build.py": "builds an extension of its own",
     "test_fence.py": "waits of optimizers; no check",
     "test_integration_parts.py": "of modules that are left out",
     "test_publication.py": "as before",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -110,6 +112,21 @@ def test_a_step_after_an_interrupted_call_does_not_wait(tmp_path: Path, monkeypa
     optimizer.step()
     ss.wait(5)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("slow_writes")
+def test_tensors_are_let_go_once_they_are_copied_and_not_when_they_are_written(tmp_path: Path) -> None:
+    tensor = torch.ones(8 << 20)
+    kept = weakref.ref(tensor)
+    handle = ss.async_save({"w": tensor}, checkpoint_id=tmp_path / "c")
+    handle.staging_completion.result(60)
+    del tensor
+    end = time.monotonic() + 5
+    while kept() is not None and time.monotonic() < end:
+        time.sleep(0.001)
+    assert kept() is None
+    assert not handle.upload_completion.done()
+    handle.result(60)
 
 
 @pytest.mark.usefixtures("slow_writes")

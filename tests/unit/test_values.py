@@ -318,12 +318,15 @@ def test_hostile_json_is_reported_as_corrupt_with_its_place(hostile: Any) -> Non
         ({"$float": "3ff0000000000000"}, "invalid float: 1.0 is finite"),
         ({"$numpy": {"dtype": "bool", "data": "Ag=="}}, "a bool that is neither 0 nor 1"),
         ({"$numpy": {"dtype": "<U1", "data": "QQAAAA=="}}, "numpy scalar of dtype <U1"),
+        ({"$set": [1, 2, 1]}, "the same element twice"),
+        ({"$tensor": {"dtype": "float32", "shape": [-1], "data": ""}}, "absurd shape [-1]"),
+        ({"$tensor": {"dtype": "float32", "shape": [1] * 65, "data": ""}}, "absurd shape [1, 1, 1, 1, 1, 1, 1, 1"),
     ],
 )
 def test_hostile_json_is_reported_with_what_is_wrong(hostile: Any, problem: str) -> None:
     with pytest.raises(CorruptCheckpointError) as caught:
         decode({"k": hostile}, name="root")
-    assert str(caught.value) == f"root.k: {problem}"
+    assert str(caught.value).startswith(f"root.k: {problem}")
 
 
 def test_random_mutations_of_valid_json_never_escape_the_typed_errors() -> None:

@@ -72,6 +72,13 @@ TEST_F(CopyRangesTest, the_file_has_the_ranges_in_their_order_and_is_synced) {
   }
 }
 
+TEST_F(CopyRangesTest, zeros_at_the_end_are_there_where_no_room_can_be_made) {
+  const ArmedFaults faults("fallocate:1:errno=EOPNOTSUPP");
+  EXPECT_EQ(staging_.copy_ranges(kName, sources_, std::vector<SourceRange>{{0, 0, kPage}, {2, 0, 2 * kPage}}),
+            3 * kPage);
+  EXPECT_EQ(read(staging_.path() + "/" + kName), texts_[0].substr(0, kPage) + std::string(2 * kPage, '\0'));
+}
+
 TEST_F(CopyRangesTest, neighbouring_ranges_take_one_call) {
   const std::vector<SourceRange> ranges = {
       {0, 0, kPage}, {0, kPage, 2 * kPage}, {0, 3 * kPage, kPage}, {1, 4 * kPage, kPage}, {1, 6 * kPage, kPage}};

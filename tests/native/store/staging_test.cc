@@ -287,19 +287,37 @@ TEST_F(StagingTest, everything_is_synced_before_the_commit_point) {
   EXPECT_EQ(checkpoint(), "");
 }
 
-TEST_F(StagingTest, a_manifest_that_is_not_what_was_written_is_not_committed) {
+TEST_F(StagingTest, a_manifest_or_digest_that_is_not_what_was_written_is_not_committed) {
+  for (const auto& [nth, name] : {std::pair{1, kManifestName}, std::pair{2, kManifestDigestName}}) {
+    Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
+    const ArmedFaults faults("fsync:" + std::to_string(nth) + ":delay=300");
+    std::thread other([&] {
+      while (fault::seen("fsync") < static_cast<std::uint64_t>(nth)) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      }
+      std::ofstream(run_ / (staging_name(kSaveId) + "/" + name)) << "another!!";
+    });
+    EXPECT_THROW(staging.commit(bytes_of("manifest!"), bytes_of("a digest!"), kFinal, false, true), CorruptError);
+    other.join();
+    EXPECT_FALSE(exists(kFinal)) << name;
+    staging.discard();
+  }
+}
+
+// At once, and not after hours of copying.
+TEST_F(StagingTest, an_owner_that_cannot_be_kept_is_refused_before_anything_is_copied) {
+  save(kOldSaveId, "old", false);
+  if (::chown((run_ / kFinal).c_str(), 12345, 12345) != 0) GTEST_SKIP() << "only root may give files away";
+  const auto predecessor = std::make_shared<Predecessor>(Predecessor::open(run_.path(), kFinal));
   Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
   {
-    const ArmedFaults faults("fsync:1:delay=300");
-    std::thread other([&] {
-      while (fault::seen("fsync") == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-      std::ofstream(run_ / (staging_name(kSaveId) + "/" + kManifestName)) << "manifesto";
-    });
-    EXPECT_THROW(staging.commit(bytes_of("manifest!"), bytes_of("digest"), kFinal, false, true), CorruptError);
-    other.join();
+    const ArmedFaults faults("fchown:1:errno=EPERM");
+    EXPECT_EQ(errno_of([&] { staging.succeed(predecessor); }), EPERM);
   }
-  EXPECT_FALSE(exists(kFinal));
-  staging.discard();
+  staging.succeed(predecessor);
+  struct stat facts{};
+  ASSERT_EQ(::stat((run_ / staging_name(kSaveId)).c_str(), &facts), 0);
+  EXPECT_EQ(facts.st_uid, 12345u);
 }
 
 TEST_F(StagingTest, the_parent_is_synced_before_the_old_checkpoint_goes) {
