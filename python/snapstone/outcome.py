@@ -17,6 +17,7 @@ from .target import Target
 __all__ = ["Outcome"]
 
 _WITHDRAWN_BY = "WITHDRAWN"  # in what is left of a save that a rank took from a silent rank 0
+_LATE = " late"  # after the rank: it had waited until the deadline
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +92,21 @@ class Outcome:
             self.staging.withdraw()
             committed = self.committed()
             if committed is None:  # and never will be: the directory is nobody's now
+                when = _LATE if self.deadline.expired else ""
                 with suppress(OSError):
                     rank = self.group.ranks[self.group.rank]
-                    self.staging.write_file(_WITHDRAWN_BY, str(rank).encode(), "withdrawn_by")
+                    self.staging.write_file(_WITHDRAWN_BY, f"{rank}{when}".encode(), "withdrawn_by")
         return None if self._is_disowned() else committed
 
     def withdrawal(self) -> CheckpointError | None:
-        """Says which rank has withdrawn this save from rank 0, if it is known; that it is too late, if it is."""
+        """Says which rank has withdrawn this save from rank 0, if it is known; that it is too late, when any may."""
         try:
             trash = os.path.join(self.target.parent, f".trash-{self.save_id}")
-            rank = int(_native.read_file(trash, _WITHDRAWN_BY, 16))
+            by = _native.read_file(trash, _WITHDRAWN_BY, 32).decode()
+            rank = int(by.removesuffix(_LATE))
         except (OSError, ValueError):
             return None
-        if self.deadline.expired:  # any rank may withdraw then, and none is at fault
+        if by.endswith(_LATE):
             return self.too_late()
         message = f"not committed: rank {rank} lost the store, and withdrew the save"
         return RankFailedError(message, path=self.target.path, failed_ranks=(rank,))
@@ -130,12 +133,13 @@ class Outcome:
         if os.path.lexists(staging) and not str(failure.filename).startswith(staging):
             return failure
         lead = self.group.ranks[0]
+        why: CheckpointError
         removed = RankFailedError(f"rank {lead} has removed the save's files", path=staging, failed_ranks=(lead,))
         try:
             self.channel.raise_if_failed(label, self.deadline)
             if os.path.lexists(staging):
                 return failure
-            why: CheckpointError = self.withdrawal() or removed
+            why = self.withdrawal() or removed
         except RankFailedError as known:
             why = known
         why.__context__ = failure

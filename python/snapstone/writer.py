@@ -174,6 +174,8 @@ class Writer:
     def _check_joinable(self) -> None:
         """Raises why there will be no staging directory any more."""
         self.channel.raise_if_failed("written" if self._base is None else "shared", self.deadline)
+        if (withdrawn := self._outcome().withdrawal()) is not None:
+            raise withdrawn
 
     def _describe(self) -> bytes:
         self._shards = describe_all(self._flattened)
