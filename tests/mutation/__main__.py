@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     _import_all(tree)
     if given.native:
         record_native(tree, work)
-    reached = record(tree, work, given.tests, params=given.params, file_seconds=given.file_seconds)
+    reached = record(tree, work, sites, given.tests, params=given.params, file_seconds=given.file_seconds)
     digests = {path: digest_of(path) for path in {site.path for site in sites}}
     known = _known(work, digests)
     todo = _chosen(sites, given, known, reached)

@@ -9,8 +9,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mutation.forked import native_tests, run_native, run_python
+from mutation.sites import Site
 
 __all__ = ["TEST_FILES", "Reached", "record"]
 
@@ -51,8 +53,11 @@ class Reached:
     failed: list[str] = field(default_factory=list)  # without any mutant
 
 
-def record(tree: Path, work: Path, files: Sequence[str] = (), *, params: int, file_seconds: float) -> Reached:
+def record(
+    tree: Path, work: Path, sites: Sequence[Site], files: Sequence[str] = (), *, params: int, file_seconds: float
+) -> Reached:
     """Runs what has not been recorded in its present form; everything that has been is in the result."""
+    texts = {site.name: site.text for site in sites}
     folder = work / "recorded"
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [path for pattern in files or TEST_FILES for path in sorted(tree.glob(pattern))]
@@ -62,11 +67,18 @@ def record(tree: Path, work: Path, files: Sequence[str] = (), *, params: int, fi
         name = str(path.relative_to(tree))
         target = folder / (name.replace("/", "__") + ".json")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if target.exists() and json.loads(target.read_text())["digest"] == digest:
+        if target.exists() and _is_of_today(json.loads(target.read_text()), digest, texts):
             continue
         print(f"recording {name}", flush=True)
-        target.write_text(json.dumps({"digest": digest, **_one_file(tree, work, name, params, file_seconds)}))
+        recorded = _one_file(tree, work, name, params, file_seconds)
+        reached = {site: texts.get(site) for site, _ in recorded["reached"]}
+        target.write_text(json.dumps({"digest": digest, **recorded, "texts": reached}))
     return _gather(folder)
+
+
+def _is_of_today(recorded: dict[str, Any], digest: str, texts: dict[str, str]) -> bool:
+    """No name that it reached means another statement by now: sites are numbered within their function."""
+    return recorded["digest"] == digest and all(texts.get(name, was) == was for name, was in recorded["texts"].items())
 
 
 def record_native(tree: Path, work: Path) -> None:
@@ -94,7 +106,7 @@ def record_native(tree: Path, work: Path) -> None:
         target.write_text(json.dumps({"digest": digest, "results": results, "reached": _read_log(log)}))
 
 
-def _one_file(tree: Path, work: Path, name: str, params: int, seconds: float) -> dict[str, object]:
+def _one_file(tree: Path, work: Path, name: str, params: int, seconds: float) -> dict[str, Any]:
     scratch = work / "scratch" / f"record-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     log = work / f"python-{os.getpid()}.log"
