@@ -150,7 +150,8 @@ def _names(played: Played) -> None:
 def _ran_out_of_time(played: Played, ended: Ended) -> bool:
     """The deadline has passed for somebody who waited for nobody when it did: others were slow, and none was silent."""
     first_s = min(one.ended_s for one in played.ended.values() if one.error is not None)
-    faults = [fault for fault in played.scenario.faults if fault.fired and fault.fired_s < first_s]
+    due_s = min(one.begun_s for one in played.ended.values()) + played.scenario.timeout_s
+    faults = [fault for fault in played.scenario.faults if fault.fired and fault.fired_s < min(first_s, due_s)]
     faults = [fault for fault in faults if fault.kind != "leave"]
     if any(fault.kind not in SLOW or fault.seconds == math.inf for fault in faults):
         return type(ended.error) is CheckpointError and ended.ended_s - ended.begun_s >= played.scenario.timeout_s
@@ -162,7 +163,7 @@ def _ran_out_of_time(played: Played, ended: Ended) -> bool:
     if unnamed and "the process group broke while ranks exchanged bytes (Timed out" in str(ended.error):
         return bool(faults)
     # Whoever is named had indeed not come by the deadline.
-    if isinstance(ended.error, RankFailedError) and _is_silent(played, ended.error, faults):
+    if isinstance(ended.error, RankFailedError) and _is_silent(played, ended.error, faults, due_s):
         return bool(faults)
     late = (heard or type(ended.error) is CheckpointError) and any(words in str(ended.error) for words in told)
     return late and bool(faults)
@@ -176,7 +177,7 @@ def _says_to_be_late(error: RankFailedError) -> bool:
     return tuple(error.failed_ranks) == (said_by,)
 
 
-def _is_silent(played: Played, error: RankFailedError, faults: list[Fault]) -> bool:
+def _is_silent(played: Played, error: RankFailedError, faults: list[Fault], due_s: float) -> bool:
     """Whether none of those that are named had voted in time, and not only because they waited for the one that counts
     the votes: who comes back too late cannot name others without itself.
     """
@@ -186,7 +187,6 @@ def _is_silent(played: Played, error: RankFailedError, faults: list[Fault]) -> b
     if not told <= set(error.failed_ranks) or (not found[2] and len(told) < len(error.failed_ranks)):
         return False
     labels = re.findall(r"\((\S+?)\): ", str(error))  # of the vote, and of what went before it
-    due_s = min(one.begun_s for one in played.ended.values()) + played.scenario.timeout_s
     notes = played.world.history
     counted = {rank for _, rank, what in notes if what == f"set {labels[0]}/outcome/{rank}"}
     voted = {rank for when, rank, what in notes if what == f"set {labels[-1]}/vote/{rank}" and when < due_s}
