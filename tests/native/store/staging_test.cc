@@ -21,64 +21,10 @@
 #include "base/fault_hook.h"
 #include "store/names.h"
 #include "store/reap.h"
-#include "temporary_directory.h"
+#include "store/staging_fixture.h"
 
 namespace snapstone::store {
 namespace {
-
-using testing::ArmedFaults;
-using testing::errno_of;
-using testing::TemporaryDirectory;
-
-const std::string kSaveId(32, 'a');
-const std::string kOldSaveId(32, '0');
-const std::string kFinal = "step-00000001";
-
-std::span<const std::uint8_t> bytes_of(const std::string& text) {
-  return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
-}
-
-class StagingTest : public ::testing::Test {
- protected:
-  std::string read(const std::string& name) const {
-    std::ifstream stream(run_ / name);
-    return {std::istreambuf_iterator<char>(stream), {}};
-  }
-  bool exists(const std::string& name) const {
-    return std::filesystem::exists(std::filesystem::symlink_status(run_ / name));
-  }
-  std::vector<std::string> names() const {
-    std::vector<std::string> result;
-    for (const os::Entry& entry : os::list_directory(run_.directory())) result.push_back(entry.name);
-    return result;
-  }
-  bool is_lockable(const std::string& name) const {
-    return os::try_lock_exclusive(os::open_directory_at(run_.directory(), name));
-  }
-
-  // One whole save, whose files all hold `text`.
-  void save(const std::string& save_id, const std::string& text, bool overwrite) const {
-    Staging staging = Staging::create(run_.path(), save_id, {os::boot_id()});
-    try {
-      staging.write_file("rank-00000.data", bytes_of(text));
-      staging.sync();
-      staging.commit(bytes_of(text), bytes_of(text), kFinal, overwrite);
-    } catch (...) {
-      staging.discard();
-      throw;
-    }
-  }
-  // Text of the checkpoint with the final name; "" when there is none, "broken" when it is not whole.
-  std::string checkpoint() const {
-    if (!exists(kFinal)) return "";
-    const std::string text = read(kFinal + "/" + kManifestName);
-    const bool whole = read(kFinal + "/" + kManifestDigestName) == text && read(kFinal + "/rank-00000.data") == text &&
-                       !exists(kFinal + "/" + kOwnerName);
-    return whole ? text : "broken";
-  }
-
-  const TemporaryDirectory run_;
-};
 
 TEST_F(StagingTest, create_makes_a_private_locked_directory_with_owners) {
   const Staging staging = Staging::create(run_.path(), kSaveId, {"boot1", "boot2"});
@@ -304,22 +250,6 @@ TEST_F(StagingTest, a_manifest_or_digest_that_is_not_what_was_written_is_not_com
   }
 }
 
-// At once, and not after hours of copying.
-TEST_F(StagingTest, an_owner_that_cannot_be_kept_is_refused_before_anything_is_copied) {
-  save(kOldSaveId, "old", false);
-  if (::chown((run_ / kFinal).c_str(), 12345, 12345) != 0) GTEST_SKIP() << "only root may give files away";
-  const auto predecessor = std::make_shared<Predecessor>(Predecessor::open(run_.path(), kFinal));
-  Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
-  {
-    const ArmedFaults faults("fchown:1:errno=EPERM");
-    EXPECT_EQ(errno_of([&] { staging.succeed(predecessor); }), EPERM);
-  }
-  staging.succeed(predecessor);
-  struct stat facts{};
-  ASSERT_EQ(::stat((run_ / staging_name(kSaveId)).c_str(), &facts), 0);
-  EXPECT_EQ(facts.st_uid, 12345u);
-}
-
 TEST_F(StagingTest, the_parent_is_synced_before_the_old_checkpoint_goes) {
   save(kOldSaveId, "old", false);
   const ArmedFaults faults("fsync:5:errno=EIO");  // data, manifest, digest, staging directory, parent
@@ -362,84 +292,6 @@ TEST_F(StagingTest, what_cannot_be_trashed_after_the_commit_is_no_failure) {
       if (name != kFinal) std::filesystem::remove_all(run_ / name);
     }
   }
-}
-
-// A commit in the place of a predecessor: of that directory, and of nothing else.
-TEST_F(StagingTest, only_the_predecessor_is_replaced) {
-  save(kOldSaveId, "old", false);
-  const auto predecessor = std::make_shared<Predecessor>(Predecessor::open(run_.path(), kFinal));
-  save(std::string(32, 'b'), "newer", true);
-  Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
-  staging.succeed(predecessor);
-  {
-    const ArmedFaults faults("");
-    EXPECT_EQ(errno_of([&] { staging.commit(bytes_of("new"), bytes_of("new"), kFinal, true); }), ESTALE);
-    EXPECT_EQ(fault::seen("renameat2"), 0u) << "the newer one was away for a moment";
-  }
-  EXPECT_EQ(checkpoint(), "newer");
-  std::filesystem::remove_all(run_ / kFinal);
-  Staging second = Staging::create(run_.path(), std::string(32, 'c'), {"boot"});
-  second.succeed(predecessor);
-  EXPECT_EQ(errno_of([&] { second.commit(bytes_of("new"), bytes_of("new"), kFinal, true); }), ESTALE);
-  EXPECT_FALSE(exists(kFinal)) << "brought back what was removed";
-  staging.discard();
-  second.discard();
-  EXPECT_EQ(names(), std::vector<std::string>{});
-}
-
-// Steps 7 and 8 with what moves in between the look and the exchange.
-TEST_F(StagingTest, what_moved_into_the_place_of_the_predecessor_is_put_back) {
-  for (const bool fails : {false, true}) {
-    std::filesystem::remove_all(run_ / kFinal);
-    save(std::string(32, 'b'), "newer", false);
-    std::filesystem::rename(run_ / kFinal, run_ / "newer");
-    save(kOldSaveId, "old", false);
-    Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
-    staging.succeed(std::make_shared<Predecessor>(Predecessor::open(run_.path(), kFinal)));
-    const ArmedFaults faults(fails ? "renameat2:1:delay=200;renameat2:2:errno=EIO" : "renameat2:1:delay=200");
-    std::thread mover([&] {
-      while (fault::seen("renameat2") == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-      std::filesystem::rename(run_ / kFinal, run_ / "aside");
-      std::filesystem::rename(run_ / "newer", run_ / kFinal);
-    });
-    const int error = errno_of([&] { staging.commit(bytes_of("new"), bytes_of("new"), kFinal, true); });
-    mover.join();
-    staging.discard();
-    EXPECT_EQ(error, fails ? EIO : ESTALE);
-    EXPECT_EQ(read((fails ? staging_name(kSaveId) : kFinal) + "/" + kManifestName), "newer") << "it was removed";
-    EXPECT_EQ(exists(staging_name(kSaveId)), fails);
-    std::filesystem::remove_all(run_ / "aside");
-  }
-}
-
-// What was taken out by the exchange is gone when it is looked for: a rank that was too late trashed it.
-TEST_F(StagingTest, what_is_gone_before_it_is_put_back_ends_the_save) {
-  save(std::string(32, 'b'), "newer", false);
-  std::filesystem::rename(run_ / kFinal, run_ / "newer");
-  save(kOldSaveId, "old", false);
-  Staging staging = Staging::create(run_.path(), kSaveId, {"boot"});
-  staging.succeed(std::make_shared<Predecessor>(Predecessor::open(run_.path(), kFinal)));
-  // The looks: at the old manifest files for their modes, at what stands there, at what was taken, at that to put it
-  // back.
-  const ArmedFaults faults("renameat2:1:delay=200;stat:5:delay=200");
-  std::thread mover([&] {
-    while (fault::seen("renameat2") == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    std::filesystem::rename(run_ / kFinal, run_ / "aside");
-    std::filesystem::rename(run_ / "newer", run_ / kFinal);
-    while (fault::seen("stat") < 5) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    std::filesystem::rename(run_ / staging_name(kSaveId), run_ / trash_name(kSaveId));
-  });
-  try {
-    staging.commit(bytes_of("new"), bytes_of("new"), kFinal, true);
-    ADD_FAILURE() << "committed";
-  } catch (const OsError& error) {
-    EXPECT_EQ(error.error_number(), ENOENT);
-    EXPECT_EQ(error.verb(), "stat");
-  }
-  mover.join();
-  staging.discard();
-  EXPECT_EQ(read(trash_name(kSaveId) + "/" + kManifestName), "newer");
-  EXPECT_EQ(read(kFinal + "/" + kManifestName), "new");
 }
 
 // A failing call at every place in turn: the save reports it, and old or new is there, whole.
