@@ -241,3 +241,12 @@ def test_a_reader_of_a_replaced_checkpoint_never_mixes_the_two(directory: Path) 
         with pytest.raises(ss.CheckpointError):
             old.load_tensors()
     small.assert_holds(path, 2)
+
+
+def test_a_save_removes_what_dead_saves_have_left(tmp_path: Path) -> None:
+    for name in (f".trash-{'0' * 32}", f".staging-{'1' * 32}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank-00000.data").write_bytes(b"bytes")
+        os.utime(tmp_path / name, (0, 0))
+    ss.save(small.state(1), checkpoint_id=tmp_path / "c")
+    assert os.listdir(tmp_path) == ["c"]

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mutation.accepted import MISSED_BY
 from mutation.forked import MUTANT, OUT_OF_TIME, USAGE_ERROR, run_native, run_python
 from mutation.record import Reached
 from mutation.sites import Site
@@ -45,12 +46,12 @@ def judge(site: Site, digest: str, reached: Reached, tree: Path, scratch: Path) 
     tests = reached.by_site.get(site.name, [])
     env = {"SNAPSTONE_MUTANT": site.name}
     killed, message, tried = _by_native(tree, tests, reached, env, scratch)
-    left = _varied([test for test in tests if not test.startswith("native/")])
+    left = _hinted(site) + _varied([test for test in tests if not test.startswith("native/")])
     for count, limit in BATCHES if not killed else ():
         if count == BATCHES[-1][0]:
-            left = sorted(left, key=lambda test: reached.seconds[test])
+            left = sorted(left, key=lambda test: reached.seconds.get(test, 5.0))
         batch = left[:count]
-        while (expected := sum(reached.seconds[test] for test in batch)) > limit and len(batch) > 1:
+        while (expected := sum(reached.seconds.get(test, 5.0) for test in batch)) > limit and len(batch) > 1:
             batch.pop()
         left = left[len(batch) :]
         if not batch:
@@ -83,6 +84,11 @@ def _by_native(
         if not passed and run_native(tree, test, {**env, MUTANT: "none"}, scratch)[0]:  # not the sandbox's doing
             return test, message, tried
     return "", "", len(native)
+
+
+def _hinted(site: Site) -> list[str]:
+    where = site.name.partition("#")[0]
+    return [test for name, text, test in MISSED_BY if name == where and site.text.startswith(text)]
 
 
 def _varied(tests: list[str]) -> list[str]:
