@@ -63,9 +63,4 @@ MISSED_BY: tuple[tuple[str, str, str], ...] = (
         "self._check_wanted()",
         "tests/roundtrip/test_async_save.py::test_cancel_before_the_commit_leaves_nothing_visible",
     ),
-    (
-        "writer.py:Writer.cancel",
-        "share.cancel()",
-        "tests/roundtrip/test_harm.py::test_a_cancelled_save_writes_no_further",
-    ),
 )

@@ -130,22 +130,6 @@ def test_tensors_are_let_go_once_they_are_copied_and_not_when_they_are_written(t
 
 
 @pytest.mark.usefixtures("slow_writes")
-def test_a_cancelled_save_writes_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SNAPSTONE_CHUNK_BYTES", "65536")
-    chunks = 1000
-
-    def written() -> int:
-        return int(_native.fault_seen("uring_write") + _native.fault_seen("pwrite"))
-
-    handle = ss.async_save({"w": torch.ones(chunks << 14)}, checkpoint_id=tmp_path / "c")
-    assert handle.cancel()
-    before = written()
-    with pytest.raises(ss.CheckpointError, match="cancelled"):
-        handle.result(60)
-    assert written() - before < (chunks - before) / 2
-
-
-@pytest.mark.usefixtures("slow_writes")
 def test_a_forked_child_waits_for_nothing(tmp_path: Path) -> None:
     parameter = nn.Parameter(torch.ones(8 << 20))
     optimizer = optim.SGD([parameter])
