@@ -7,6 +7,7 @@ torchrun --nproc-per-node 1 examples/megatron/core.py --dir run --steps 12   # c
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def main() -> None:
         if step % 2 == 0:
             save(given.dir, sharded(weight, bias, step), step, queue, strategy, tracker)
     queue.maybe_finalize_async_calls(blocking=True)
-    print(f"rank {dist.get_rank()}: step {step}, weight {weight[0, 0].item():g}, bias {bias[0].item():g}", flush=True)
+    # print() of an unbuffered rank writes the end of a line on its own, and another rank's line comes between.
+    sys.stdout.write(f"rank {dist.get_rank()}: step {step}, weight {weight[0, 0].item():g}, bias {bias[0].item():g}\n")
     dist.destroy_process_group()
 
 

@@ -37,7 +37,7 @@ def _broken(*buffers: Any, peer: int | None = None) -> Iterator[None]:
         ) from error
 
 
-def _check(deadline: Deadline) -> None:
+def _check_time(deadline: Deadline) -> None:
     """Who comes after the deadline would blame a peer that has waited, or has left."""
     if deadline.expired:
         raise CheckpointError(f"ranks did not end within {deadline.seconds:g} s what comes before an exchange of bytes")
@@ -73,7 +73,7 @@ class Fabric:
         """
         if not sends and not receives:
             return
-        _check(deadline)
+        _check_time(deadline)
         device = self._device()
         staged = [message.memory.to(device) for message in sends]
         landing = [message.memory if device.type == "cpu" else message.memory.to(device) for message in receives]
@@ -100,7 +100,7 @@ class Fabric:
 
     def all_gather(self, payload: bytes, deadline: Deadline) -> list[bytes]:
         """Every rank's payload, in rank order."""
-        _check(deadline)
+        _check_time(deadline)
         lengths = self._gather(torch.tensor([len(payload)]), deadline)
         longest = max(int(length) for length in lengths)
         mine = torch.zeros(longest, dtype=torch.uint8)

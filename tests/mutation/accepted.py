@@ -1,10 +1,10 @@
-"""What the search cannot know: (file:function or file, begin of the line, ...) of checks that no test misses, with the
-reason why they stay, and of calls that so many tests reach that the one which misses them would be asked too late.
+"""What the search cannot know, by (file:function or file, begin of the line): checks whose absence no test notices,
+with the reason why they stay; and calls that nearly every test reaches, with the test about them, which is asked first.
 """
 
 from __future__ import annotations
 
-__all__ = ["ACCEPTED", "MISSED_BY"]
+__all__ = ["ACCEPTED", "NOTICED_BY"]
 
 ZSTD = "csrc/codec/zstd_frame.cc"
 
@@ -27,7 +27,7 @@ ACCEPTED: tuple[tuple[str, str, str], ...] = (
     ("repair.py:_Repair._place", "raise _stale(checkpoint)", "who placed the file looks again whether it stands"),
 )
 
-MISSED_BY: tuple[tuple[str, str, str], ...] = (
+NOTICED_BY: tuple[tuple[str, str, str], ...] = (
     (
         "writer.py:Writer._agree_on_structure",
         "_cache.put(",

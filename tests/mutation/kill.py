@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mutation.accepted import MISSED_BY
-from mutation.forked import MUTANT, OUT_OF_TIME, USAGE_ERROR, run_native, run_python
+from mutation.accepted import NOTICED_BY
+from mutation.forked import MUTANT, OUT_OF_TIME, USAGE_ERROR, Ran, run_native, run_python
 from mutation.record import Reached
 from mutation.sites import Site
 
@@ -26,6 +26,8 @@ BATCHES = (
 NATIVE_TESTS_MAX = 40
 NATIVE_SECONDS_MAX = 60.0
 CONFIRM_SECONDS = 120.0
+UNRECORDED_SECONDS = 5.0
+NO_MUTANT = "none"
 
 
 @dataclass
@@ -44,28 +46,28 @@ class Outcome:
 def judge(site: Site, digest: str, reached: Reached, tree: Path, scratch: Path) -> Outcome:
     begin = time.monotonic()
     tests = reached.by_site.get(site.name, [])
-    env = {"SNAPSTONE_MUTANT": site.name}
+    env = {MUTANT: site.name}
     killed, message, tried = _by_native(tree, tests, reached, env, scratch)
     left = _hinted(site) + _varied([test for test in tests if not test.startswith("native/")])
-    for count, limit in BATCHES if not killed else ():
-        if count == BATCHES[-1][0]:
-            left = sorted(left, key=lambda test: reached.seconds.get(test, 5.0))
+    for number, (count, limit) in enumerate(BATCHES if not killed else (), 1):
+        if number == len(BATCHES):
+            left = sorted(left, key=lambda test: _seconds(test, reached))
         batch = left[:count]
-        while (expected := sum(reached.seconds.get(test, 5.0) for test in batch)) > limit and len(batch) > 1:
+        while (expected := sum(_seconds(test, reached) for test in batch)) > limit and len(batch) > 1:
             batch.pop()
         left = left[len(batch) :]
         if not batch:
             break
         seconds = 40 + 4 * expected
-        ran = run_python(tree, batch, scratch, seconds, env)
-        if ran.code == USAGE_ERROR:  # names that pytest does not take back
-            ran = run_python(tree, sorted({test.partition("[")[0] for test in batch}), scratch, seconds, env)
+        ran = _run(tree, batch, scratch, seconds, env)
         tried += len(batch)
         if ran.message == OUT_OF_TIME:  # which may be the machine's fault
-            ran = run_python(tree, [ran.failed], scratch, CONFIRM_SECONDS + seconds, env)
+            ran = _run(tree, [ran.failed], scratch, CONFIRM_SECONDS + seconds, env)
         if ran.failed:
-            killed, message = ran.failed, ran.message
-            break
+            if _run(tree, [ran.failed], scratch, CONFIRM_SECONDS + seconds, {MUTANT: NO_MUTANT}).code == 0:
+                killed, message = ran.failed, ran.message
+                break
+            left = [test for test in batch if test != ran.failed] + left  # it fails in the sandbox in any case
     shutil.rmtree(scratch, ignore_errors=True)
     seconds = round(time.monotonic() - begin, 2)
     return Outcome(site.name, site.line, site.text[:160], digest, killed, message, tried, len(tests), seconds)
@@ -81,14 +83,25 @@ def _by_native(
         if spent > NATIVE_SECONDS_MAX and tried > 1:
             return "", "", tried - 1
         passed, message, _ = run_native(tree, test, env, scratch)
-        if not passed and run_native(tree, test, {**env, MUTANT: "none"}, scratch)[0]:  # not the sandbox's doing
+        if not passed and run_native(tree, test, {**env, MUTANT: NO_MUTANT}, scratch)[0]:  # not the sandbox's doing
             return test, message, tried
     return "", "", len(native)
 
 
+def _run(tree: Path, tests: list[str], scratch: Path, seconds: float, env: dict[str, str]) -> Ran:
+    ran = run_python(tree, tests, scratch, seconds, env)
+    if ran.code == USAGE_ERROR:  # names that pytest does not take back
+        ran = run_python(tree, sorted({test.partition("[")[0] for test in tests}), scratch, seconds, env)
+    return ran
+
+
+def _seconds(test: str, reached: Reached) -> float:
+    return reached.seconds.get(test, UNRECORDED_SECONDS)
+
+
 def _hinted(site: Site) -> list[str]:
     where = site.name.partition("#")[0]
-    return [test for name, text, test in MISSED_BY if name == where and site.text.startswith(text)]
+    return [test for name, text, test in NOTICED_BY if name == where and site.text.startswith(text)]
 
 
 def _varied(tests: list[str]) -> list[str]:

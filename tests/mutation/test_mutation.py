@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mutation import sandbox
-from mutation.accepted import ACCEPTED, MISSED_BY
+from mutation.accepted import ACCEPTED, NOTICED_BY
 from mutation.sites import EXCLUDED, find, instrumented, native_sites, python_sites
 from mutation.tree import ROOT
 
@@ -99,15 +99,15 @@ def test_the_sources_are_searched() -> None:
     assert [path for path in EXCLUDED if not (ROOT / path).exists()] == []
 
 
-def test_every_accepted_one_is_still_there_and_so_is_the_test_that_misses_the_others() -> None:
+def test_every_accepted_one_is_still_there_and_so_is_the_test_that_notices_the_others() -> None:
     here = {(site.name.partition("#")[0], site.text) for site in find(ROOT)}
     wrong = [
         (name, text)
-        for name, text, _ in (*ACCEPTED, *MISSED_BY)
+        for name, text, _ in (*ACCEPTED, *NOTICED_BY)
         if not any(name == site and found.startswith(text) for site, found in here)
     ]
     assert wrong == []
-    for _, _, test in MISSED_BY:
+    for _, _, test in NOTICED_BY:
         path, _, function = test.partition("::")
         assert f"def {function}(" in (ROOT / path).read_text(), test
 

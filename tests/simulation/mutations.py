@@ -318,7 +318,7 @@ MUTATIONS: dict[str, Mutation] = {
     "the silent are not named, one of a save wakes": Mutation(Channel, "_silent", _blames_nobody, ASLEEP),
     "the silent are not named, one of a load wakes": Mutation(Channel, "_silent", _blames_nobody, ASLEEP_LOAD),
     "who comes after the deadline names only others": Mutation(Channel, "_silent", _names_others, CUT_OFF_LEAD),
-    "bytes are exchanged after the deadline": Mutation(fabric, "_check", lambda _: _nothing, CUT_OFF_SENDER),
+    "bytes are exchanged after the deadline": Mutation(fabric, "_check_time", lambda _: _nothing, CUT_OFF_SENDER),
     "who names another is named": Mutation(Channel, "_report", _blames_itself, UNSENT),
     "no explanation of removed files": Mutation(
         outcome.Outcome, "explain_removal", lambda _: lambda self, error, label: error
