@@ -50,6 +50,22 @@ def load(rank: int, path: Path, **more: Any) -> dict[str, Any]:
 # ---- who writes what
 
 
+def _keys_after_each(rank: int, run: Path, steps: int) -> list[int]:
+    store: Any = dist.distributed_c10d._get_default_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    keys = []
+    for step in range(steps):
+        save(rank, run, step)
+        keys.append(store.num_keys())
+    return keys
+
+
+def test_saves_leave_no_keys_in_the_store(tmp_path: Path) -> None:
+    for keys in values(run_ranks(2, _keys_after_each, tmp_path, 12, store="tcp")):
+        assert max(keys[6:]) <= max(keys[:6])
+
+
 def _save_and_load(rank: int, run: Path) -> tuple[bool, dict[str, str]]:
     checkpoint = save(rank, run, 1, metadata={"loss": 0.5})
     assert (checkpoint.step, checkpoint.metadata) == (None, {"loss": 0.5})

@@ -63,4 +63,24 @@ NOTICED_BY: tuple[tuple[str, str, str], ...] = (
         "self._check_wanted()",
         "tests/roundtrip/test_async_save.py::test_cancel_before_the_commit_leaves_nothing_visible",
     ),
+    (
+        "writer.py:Writer.cancel",
+        "share.cancel()",
+        "tests/roundtrip/test_harm.py::test_a_cancelled_save_writes_no_further",
+    ),
+    (
+        "writer.py:Writer.close",
+        "share.close()",
+        "tests/roundtrip/test_harm.py::test_a_save_that_its_callback_ends_writes_no_further",
+    ),
+    (
+        "writer.py:Writer.close",
+        "self.channel.close()",
+        "tests/distributed/test_save_ranks.py::test_saves_leave_no_keys_in_the_store",
+    ),
+    (
+        "outcome.py:Outcome.committed",
+        "_native.sync_directory(",
+        "tests/crash/test_crash_states.py::test_no_crash_spoils_a_checkpoint_or_loses_one[heard]",
+    ),
 )

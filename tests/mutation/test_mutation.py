@@ -109,7 +109,7 @@ def test_every_accepted_one_is_still_there_and_so_is_the_test_that_notices_the_o
     assert wrong == []
     for _, _, test in NOTICED_BY:
         path, _, function = test.partition("::")
-        assert f"def {function}(" in (ROOT / path).read_text(), test
+        assert f"def {function.partition('[')[0]}(" in (ROOT / path).read_text(), test
 
 
 SAMPLE = ("manifest.py:_parse#*", "manifest.py:_version#*", "manifest.py:writer_of*", "manifest.py:_hex#1")

@@ -129,6 +129,46 @@ def test_tensors_are_let_go_once_they_are_copied_and_not_when_they_are_written(t
     handle.result(60)
 
 
+CHUNK_BYTES = 1 << 16
+CHUNKS_IN_FLIGHT_MAX = 512  # which may be written after the save has ended
+
+
+def written() -> int:
+    return int(_native.fault_seen("uring_write") + _native.fault_seen("pwrite"))
+
+
+@pytest.fixture
+def many_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, torch.Tensor]]:
+    """A state that takes seconds to write."""
+    monkeypatch.setenv("SNAPSTONE_CHUNK_BYTES", str(CHUNK_BYTES))
+    _native.fault_arm("uring_write:1+:delay=4;pwrite:1+:delay=4")
+    yield {"w": torch.ones(8 * CHUNKS_IN_FLIGHT_MAX * CHUNK_BYTES, dtype=torch.uint8)}
+    _native.fault_disarm()
+
+
+def test_a_cancelled_save_writes_no_further(tmp_path: Path, many_chunks: dict[str, torch.Tensor]) -> None:
+    handle = ss.async_save(many_chunks, checkpoint_id=tmp_path / "c")
+    assert handle.cancel()
+    before = written()
+    with pytest.raises(ss.CheckpointError, match="cancelled"):
+        handle.result(60)
+    assert written() - before < 2 * CHUNKS_IN_FLIGHT_MAX
+
+
+def test_a_save_that_its_callback_ends_writes_no_further(tmp_path: Path, many_chunks: dict[str, torch.Tensor]) -> None:
+    def fails(done: int, total: int) -> None:
+        raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough") as caught:
+        ss.save(many_chunks, checkpoint_id=tmp_path / "c", progress=fails)
+    before, now = -1, written()
+    while before < now:
+        time.sleep(0.5)
+        before, now = now, written()
+    assert now < 2 * CHUNKS_IN_FLIGHT_MAX
+    assert caught.value.__traceback__ is not None  # the frames in it are no reason to go on
+
+
 @pytest.mark.usefixtures("slow_writes")
 def test_a_forked_child_waits_for_nothing(tmp_path: Path) -> None:
     parameter = nn.Parameter(torch.ones(8 << 20))
