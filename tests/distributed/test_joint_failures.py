@@ -21,7 +21,7 @@ import torch
 import snapstone as ss
 from distributed.rank_states import AT_ONCE_S, LATE_S, LONG_S
 from distributed.ranks import run_ranks, values
-from snapstone import fabric, joint, rounds
+from snapstone import _native, fabric, joint, rounds
 from snapstone.collective import Deadline, Group
 from snapstone.segment import Segment
 
@@ -120,6 +120,48 @@ def test_a_progress_callback_that_raises_fails_all_at_once(saved: Path) -> None:
     found = values(run_ranks(3, _raise_in_progress, saved))
     assert [(name, failed) for name, failed, _ in found] == [("RankFailedError", (2,))] * 2 + [("ValueError", ())]
     assert max(seconds for _, _, seconds in found) < AT_ONCE_S
+
+
+LONG_MIB = 384
+
+
+def _long(rank: int) -> dict[str, Any]:
+    """Of which rank 1 has much alone."""
+    return {"w": torch.ones(1024), "own": {f"of-{rank}": torch.ones(LONG_MIB * MIB if rank else 1, dtype=torch.uint8)}}
+
+
+def _save_long(rank: int, path: Path) -> None:
+    ss.save(_long(rank), checkpoint_id=path)
+
+
+def _end_at_first_bytes(rank: int, path: Path) -> tuple[str, int]:
+    """What it raised, and how many reads it began in all."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def begun() -> int:
+        return int(_native.fault_seen("uring_read") + _native.fault_seen("pread"))
+
+    if rank == 1:
+        rounds.Rounds._finish = fail  # type: ignore[method-assign]
+        _native.fault_arm("uring_read:1+:delay=4;pread:1+:delay=4")
+    try:
+        ss.load(_long(rank), checkpoint_id=path, strategy="scatter", timeout=LONG_S)
+    except BaseException as error:
+        raised = error  # with the frames in it, which are no reason to go on
+    before, now = -1, begun()
+    while before < now:
+        time.sleep(0.3)
+        before, now = now, begun()
+    return type(raised).__name__, now
+
+
+def test_a_load_that_was_interrupted_reads_no_further(tmp_path: Path) -> None:
+    values(run_ranks(2, _save_long, tmp_path / "c"))
+    (lost, _), (interrupted, reads) = values(run_ranks(2, _end_at_first_bytes, tmp_path / "c"))
+    assert (lost, interrupted) == ("RankFailedError", "KeyboardInterrupt")
+    assert 1 < reads < LONG_MIB * 2 / 3  # of 1 MiB; those in flight come to an end
 
 
 def _load_with(rank: int, path: Path, strategies: list[str]) -> tuple[Any, Any]:

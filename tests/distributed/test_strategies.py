@@ -122,7 +122,7 @@ def test_what_is_large_and_wanted_twice_is_measured_before_auto_chooses(tmp_path
     assert chosen in ("direct", "scatter")
     assert len(rates) == 2
     for rate in rates:  # nothing is that fast, but what does not move at all seems to be
-        assert all(MIB < one < 1e12 for one in (rate.storage, rate.memory)), rate
+        assert all(MIB < one < 2e11 for one in (rate.storage, rate.memory)), rate
         assert MIB < rate.fabric < 1e11, rate
 
 
