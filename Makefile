@@ -58,10 +58,10 @@ crash: setup  ## a million states that a crash may leave, judged, and real power
 	@PYTHONPATH=tests:benchmarks $(PYTHON_BIN)/python -m crash explore --states 1000000 --json benchmarks/results
 	@SNAPSTONE_CRASH_ROUNDS=100 $(PYTHON_BIN)/python tools/long_form.py cuts tests/crash/test_power_cuts.py $(PYTEST_ARGS)
 
-crash-ranks: setup  ## every cut of real links, SEEDS=100000 histories of simulated ranks (OUT=FILE)
+crash-ranks: setup  ## every cut of real links, SEEDS=100000 histories of simulated ranks; stored in benchmarks/results
 	@SNAPSTONE_TEST_CUTS=all $(PYTHON_BIN)/python tools/long_form.py links tests/distributed/test_cut_links.py $(PYTEST_ARGS)
-	@PYTHONPATH=tests:$${PYTHONPATH:-} $(PYTHON_BIN)/python -m simulation --seeds $(SEEDS) --first $(FIRST) \
-	  $(if $(OUT),--out $(OUT))
+	@PYTHONPATH=tests:benchmarks $(PYTHON_BIN)/python -m simulation --seeds $(SEEDS) --first $(FIRST) \
+	  --json benchmarks/results
 
 soak: setup  ## train, save, kill, prune, compact and resume for MINUTES (30); writes dated JSON to benchmarks/results
 	@$(PYTHON_BIN)/python tests/soak/run.py --minutes $(MINUTES) $(SOAK_ARGS)

@@ -142,6 +142,7 @@ def record(rows: list[dict[str, Any]], arguments: list[str], path: Path) -> None
         "executions": sum(row["executions"] for row in targets),
         "executions_native": sum(row["executions"] for row in targets if row["target"].startswith("native/")),
         "executions_python": sum(row["executions"] for row in targets if row["target"].startswith("python/")),
+        "findings": sum(row["findings"] for row in targets),
         "targets": targets,
     }
     path.write_text(json.dumps(document, indent=1) + "\n")

@@ -21,11 +21,11 @@ __all__ = ["report", "write"]
 
 
 def report(sites: list[Site], known: dict[str, Outcome], reached: Reached, work: Path) -> int:
-    """1 where a site of `sites` survives that is not in ACCEPTED, or no test reaches it."""
+    """1 where no test notices a site of `sites`, or none reaches it, and ACCEPTED has no reason for that."""
     names = {site.name for site in sites}
     survivors = [one for name, one in known.items() if name in names and not one.killed_by and one.tried]
     unexplained = [one for one in survivors if reason_of(one) is None]
-    unreached = [site for site in sites if site.name not in reached.by_site and site.name not in known]
+    unreached = [site for site in _unreached(sites, known, reached) if reason_of(site) is None]
     killed = sum(1 for name, one in known.items() if name in names and one.killed_by)
     for one in unexplained:
         print(f"survived: {one.name}, line {one.line}: {one.text}  ({one.reached_by} tests reach it)")
@@ -45,7 +45,11 @@ def lists_of(work: Path) -> list[dict[str, Any]]:
     return list(json.loads(path.read_text())) if path.exists() else []
 
 
-def reason_of(one: Outcome) -> str | None:
+def _unreached(sites: list[Site], known: dict[str, Outcome], reached: Reached) -> list[Site]:
+    return [site for site in sites if site.name not in reached.by_site and site.name not in known]
+
+
+def reason_of(one: Outcome | Site) -> str | None:
     """By name and first line, so that a reason does not pass to another statement."""
     for name, text, reason in ACCEPTED:
         if name == one.name.partition("#")[0] and one.text.startswith(text):
@@ -56,7 +60,8 @@ def reason_of(one: Outcome) -> str | None:
 def write(sites: list[Site], known: dict[str, Outcome], reached: Reached, work: Path, folder: Path) -> Path:
     now = datetime.datetime.now(datetime.UTC)
     judged = [known[site.name] for site in sites if site.name in known]
-    unreached = [site.name for site in sites if site.name not in reached.by_site and site.name not in known]
+    unreached = _unreached(sites, known, reached)
+    unnoticed = [*(one for one in judged if not one.killed_by), *unreached]
     rows = [_row(one) for one in judged]
     killers = Counter(one.killed_by.partition("[")[0] for one in judged if one.killed_by)
     machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "kernel": platform.release()}
@@ -68,8 +73,9 @@ def write(sites: list[Site], known: dict[str, Outcome], reached: Reached, work: 
         "sites": len(sites),
         "mutants": len(judged),
         "killed": sum(1 for one in judged if one.killed_by),
-        "survived": sum(1 for one in judged if not one.killed_by),
-        "reached_by_no_recorded_test": unreached,
+        "accepted": {one.name: reason for one in unnoticed if (reason := reason_of(one)) is not None},
+        "not_noticed": [one.name for one in unnoticed if reason_of(one) is None],
+        "reached_by_no_recorded_test": [site.name for site in unreached],
         "recorded_tests": len(reached.seconds),
         "not_judged": len(sites) - len(judged) - len(unreached),
         "tests_that_fail_without_a_mutant": sorted(reached.failed),

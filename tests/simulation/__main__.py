@@ -1,21 +1,23 @@
 """Plays many seeds, or one of them with its story:
 
-python -m simulation --seed 4711             (PYTHONPATH=python:tests)
-python -m simulation --seeds 100000 --first 0 --jobs 2 --out result.json
+python -m simulation --seed 4711             (PYTHONPATH=python:tests:benchmarks)
+python -m simulation --seeds 100000 --first 0 --jobs 2 --json benchmarks/results
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
-import platform
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import machine
 
 from simulation.batches import batch, nothing
 from simulation.history import play
@@ -30,7 +32,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no seeds after this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="a JSON document")
+    parser.add_argument("--json", type=Path, help="write a dated document into this directory, after every batch")
     options = parser.parse_args()
     if options.seed is not None:
         played = play(options.seed)
@@ -60,8 +62,8 @@ def many(options: argparse.Namespace) -> dict[str, Any]:
             done += count
             for seed, told in list(total["failed"].items())[-3:] if done % 1000 < BATCH else []:
                 print(seed, *told, sep="\n    ", flush=True)
-            if options.out is not None:
-                _write(options.out, options, done, total, time.monotonic() - begin)
+            if options.json is not None:
+                _write(options.json, options, done, total, time.monotonic() - begin)
     print(
         f"{done} seeds from {options.first}, {len(total['failed'])} failed, {time.monotonic() - begin:.0f} s",
         flush=True,
@@ -71,32 +73,22 @@ def many(options: argparse.Namespace) -> dict[str, Any]:
     return total
 
 
-def _write(path: Path, options: argparse.Namespace, done: int, total: dict[str, Any], seconds: float) -> None:
+def _write(directory: Path, options: argparse.Namespace, done: int, total: dict[str, Any], seconds: float) -> None:
+    date = datetime.now(UTC)
+    limit = "" if math.isinf(options.seconds) else f" --seconds {options.seconds:g}"
     document = {
         "theme": "ranks",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": f"python -m simulation --first {options.first} --seeds {options.seeds} --jobs {options.jobs} "
-        f"--seconds {options.seconds:g}",
-        "machine": {
-            "cpu": _cpu(),
-            "cpu_count": os.cpu_count(),
-            "kernel": platform.release(),
-            "python": platform.python_version(),
-        },
+        "date": date.strftime("%Y-%m-%d %H:%M UTC"),
+        "command": f"python -m simulation --first {options.first} --seeds {options.seeds} --jobs {options.jobs}{limit}",
+        "machine": machine.facts(),
         "first_seed": options.first,
         "seeds": done,
         "seconds": round(seconds),
         **{name: dict(sorted(total[name].items(), key=str)) for name in ("operations", "ranks", "faults", "ends")},
         "failed": total["failed"],
     }
+    path = directory / f"ranks_{machine.cpu_slug()}_{date:%Y%m%d}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.machine()
 
 
 if __name__ == "__main__":
