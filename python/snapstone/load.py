@@ -209,7 +209,7 @@ class _Load:
         problems = []
         if self.options.strict:
             problems += [f"missing from the checkpoint: {name}" for name in missing]
-        if self.options.strict and self.group.world_size == 1:  # of several ranks, see compare_votes
+        if self.options.strict and self.group.world_size == 1:  # of several ranks, see refuse_unwanted
             problems += [f"unexpected in the checkpoint: {name}" for name in unexpected]
         for name, tensor in wanted_tensors.items():
             if name in reader.shards:

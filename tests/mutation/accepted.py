@@ -83,4 +83,19 @@ NOTICED_BY: tuple[tuple[str, str, str], ...] = (
         "_native.sync_directory(",
         "tests/crash/test_crash_states.py::test_no_crash_spoils_a_checkpoint_or_loses_one[heard]",
     ),
+    (
+        "target.py:Target.make_parents",
+        "_native.sync_directory(",
+        "tests/crash/test_crash_states.py::test_no_crash_spoils_a_checkpoint_or_loses_one[parents]",
+    ),
+    (
+        "load.py:_Load._compare_keys",
+        "self._refuse(problems)",
+        "tests/roundtrip/test_structures.py::test_every_key_that_does_not_fit_is_named_in_one_error",
+    ),
+    (
+        "joint.py:_JointLoad.close",
+        "self._rounds.close()",
+        "tests/distributed/test_joint_failures.py::test_a_load_that_was_interrupted_reads_no_further",
+    ),
 )
