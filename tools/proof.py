@@ -30,6 +30,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 TITLE = "## Counts of the last run"
 BEGIN, END = "<!-- proof: begin -->", "<!-- proof: end -->"
 SECONDS_PER_TEST = 900
+NOT_RUN = "not run"
+
+FAILURES = ("violations", "findings", "that broke a rule", "that failed", "not noticed", "not taken away")
 
 # Of each kind of document what is worth a word: (key, or keys one inside the other; what it counts).
 KINDS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -38,15 +41,21 @@ KINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("total.checkpoints_read", "different checkpoints read"), ("total.violations", "violations"),
     ),
     "ranks": (("seeds", "histories"), ("failed", "that broke a rule")),
-    "fuzz": (("executions", "executions"),),
-    "soak": (("counts.lives", "lives"), ("counts.kills", "kills"), ("counts.checkpoints checked", "checkpoints read")),
+    "fuzz": (
+        ("executions_native", "executions of native parsers"), ("executions_python", "of Python ones"),
+        ("findings", "findings"),
+    ),
+    "soak": (
+        ("counts.lives", "lives"), ("counts.kills", "kills"), ("counts.checkpoints checked", "checkpoints read"),
+        ("found", "findings"),
+    ),
     "kill": (("counts.kills", "kills"), ("cases", "tests"), ("failed", "that failed")),
     "sweep": (("counts.failing calls", "failing calls"), ("cases", "tests"), ("failed", "that failed")),
     "cuts": (("counts.power cuts", "power cuts"), ("cases", "tests"), ("failed", "that failed")),
     "links": (("counts.cut links", "cut links"), ("cases", "tests"), ("failed", "that failed")),
     "mutation": (
-        ("sites", "checks"), ("mutants", "taken away"), ("killed", "noticed"), ("survived", "not noticed"),
-        ("not_judged", "not taken away"), ("reached_by_no_recorded_test", "reached by no recorded test"),
+        ("sites", "checks"), ("mutants", "taken away"), ("killed", "noticed"), ("accepted", "accepted with a reason"),
+        ("not_noticed", "not noticed"), ("not_judged", "not taken away"),
     ),
 }  # fmt: skip
 
@@ -159,13 +168,19 @@ def recorded_runs(folder: Path = RESULTS) -> list[tuple[str, str, str, str]]:
     for kind, keys in KINDS.items():
         documents = [json.loads(path.read_text()) for path in folder.glob(f"{kind}_*.json")]
         if not documents:
-            rows.append((kind, "-", "not run", "-"))
+            rows.append((kind, "-", NOT_RUN, "-"))
         else:
             newest = max(documents, key=lambda document: str(document["date"]))
             counts = [(_inside(newest, key), words) for key, words in keys]
             said = ", ".join(f"{value:,} {words}" for value, words in counts if value is not None)
             rows.append((kind, str(newest["date"])[:10], said, str(newest["command"])))
     return rows
+
+
+def shortfalls(runs: list[tuple[str, str, str, str]]) -> dict[str, str]:
+    """What was counted by those that found something, or have not run."""
+    failed = re.compile(rf"\b[1-9][\d,]* ({'|'.join(FAILURES)})(,|$)")
+    return {kind: said for kind, _, said, _ in runs if said == NOT_RUN or failed.search(said)}
 
 
 def _inside(document: dict[str, Any], keys: str) -> int | float | None:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,20 @@ def test_the_deadline_leaves_everything_as_it_was(directory: Path) -> None:
     assert_unchanged(path, before)
     with pytest.raises(ValueError, match="timeout"):
         ss.compact(path, timeout=0)
+
+
+def test_a_deadline_that_passes_with_the_last_byte_leaves_everything_as_it_was(directory: Path) -> None:
+    path = make_chain(directory)[-1]
+    before = contents(path)
+    end = time.monotonic() + 2
+
+    def linger(done: int, total: int) -> None:
+        if done == total:
+            time.sleep(max(0.0, end - time.monotonic()))
+
+    with pytest.raises(ss.CheckpointError, match="longer than the timeout"):
+        ss.compact(path, timeout=2, progress=linger)
+    assert_unchanged(path, before)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])

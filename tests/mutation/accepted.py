@@ -98,4 +98,9 @@ NOTICED_BY: tuple[tuple[str, str, str], ...] = (
         "self._rounds.close()",
         "tests/distributed/test_joint_failures.py::test_a_load_that_was_interrupted_reads_no_further",
     ),
+    (
+        "compaction.py:_compact",
+        "compaction.check_time()",
+        "tests/durability/test_compaction.py::test_a_deadline_that_passes_with_the_last_byte_leaves_everything_as_it_was",
+    ),
 )
