@@ -147,6 +147,12 @@ def resources() -> tuple[int, int]:
     return len(targets) - targets.count("anon_inode:[io_uring]"), facts["slots"] - facts["free_slots"]
 
 
+def segment_descriptors() -> set[str]:
+    """Open files of memory that ranks of one node share."""
+    found = {name: os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
+    return {name for name, target in found.items() if "memfd:snapstone-load" in target}
+
+
 def leaked(before: tuple[int, int]) -> list[int]:
     """What is open and in use beyond `before`. Slots come back a moment after a cancelled request has, and the store's
     thread opens files of its own for a moment.

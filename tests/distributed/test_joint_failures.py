@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import snapstone as ss
-from distributed.rank_states import AT_ONCE_S, LATE_S, LONG_S
+from distributed.rank_states import AT_ONCE_S, LATE_S, LONG_S, segment_descriptors
 from distributed.ranks import run_ranks, values
 from snapstone import _native, fabric, joint, rounds
 from snapstone.collective import Deadline, Group
@@ -291,14 +291,9 @@ def test_a_segment_is_opened_only_as_the_one_that_was_made() -> None:
         one.close()
 
 
-def _segment_descriptors() -> set[str]:
-    found = {name: os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
-    return {name for name, target in found.items() if "memfd:snapstone-load" in target}
-
-
 def test_a_segment_that_cannot_be_made_or_opened_leaves_no_descriptor() -> None:
     segment = Segment.make(4096)
-    before = _segment_descriptors()
+    before = segment_descriptors()
     nbytes, limits = 64 * MIB, resource.getrlimit(resource.RLIMIT_AS)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + nbytes // 2, limits[1]))
@@ -312,7 +307,7 @@ def test_a_segment_that_cannot_be_made_or_opened_leaves_no_descriptor() -> None:
         Segment.make(1 << 64)
     with pytest.raises(ValueError, match="greater than file size"):
         Segment.open(segment.path, 8192)
-    assert _segment_descriptors() == before != set()
+    assert segment_descriptors() == before != set()
     segment.close()
 
 

@@ -174,6 +174,14 @@ def test_a_catalog_says_what_a_listing_says() -> None:
     assert catalog.tensor_of(1, 99) is listing.tensor_of(1, 99) is None
 
 
+def test_what_indexes_have_alike_is_told_once() -> None:
+    items = [TensorItem(f"layer.{number}", "float32", (4,), (0,), (4,), 16) for number in range(100)]
+    one = len(opening.encode_indexes([make_index(0, items)], set()))
+    known = len(opening.encode_indexes([make_index(0, items)], {Columns.of(make_index(0, items)).key}))
+    assert known < one - 100 * len("layer.")
+    assert len(opening.encode_indexes([make_index(rank, items) for rank in range(3)], set())) == one + 2 * known
+
+
 def test_indexes_that_disagree_on_a_tensor_are_refused() -> None:
     one = Columns.of(make_index(0, [TensorItem("a", "float32", (4,), (0,), (4,), 16)]))
     other = Columns.of(make_index(1, [TensorItem("a", "float32", (5,), (0,), (5,), 20)]))

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import snapstone as ss
+from distributed.rank_states import segment_descriptors
 from distributed.ranks import run_ranks, values
 from snapstone import RankFailedError, _native, joint
 from snapstone.strategy import Rates
@@ -206,6 +207,7 @@ def _load_as_another_user(rank: int, run: Path) -> bool:
         os.setresuid(65534, 65534, 65534)
     target = {"w": torch.zeros(12 * 1024, 1024)}
     ss.load(target, checkpoint_id=run / "c", strategy="scatter", timeout=20)
+    assert segment_descriptors() == set()
     return torch.equal(target["w"], full(3, 12 * 1024, 1024))
 
 

@@ -373,18 +373,22 @@ def test_the_deadline_leaves_everything_as_it_was(directory: Path) -> None:
         ss.compact(path, timeout=0)
 
 
-def test_a_deadline_that_passes_with_the_last_byte_leaves_everything_as_it_was(directory: Path) -> None:
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_nothing_is_done_after_the_deadline(directory: Path, share: float) -> None:
     path = make_chain(directory)[-1]
     before = contents(path)
     end = time.monotonic() + 2
+    lingered = []
 
     def linger(done: int, total: int) -> None:
-        if done == total:
+        if done >= share * total:
+            lingered.append(done)
             time.sleep(max(0.0, end - time.monotonic()))
 
     with pytest.raises(ss.CheckpointError, match="longer than the timeout"):
         ss.compact(path, timeout=2, progress=linger)
     assert_unchanged(path, before)
+    assert len(lingered) == 1
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])

@@ -76,7 +76,7 @@ NOTICED_BY: tuple[tuple[str, str, str], ...] = (
     (
         "writer.py:Writer.close",
         "self.channel.close()",
-        "tests/distributed/test_save_ranks.py::test_saves_leave_no_keys_in_the_store",
+        "tests/distributed/test_save_ranks.py::test_saves_and_loads_leave_no_keys_in_the_store",
     ),
     (
         "outcome.py:Outcome.committed",
@@ -101,6 +101,16 @@ NOTICED_BY: tuple[tuple[str, str, str], ...] = (
     (
         "compaction.py:_compact",
         "compaction.check_time()",
-        "tests/durability/test_compaction.py::test_a_deadline_that_passes_with_the_last_byte_leaves_everything_as_it_was",
+        "tests/durability/test_compaction.py::test_nothing_is_done_after_the_deadline",
+    ),
+    (
+        "compaction.py:_Compaction.copy",
+        "self._staging.sync()",
+        "tests/crash/test_crash_states.py::test_no_crash_spoils_a_checkpoint_or_loses_one[compact]",
+    ),
+    (
+        "load.py:load",
+        "channel.close()",
+        "tests/distributed/test_save_ranks.py::test_saves_and_loads_leave_no_keys_in_the_store",
     ),
 )
