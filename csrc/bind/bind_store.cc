@@ -158,6 +158,12 @@ void bind_store(py::module_& module) {
   module.def("read_file", &read_file, py::arg("directory"), py::arg("name"), py::arg("limit_nbytes"),
              py::arg("uncached") = false, "A whole small file; with `uncached` as the device has it.");
   module.def(
+      "sync_file",
+      [](int descriptor, const std::string& path, const std::string& step) {
+        os::sync(descriptor, path, step.c_str());
+      },
+      py::arg("descriptor"), py::arg("path"), py::arg("step"), Released(), "`path` is for errors.");
+  module.def(
       "sync_directory",
       [](const std::string& path, const std::string& step) {
         os::sync_directory(os::open_directory(path), step.c_str());

@@ -155,13 +155,15 @@ void truncate(const File& file, std::uint64_t nbytes) {
   change.done({.subject_fd = file.fd.get(), .offset = nbytes});
 }
 
-void sync(const File& file, const char* step) {
+void sync(const File& file, const char* step) { sync(file.fd.get(), file.path, step); }
+
+void sync(int fd, const std::string& path, const char* step) {
   if (fault::skipped("sync", step)) return;
   const journal::Change change(journal::Op::kSync);
-  const int error_number = call("fsync", file.path, [&] { return ::fsync(file.fd.get()); }) == 0 ? 0 : errno;
-  change.done({.subject_fd = file.fd.get(), .error_number = error_number});
+  const int error_number = call("fsync", path, [&] { return ::fsync(fd); }) == 0 ? 0 : errno;
+  change.done({.subject_fd = fd, .error_number = error_number});
   if (error_number != 0) {
-    throw OsError(error_number, "fsync", file.path);
+    throw OsError(error_number, "fsync", path);
   }
 }
 

@@ -35,6 +35,7 @@ bool preallocate(const File& file, std::uint64_t nbytes);
 void truncate(const File& file, std::uint64_t nbytes);  // ftruncate
 // fsync; never call again on this file after it threw. `step` is what tests leave out (base/fault_hook.h): sync/STEP.
 void sync(const File& file, const char* step = kUnnamedStep);
+void sync(int fd, const std::string& path, const char* step);
 // Sets O_DIRECT on the open file; false where the file system refuses it (EINVAL).
 bool set_direct(int fd, const std::string& path);
 // Clears O_DIRECT on the open file, for file systems that refuse it at write time; not through the seam.

@@ -60,6 +60,7 @@ __all__: list[str] = [
     "scatter_pieces",
     "snapshot",
     "sync_directory",
+    "sync_file",
     "try_hard_link",
     "try_reflink",
     "try_rung",
@@ -580,6 +581,11 @@ def snapshot(state: dict, guards: list, tensor_types: tuple) -> tuple:
     """
 
 def sync_directory(path: str, step: str = "unnamed") -> None: ...
+def sync_file(descriptor: int, path: str, step: str) -> None:
+    """
+    `path` is for errors.
+    """
+
 def try_hard_link(directory: str) -> None:
     """
     Raises OSError where a file cannot have two names.

@@ -180,7 +180,7 @@ class _Repair:
                 if own.st_uid != like.st_uid or (own.st_gid != like.st_gid and os.geteuid() == 0):
                     os.fchown(descriptor, like.st_uid, like.st_gid)
                 os.fchmod(descriptor, stat.S_IMODE(like.st_mode))
-                os.fsync(descriptor)
+                _native.sync_file(descriptor, os.path.join(self._staging.path, new), "repaired_mode")
         finally:
             os.close(descriptor)
 

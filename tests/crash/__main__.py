@@ -19,7 +19,8 @@ import machine
 
 from crash.explore import Explorer, Found, Recording
 from crash.judge import materialise
-from crash.scenarios import SCENARIOS, record
+from crash.recorder import record
+from crash.scenarios import SCENARIOS
 
 RECOVER_EVERY = 40
 DRAWS = 100  # at each cut of one recording

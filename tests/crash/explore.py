@@ -16,7 +16,7 @@ import snapstone as ss
 from crash import journal
 from crash.choices import choices, state_of
 from crash.journal import MARK, Op
-from crash.judge import Expected, Judge, What, materialise
+from crash.judge import ENGINE, Expected, Judge, Reader, What, materialise
 from crash.model import Tree, World
 from durability import small
 from durability.based import forget
@@ -37,6 +37,7 @@ class Recording:
     run: tuple[str, ...]  # of the run directory, below the world's root
     expected: Expected  # before the first
     whats: tuple[What, ...]
+    reader: Reader = ENGINE
 
 
 @dataclass
@@ -64,8 +65,9 @@ class Explorer:
         self.recording = recording
         self._scratch = scratch
         self._draws, self._seed, self._stop = draws, seed, stop
-        self._recover_every = recover_every
-        self._judge = Judge(scratch, recording.world.contents, (*recording.whats, RECOVERED, REPLACED))
+        self._recover_every = recover_every if recording.reader == ENGINE else 0  # by the engine's own saves
+        whats = (*recording.whats, RECOVERED, REPLACED)
+        self._judge = Judge(scratch, recording.world.contents, whats, recording.reader)
         self._random = random.Random(seed)
 
     def run(self) -> Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from snapstone import _native
 
-__all__ = ["Op", "mark", "read", "recorded"]
+__all__ = ["Op", "mark", "packed", "read", "recorded"]
 
 MARK, CREATE, MKDIR, UNLINK, RMDIR, RENAME, EXCHANGE, LINK, WRITE, ALLOCATE, TRUNCATE, SYNC = range(12)
 _HEAD = struct.Struct("=IIQQQQIHH")
@@ -44,6 +45,15 @@ def read(path: Path) -> list[Op]:
     if not ops:
         raise ValueError(f"{path} holds nothing")
     return ops
+
+
+def packed(
+    kind: int, subject: int, name: str = "", other: str = "", *, obj: int = 0, offset: int = 0, data: bytes = b""
+) -> bytes:
+    """One record, of this process."""
+    names = name.encode(), other.encode()
+    sizes = len(data), 0, len(names[0]), len(names[1])
+    return b"".join((_HEAD.pack(kind, os.getpid(), subject, obj, offset, *sizes), *names, data))
 
 
 @contextmanager

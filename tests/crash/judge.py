@@ -5,7 +5,7 @@ whole, and what it holds.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from crash.model import Contents, Tree
 from durability import small
 from snapstone import manifest
 
-__all__ = ["Expected", "Judge", "materialise"]
+__all__ = ["ENGINE", "Expected", "Judge", "Reader", "engine_holds", "materialise"]
 
 What = int | str  # a state of durability/small.py
 _LINKED_BYTES_MIN = 4096  # larger files with equal bytes are one file with several names
@@ -58,11 +58,15 @@ class Expected:
         self.reported[name] = what
         self.attempted[name] = []
 
+    def prune(self, name: str, what: What) -> None:
+        """It may go now, in one piece."""
+        self.attempted.setdefault(name, []).append(self.reported.pop(name, what))
+
     def note(self, mark: str) -> None:
-        """`begin NAME WHAT`, `done NAME WHAT`."""
+        """`begin NAME WHAT`, `done NAME WHAT`, `prune NAME WHAT`."""
         verb, name, text = mark.split(" ")
         what = text if len(text) == len(small.ORIGIN) else int(text)
-        {"begin": self.begin, "done": self.done}[verb](name, what)
+        {"begin": self.begin, "done": self.done, "prune": self.prune}[verb](name, what)
 
     def trouble(self, found: Mapping[str, What | str]) -> str:
         """What is wrong with what stands there; empty if nothing is."""
@@ -77,45 +81,76 @@ class Expected:
         return ""
 
 
+@dataclass(frozen=True)
+class Reader:
+    """How the checkpoints of a run are read."""
+
+    start: Callable[[Path], None] | None = None  # what the next start does first: it gives names, and takes them
+    # Which of them a checkpoint is, what is wrong with it, or None: not there yet. No function: of the engine's own.
+    holds: Callable[[Path, Sequence[What]], What | None] | None = None
+
+
+ENGINE = Reader()
+
+
 class Judge:
     """Remembers what it has found in a directory: another with the same bytes is the same."""
 
-    def __init__(self, scratch: Path, contents: Contents, whats: Sequence[What]) -> None:
+    def __init__(self, scratch: Path, contents: Contents, whats: Sequence[What], reader: Reader = ENGINE) -> None:
         self._scratch = scratch
         self._contents = contents
         self._whats = whats
-        self._known: dict[Tree, What | str] = {}
+        self._reader = reader
+        self._known: dict[Tree, What | None] = {}
         self.read = 0  # checkpoints
 
     def found(self, tree: Tree, run: Sequence[str]) -> dict[str, What | str]:
         """By name what the checkpoints in the run directory hold, or what is wrong with them. `run`: its path."""
         for name in run:
             tree = dict(tree).get(name, ()) if isinstance(tree, tuple) else ()
-        return {name: self._holds(node) for name, node in tree if not name.startswith(".")}
+        if self._reader.start is not None:
+            tree = self._started(tree, self._reader.start)
+        found = ((name, self._holds(node)) for name, node in tree if not name.startswith("."))
+        return {name: what for name, what in found if what is not None}
 
-    def _holds(self, node: Tree) -> What | str:
+    def _started(self, tree: Tree, start: Callable[[Path], None]) -> Tree:
+        path = self._scratch / "started"
+        materialise(tree, self._contents, path)
+        try:
+            nodes = {(path / name).stat().st_ino: node for name, node in tree}
+            start(path)
+            return tuple((one.name, nodes[one.stat().st_ino]) for one in sorted(path.iterdir()))
+        finally:
+            shutil.rmtree(path)
+
+    def _holds(self, node: Tree) -> What | None:
         if node not in self._known:
             self._known[node] = self._read(node)
         return self._known[node]
 
-    def _read(self, node: Tree) -> What | str:
+    def _read(self, node: Tree) -> What | None:
         self.read += 1
         path = self._scratch / "judged"
         materialise(node, self._contents, path)
         try:
-            report = ss.verify(path)
-            if not report:
-                return f"verify: {report.problems[0]}"
-            marker = path / manifest.DCP_MARKER_NAME
-            if marker.exists() and marker.read_bytes() != manifest.DCP_MARKER:
-                return f"{marker.name} is not what was written"
-            return next(what for what in self._whats if _is(path, what))
+            return (self._reader.holds or engine_holds)(path, self._whats)
         except StopIteration:
             return "verified, but the bytes of no state that was saved"
         except (ss.CheckpointError, OSError) as error:
             return f"{type(error).__name__}: {error}"
         finally:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def engine_holds(path: Path, whats: Sequence[What]) -> What | str:
+    """Which of them it is, or what is wrong. StopIteration: none of them."""
+    report = ss.verify(path)
+    if not report:
+        return f"verify: {report.problems[0]}"
+    marker = path / manifest.DCP_MARKER_NAME
+    if marker.exists() and marker.read_bytes() != manifest.DCP_MARKER:
+        return f"{marker.name} is not what was written"
+    return next(what for what in whats if _is(path, what))
 
 
 def _is(path: Path, what: What) -> bool:

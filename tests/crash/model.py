@@ -11,8 +11,9 @@ What the model assumes, which is less than ext4, xfs and btrfs do:
   one change; a rename from one directory into another is two, one in each.
 - After an fsync of a file that failed, what was not durable then may be lost whatever later ones return. One of a
   directory makes nothing durable.
-- With `clients`, an fsync of a directory makes durable what the calling process changed, and no other: a network file
-  system, where every rank is on a host of its own.
+- With `clients`, an fsync of a directory makes durable what the calling process changed, and no other, and one of a
+  file nothing while another process has not synced what it wrote: a network file system, where every rank is on a host
+  of its own.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class File:
     sizes: list[int] = field(default_factory=list)  # since it was durable
     lost: bool = False  # an fsync failed: `durable` is all that will ever be sure
     version: int = 0
+    writers: set[int] = field(default_factory=set)  # processes that have not synced it since they wrote
 
     @property
     def pending(self) -> bool:
@@ -110,9 +112,11 @@ class File:
         self.sizes.append(len(self.live))
         self.version += 1
 
-    def sync(self, error: int) -> None:
+    def sync(self, error: int, process: int | None = None) -> None:
+        """By that process; None: for all that wrote."""
         self.lost = self.lost or error != 0
-        if not self.lost:
+        self.writers = set() if process is None else self.writers - {process}
+        if not self.lost and not self.writers:
             self.durable, self.sizes = bytes(self.live), []
             self.version += 1
 
@@ -197,7 +201,7 @@ class World:
             self._change_file(self.files.get(subject), op)  # None: of a file without a name
         elif op.kind == journal.SYNC:
             if subject in self.files:
-                self.files[subject].sync(op.error)
+                self.files[subject].sync(op.error, op.process if self.clients else None)
             elif subject in self.directories and op.error == 0:
                 self.directories[subject].sync(op.process if self.clients else None)
         elif subject in self.directories:
@@ -206,6 +210,7 @@ class World:
     def _change_file(self, file: File | None, op: Op) -> None:
         if file is None:
             return
+        file.writers.add(op.process)
         if op.kind == journal.WRITE:
             file.write(op.offset, op.data)
         else:

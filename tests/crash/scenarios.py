@@ -5,94 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import snapstone as ss
 from crash import journal
-from crash.explore import Recording, save
-from crash.judge import Expected, Judge, What
-from crash.model import Contents, World
+from crash.explore import save
+from crash.judge import What
+from crash.recorder import Act, Recorder, Scenario
+from crash.trainers import TRAINERS
 from distributed.ranks import run_ranks, values
 from durability import small
-from durability.based import forget
 from durability.chain import CHUNK_BYTES
 from snapstone import _native
 
-__all__ = ["SCENARIOS", "Scenario", "record"]
+__all__ = ["SCENARIOS"]
 
 RANKS = 2
 AGE_S = 3600
 DEADLINE_S = 4.0  # of a rank that rank 0 leaves alone
-
-Act = Callable[[Path, "Recorder"], None]
-
-
-@dataclass
-class Recorder:
-    """For a scenario: `path` of the journal, rules of faults that are armed in all that it does."""
-
-    path: Path
-    rules: str
-
-    @contextmanager
-    def faults(self, rules: str = "") -> Iterator[None]:
-        _native.fault_arm(";".join(filter(None, (self.rules, rules))))
-        try:
-            yield
-        finally:
-            _native.fault_disarm()
-
-    @contextmanager
-    def __call__(self, rules: str = "") -> Iterator[None]:
-        with journal.recorded(self.path), self.faults(rules):
-            yield
-
-
-@dataclass(frozen=True)
-class Scenario:
-    name: str
-    prepare: Callable[[Path], None]  # is durable, but for what `unsynced` names
-    act: Act
-    reported: dict[str, What]  # after `prepare`
-    whats: tuple[What, ...]
-    run: tuple[str, ...] = ("run",)
-    io: str = ""  # SNAPSTONE_IO
-    unsynced: Callable[[Path], bool] = lambda _: False
-    others: frozenset[str] = frozenset()
-    damaged: frozenset[str] = frozenset()  # reported in the form that they have after `prepare`
-    clients: bool = False
-
-
-def record(scenario: Scenario, scratch: Path, skipped: str = "") -> Recording:
-    """The scenario run, without the step `skipped` (sync/NAME)."""
-    root = scratch / "recorded"
-    root.mkdir()
-    run = root.joinpath(*scenario.run)
-    path = scratch / f"{scenario.name}.journal"
-    path.unlink(missing_ok=True)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("SNAPSTONE_CHUNK_BYTES", str(CHUNK_BYTES))
-        if scenario.io and not _native.try_rung(str(root), scenario.io):
-            patched.setenv("SNAPSTONE_IO", scenario.io)
-        try:
-            scenario.prepare(run)
-            world = World.of(root, Contents(), unsynced=scenario.unsynced, clients=scenario.clients)
-            forget()
-            scenario.act(run, Recorder(path, f"{skipped}:1+:skip" if skipped else ""))
-            expected = Expected(dict(scenario.reported), {}, scenario.others)
-            if scenario.damaged:
-                there = Judge(scratch, world.contents, scenario.whats).found(world.live_tree(), scenario.run)
-                expected.reported |= {name: there[name] for name in scenario.damaged}
-            return Recording(scenario.name, world, journal.read(path), scenario.run, expected, scenario.whats)
-        finally:
-            _native.journal_stop()
-            shutil.rmtree(root)
 
 
 def _previous(run: Path) -> None:
@@ -290,6 +223,7 @@ SCENARIOS = [
             ("repair_base", lambda run: shutil.rmtree(run / "previous" / "base"), {"previous"}),
             ("repair_index", _overwritten("previous/*.index"), {"previous"}),
             ("repair_manifest", _overwritten("previous/MANIFEST.json"), {"previous"}),
+            ("repair_no_manifest", lambda run: (run / "previous" / "MANIFEST.json").unlink(), {"previous"}),
         )
     ),
     Scenario("failed_write", _previous, _fails("pwrite:2:errno=EIO;uring_write:1:errno=EIO"), _OLD, (1, 2, 3)),
@@ -298,4 +232,5 @@ SCENARIOS = [
     Scenario("ranks", _previous, _all_ranks(_rank_saves), _OLD, (1, 2, 3), clients=True),
     Scenario("delta_ranks", _previous_of_ranks, _all_ranks(_rank_saves_deltas), _DELTA, _DELTAS, clients=True),
     Scenario("heard", _previous, _hears_of_the_commit, _OLD, (1, 2)),
+    *TRAINERS,
 ]

@@ -17,4 +17,4 @@ def make_directories(path: str | os.PathLike[str], *, exist_ok: bool = True) -> 
         above = os.path.dirname(above)
     os.makedirs(path, exist_ok=exist_ok)
     for made in missing:
-        _native.sync_directory(os.path.dirname(made))
+        _native.sync_directory(os.path.dirname(made), "made_directory")

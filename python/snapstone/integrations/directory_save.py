@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .. import _native
 from ..collective import Channel, Deadline, Group
 from ..handle import SaveHandle
 from ..trace import Trace
@@ -71,7 +72,9 @@ class DirectorySave:
             handle.result()
         for name in self.files:
             with open(os.path.join(self.staging, name), "rb") as file:
-                os.fsync(file.fileno())
+                _native.sync_file(file.fileno(), file.name, "handed_file")
+        if self.files:
+            _native.sync_directory(self.staging, "handed_entries")
 
 
 class DirectorySaves:

@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .. import Checkpoint
+from .. import Checkpoint, _native
 from ..config import SaveOptions
 from .versions import require
 
@@ -106,6 +106,6 @@ def to_stock(checkpoint: str | os.PathLike[str], *, allow_pickle: bool = False) 
         state = opened.state_dict(allow_pickle=allow_pickle)["optimizer"]
     torch.save(state, path + ".new")
     with open(path + ".new", "rb") as file:
-        os.fsync(file.fileno())
+        _native.sync_file(file.fileno(), path, "stock_optimizer")
     os.replace(path + ".new", path)
     return path

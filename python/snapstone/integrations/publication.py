@@ -77,7 +77,9 @@ class Publication:
             BlockingIOError: another process holds the lock of the directory, and does not let it go.
             FileNotFoundError: another process has taken the directory for one of a dead save.
         """
-        staging = os.path.join(parent or os.path.dirname(final), name)
+        parent = parent or os.path.dirname(final)
+        make_directories(parent)
+        staging = os.path.join(parent, name)
         os.makedirs(staging, exist_ok=True)
         return cls(final, staging, _locked(staging, fcntl.LOCK_SH) if leads else None)
 
@@ -92,14 +94,14 @@ class Publication:
                 continue
             directories.append(root)
             for name in names:
-                files[os.path.normpath(os.path.join(where, name))] = _sync(os.path.join(root, name))
+                files[os.path.normpath(os.path.join(where, name))] = _sync(os.path.join(root, name), "sealed_file")
         body = {**facts, "version": 1, "files": files, "checkpoints": sorted(checkpoints)}
         path = os.path.join(self.staging, MARKER_NAME)
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"body": body, "xxh128": _digest_of(body)}, file, indent=1)
-        _sync(path)
+        _sync(path, "seal")
         for directory in reversed(directories):
-            _native.sync_directory(directory)
+            _native.sync_directory(directory, "sealed_entries")
 
     def publish(self) -> None:
         """Steps 4 and 5.
@@ -117,7 +119,7 @@ class Publication:
         else:
             old = os.path.join(parent, _hidden("old", name))
             self._exchange(old)
-        _native.sync_directory(parent)
+        _native.sync_directory(parent, "published")
         self._unlock()
         if old is not None:
             with suppress(OSError):  # it is published; `recover` tries again
@@ -266,7 +268,7 @@ def _remove_hidden(paths: Iterable[str]) -> None:
     """Of one parent. Before the first file goes, the rename is durable, whichever process it was that did it."""
     for number, path in enumerate(paths):
         if number == 0:
-            _native.sync_directory(os.path.dirname(path))
+            _native.sync_directory(os.path.dirname(path), "hidden")
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -333,10 +335,10 @@ def _check_same(descriptor: int, directory: str) -> None:
         raise FileNotFoundError(errno.ENOENT, "another process has removed the directory and made it anew", directory)
 
 
-def _sync(path: str) -> tuple[int, str]:
+def _sync(path: str, step: str) -> tuple[int, str]:
     """Makes a file durable; its size and digest."""
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        _native.sync_file(file.fileno(), path, step)
     return os.path.getsize(path), _digest(path)
 
 

@@ -118,7 +118,7 @@ class StepFolder:
     def _out_of_sight(self, trash: list[str]) -> list[str]:
         """Once the renames are durable: a power cut would bring back what somebody has removed in part."""
         if trash:
-            _native.sync_directory(self.path)
+            _native.sync_directory(self.path, "pruned")
         return trash
 
     def put_back(self) -> None:

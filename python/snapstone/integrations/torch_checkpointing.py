@@ -111,7 +111,7 @@ class Storage(LocalFileSystemStorage):
             make_directories(path)
             return
         os.mkdir(path)
-        _native.sync_directory(_parent(path))
+        _native.sync_directory(_parent(path), "stored_directory")
 
     def delete(self, path: Path) -> None:
         if is_checkpoint(os.fspath(path)):
@@ -140,7 +140,7 @@ class Storage(LocalFileSystemStorage):
         else:
             super().rename(src_path, dst_path, is_directory, background_cleanup)
         for folder in {_parent(source), _parent(target)}:
-            _native.sync_directory(folder)
+            _native.sync_directory(folder, "stored_rename")
 
     def _rename_engine_file(self, source: str, target: str) -> None:
         if self.isdir(Path(target)):
@@ -312,6 +312,6 @@ def _stock_file_aside(path: str) -> str | None:
 def _discard(path: str) -> None:
     trash = os.path.join(_parent(path), f".trash-{uuid.uuid4().hex}")
     os.rename(path, trash)
-    _native.sync_directory(_parent(path))
+    _native.sync_directory(_parent(path), "stored_removal")
     with suppress(FileNotFoundError):  # saves remove what they find under such names
         shutil.rmtree(trash)

@@ -69,23 +69,23 @@ def write_stubs(directory: str) -> None:
     files = Files(directory)
     names = list(files.names())
     pending = os.path.join(directory, PENDING_NAME)
-    here = {name for name in os.listdir(directory) if os.path.isfile(os.path.join(directory, name))}
+    here = {name for name in {*os.listdir(directory), *names} if os.path.isfile(os.path.join(directory, name))}
     stubs = {name for name in here if is_stub(os.path.join(directory, name))}
     gone = sorted((here & set(names)) ^ stubs)
     if here.intersection(names) - stubs:
         _replace(pending, lambda file: file.write(files.save_id.encode()))
-        _native.sync_directory(directory)
+        _native.sync_directory(directory, "stubs_begun")
     for name in gone:
         os.unlink(os.path.join(directory, name))
     folders = {directory, *(os.path.dirname(os.path.join(directory, name)) for name in names)}
     for folder in folders:
         make_directories(folder)
-        _native.sync_directory(folder)
+        _native.sync_directory(folder, "stubs_gone")
     for name in names:
         stub = _Stub(files.directory, name, files.save_id)
         _replace(os.path.join(directory, name), lambda file, stub=stub: torch.save(stub, file))  # type: ignore[misc]
     for folder in folders:
-        _native.sync_directory(folder)
+        _native.sync_directory(folder, "stubs")
     with suppress(FileNotFoundError):
         os.unlink(pending)
 
@@ -110,7 +110,7 @@ def mend(directory: str) -> None:
 def write_latest(save_dir: str, tag: str) -> None:
     """Makes `tag` the one that DeepSpeed loads when it is told none, durably and in one step."""
     _replace(os.path.join(save_dir, "latest"), lambda file: file.write(tag.encode()))
-    _native.sync_directory(save_dir)
+    _native.sync_directory(save_dir, "latest")
 
 
 def _replace(path: str, write: Callable[[BinaryIO], object]) -> None:
@@ -119,7 +119,7 @@ def _replace(path: str, write: Callable[[BinaryIO], object]) -> None:
         with open(fresh, "xb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            _native.sync_file(file.fileno(), path, "stub")
         os.replace(fresh, path)
     except BaseException:
         with suppress(FileNotFoundError):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
+from ... import _native
 from ...errors import CorruptCheckpointError
 from .layout import engine_path, retire_stock
 from .sharded import common_object
@@ -34,18 +35,14 @@ def keep_common(sharded_state_dict: Mapping[str, Any], checkpoint_dir: str | os.
         with open(path + ".tmp", "wb") as file:
             torch.save(common.data, file)
             file.flush()
-            os.fsync(file.fileno())
+            _native.sync_file(file.fileno(), path, "common_file")
         os.replace(path + ".tmp", path)
     if not os.path.isfile(path):
         return None  # a strategy called by itself
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        _native.sync_file(file.fileno(), path, "common_file")
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    _native.sync_directory(os.path.dirname(path), "common_entry")
     return digest
 
 
