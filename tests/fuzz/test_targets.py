@@ -97,6 +97,8 @@ MARKERS: dict[str, object] = {
     "a checkpoint outside": {"version": 1, "checkpoints": ["../x"], "files": {}},
     "a file outside": {"version": 1, "checkpoints": [], "files": {"/etc/passwd": [1, "x"]}},
     "a file with a zero in its name": {"version": 1, "checkpoints": [], "files": {"a\0b": [1, "x"]}},
+    "of another version": {"version": 2, "checkpoints": [], "files": {}},
+    "a size that is a text": {"version": 1, "checkpoints": [], "files": {"a": ["1", "x"]}},
     "a file that no file system takes": {"version": 1, "checkpoints": [], "files": {"\ud800": [1, "x"]}},
 }
 

@@ -28,14 +28,25 @@ PYTHON_IMPORT = "from snapstone._mutant import stays as __stays__\n"
 NATIVE_GUARD = "SNAPSTONE_STAYS({}) "
 NATIVE_IMPORT = '#include "base/mutant.h"\n'
 
-# Nothing here decides what is saved, committed, loaded or removed.
+INTEGRATIONS = "python/snapstone/integrations/"
+OF_PACKAGES = (
+    *("deepspeed.py", "deepspeed_base/", "hf.py", "hf_accelerator.py", "hf_trainer.py", "lightning.py"),
+    *("lightning_base/", "megatron/", "megatron_bridge.py", "pytorch_lightning.py", "torch_checkpointing.py"),
+    "torchtitan.py",
+)
+
+# Nothing of the engine here decides what is saved, committed, loaded or removed; of the modules OF_PACKAGES the tests
+# run where the trainers are.
 EXCLUDED = {
     "python/snapstone/bench/": "measures",
     "python/snapstone/report/": "draws what was measured",
     "python/snapstone/cli/": "arguments and output of commands; the checks are in what they call",
     "python/snapstone/watch/": "shows saves of other processes",
     "python/snapstone/status_page.py": "shows saves of other processes",
-    "python/snapstone/integrations/": "trainers; their packages are not in every environment (make test-integrations)",
+    **{
+        INTEGRATIONS + name: "of a package that is not in every environment; its tests: tests/trainers"
+        for name in OF_PACKAGES
+    },
     "csrc/bind/": "conversions from Python, whose failures are TypeErrors of pybind11",
     "csrc/cuda/": "the driver; tests/cuda/test_steps.py leaves out each step",
     "csrc/base/fault_hook.cc": "the fault seam itself",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -62,6 +63,11 @@ def test_every_wrong_byte_of_a_published_directory_is_found(tmp_path: Path) -> N
         path.write_bytes(right[:-1])
         assert problems(str(final), "quick"), name
         path.write_bytes(right)
+    marker = json.loads((final / "snapstone.json").read_text())
+    (final / "snapstone.json").write_text(json.dumps({**marker, "body": {**marker["body"], "step": 4}}))
+    (wrong,) = problems(str(final), "quick")
+    assert "its digest is another" in wrong
+    (final / "snapstone.json").write_text(json.dumps(marker))
     (final / "empty").unlink()
     (wrong,) = problems(str(final), "quick")
     assert "empty" in wrong
@@ -346,6 +352,17 @@ def test_retention_that_fails_fails_no_save(tmp_path: Path, caplog: pytest.LogCa
     saves.wait()
     assert caplog.text.count("older checkpoints stay: [Errno 20] Not a directory") == 2
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_what_a_check_refuses_is_not_begun(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise FileExistsError("not to be replaced")
+
+    saves = DirectorySaves(asynchronous=True, timeout_seconds=60)
+    with pytest.raises(FileExistsError, match="not to be replaced"):
+        saves.begin(str(tmp_path / "a"), step=1, leads=True, check=refuse)
+    assert os.listdir(tmp_path) == []
+    saves.wait()
 
 
 def test_a_directory_is_locked_before_another_rank_may_write_into_it(
