@@ -169,6 +169,9 @@ class _JointLoad:
             self._rounds.close()
         if self._segment is not None:
             self._segment.close()
+        # An error's traceback refers to this load for as long as somebody keeps it, the other way round too: shared
+        # memory must not wait for that.
+        self._rounds = self._segment = None
 
     # Agreeing -------------------------------------------------------------------------------------------------------
 

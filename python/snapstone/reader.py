@@ -60,6 +60,7 @@ def run_job(
         job.rethrow()
     except BaseException:
         _let_go(job, targets)
+        del targets  # which the error's traceback would keep
         raise
 
 
@@ -186,6 +187,8 @@ class Reader:
         except CorruptCheckpointError as error:
             self._check_identity()
             raise self._name_tensor(error, job) from None
+        finally:
+            del targets  # as in run_job
 
     def _check_identity(self) -> None:
         """Raises CheckpointError if another checkpoint stands in the place of this one, so that files which were just

@@ -126,6 +126,7 @@ class Rounds:
         for job in self._jobs:
             self._reader.abandon(job, self._filled)
         self._jobs = []
+        del self._segment, self._filled  # which an error's traceback would keep
 
     def _keep_in_step(self) -> bytes:
         """Empty when the deadline passed, or another rank failed, which the vote will tell."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import snapstone as ss
-from durability import doomed, points, small
+from durability import chain, doomed, points, small
 from snapstone import _native
 from snapstone.integrations.step_folder import StepFolder
 
@@ -73,24 +73,19 @@ def prune_and_die(run: Path, keep: int, nth: int) -> None:
     prune(run, keep)
 
 
-def prune_with_error(run: Path, keep: int, nth: int, number: int, always: bool) -> None:
-    """The `nth` call that lists, renames or removes gives this error, and with `always` every later one. Exits with 1
-    where that was raised.
+def assert_pruned_by_the_next_one(run: Path) -> None:
+    """Whatever became of a prune to two of the chain of five: the checkpoints that are visible are whole, and the next
+    prune and the next save leave what is wanted.
     """
-    seen = 0
-
-    def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event in ("os.listdir", "os.scandir", "os.rename", "os.remove", "os.rmdir"):
-            seen += 1
-            if seen == nth or (always and seen > nth):
-                raise OSError(number, os.strerror(number))
-
-    sys.addaudithook(audit)
-    try:
-        prune(run, keep)
-    except OSError as error:
-        os._exit(1 if error.errno == number else 2)
+    visible = sorted(name for name in os.listdir(run) if not name.startswith("."))
+    assert visible[-2:] == ["step-4", "step-5"]
+    for name in visible:
+        chain.assert_step(run / name, int(name.removeprefix("step-")))
+    assert StepFolder(str(run)).newest() == 5
+    prune(run, 2)
+    ss.save(chain.state_at(6), checkpoint_id=run / "step-6", base=run / "step-5")
+    assert sorted(os.listdir(run)) == ["step-4", "step-5", "step-6"]
+    chain.assert_step(run / "step-6", 6)
 
 
 def compact_lines(rank: int, run: str) -> list[str]:

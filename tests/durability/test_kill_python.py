@@ -6,8 +6,6 @@ Invariants: those of test_kill.py; also of pruning and compaction, whose every s
 
 from __future__ import annotations
 
-import errno
-import itertools
 import os
 import shutil
 import signal
@@ -21,7 +19,6 @@ from distributed import ranks
 from durability import chain, doomed, dying, small
 from durability.recovered import assert_recovered, owner_of
 from snapstone import _native
-from snapstone.integrations.step_folder import StepFolder
 
 ALL = os.environ.get("SNAPSTONE_TEST_KILLS") == "all"
 KILLED = -signal.SIGKILL
@@ -132,38 +129,8 @@ def test_killed_at_any_change_of_a_prune(directory: Path) -> None:
     assert set(codes) == {KILLED, 0}
     assert codes == sorted(codes), "one that is never reached, and one that is after it"
     assert codes.count(KILLED) > 6
-    assert_pruned_by_the_next_one(runs)
-
-
-@pytest.mark.parametrize("always", [False, True], ids=["once", "for ever"])
-def test_one_failing_call_of_a_prune(directory: Path, always: bool) -> None:
-    chain.make_chain(directory / "run", 5)
-    errnos = (errno.EIO, errno.EACCES, errno.ENOSPC)
-    every = itertools.product(range(1, 50), errnos) if ALL else zip(range(1, 50), itertools.cycle(errnos), strict=False)
-    cases = list(every)
-    runs = [directory / f"n{nth}-{number}" for nth, number in cases]
     for run in runs:
-        shutil.copytree(directory / "run", run, copy_function=os.link)
-    codes = in_forks(
-        *((dying.prune_with_error, run, 2, nth, number, always) for (nth, number), run in zip(cases, runs, strict=True))
-    )
-    assert set(codes) == {0, 1}, "an error, and that one"
-    assert codes == sorted(codes, reverse=True), "what fails is told, and calls that are not reached fail nothing"
-    assert codes.count(1) > 12
-    assert_pruned_by_the_next_one(runs)
-
-
-def assert_pruned_by_the_next_one(runs: list[Path]) -> None:
-    for run in runs:
-        visible = sorted(name for name in os.listdir(run) if not name.startswith("."))
-        assert visible[-2:] == ["step-4", "step-5"]
-        for name in visible:
-            chain.assert_step(run / name, int(name.removeprefix("step-")))
-        assert StepFolder(str(run)).newest() == 5
-        dying.prune(run, 2)
-        ss.save(chain.state_at(6), checkpoint_id=run / "step-6", base=run / "step-5")
-        assert sorted(os.listdir(run)) == ["step-4", "step-5", "step-6"]
-        chain.assert_step(run / "step-6", 6)
+        dying.assert_pruned_by_the_next_one(run)
 
 
 # Compaction -----------------------------------------------------------------------------------------------------------
