@@ -45,9 +45,9 @@ sanitize: setup  ## native tests under ASan and UBSan, then under TSan
 fuzz: setup  ## every fuzz target for its share of SECONDS=60; with clang the native ones too, with atheris by coverage
 	@PATH="$$PWD/$(PYTHON_BIN):$$PATH" $(PYTHON_BIN)/python tools/fuzz.py --seconds $(SECONDS) $(FUZZ_ARGS)
 
-sweep: setup  ## every call of saves and loads fails with every error that it can give, for ever as well as once
-	@SNAPSTONE_SWEEP=long $(PYTHON_BIN)/python tools/long_form.py sweep -k 'one_failing_call or every_error' \
-	  --timeout 3000 tests/durability tests/distributed/test_sweep.py $(PYTEST_ARGS)
+sweep: setup  ## every call of saves, loads, prunes fails with every error that it can give, for ever as well as once
+	@SNAPSTONE_SWEEP=long $(PYTHON_BIN)/python tools/long_form.py sweep \
+	  -k 'one_failing_call or every_error or sound_that_it_could_not_read' --timeout 3000 tests/durability tests/distributed/test_sweep.py $(PYTEST_ARGS)
 
 kill: setup  ## SIGKILL before every function, line and system call of saves, on each rank of 1, 2 and 4; long
 	@SNAPSTONE_TEST_KILLS=all $(PYTHON_BIN)/python tools/long_form.py kill tests/durability/test_kill.py \

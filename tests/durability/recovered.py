@@ -8,6 +8,7 @@ from pathlib import Path
 
 import snapstone as ss
 from durability import small
+from durability.seam import Fault
 from snapstone import _native
 
 
@@ -45,6 +46,20 @@ def assert_recovered(run: Path, kind: str) -> str:
     _native.reap(str(run))
     assert small.leftovers(run) == []
     return "committed" if committed else "left " + "".join(name[:5] for name in before)
+
+
+def assert_left_by_an_overwrite(run: Path, old: int, fault: Fault, is_unproven: bool) -> None:
+    """Of one that `fault` hit, once the next save has been there: the replaced checkpoint `old`, whole, if it could not
+    be renamed or may come back; an empty directory of a save that could remove nothing any more.
+    """
+    for name in small.leftovers(run):
+        if is_unproven or fault.call == "rename":
+            (run / name).rename(run / "replaced")
+            small.assert_holds(run / "replaced", old)
+            shutil.rmtree(run / "replaced")
+        else:
+            assert fault.lasting, (fault, name)
+            assert os.listdir(run / name) == [], fault
 
 
 def owner_of(staging: Path) -> str:

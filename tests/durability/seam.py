@@ -150,9 +150,9 @@ def action_of(name: str) -> str:
     return f"short={SHORT_BYTES}" if name == "short" else f"errno={name}"
 
 
-def sweep(counts: dict[str, int], only: tuple[str, ...] = ()) -> Iterator[Fault]:
+def sweep(counts: dict[str, int], only: tuple[str, ...] = (), thin: bool = False) -> Iterator[Fault]:
     """Each of `every_fault`, armed; the loop's body runs the operation and may `stop` it sooner."""
-    for one in every_fault(counts, only):
+    for one in every_fault(counts, only, thin):
         fault = Fault(*one)
         yield fault
         assert fault.stop() or fault.call in UNCOUNTED, f"{fault} was never reached"

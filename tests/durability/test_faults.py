@@ -25,7 +25,8 @@ import pytest
 import snapstone as ss
 from distributed import ranks
 from durability import small
-from durability.seam import CALLS_MAX, Fault, calls_of, faults, outcome_of, sweep
+from durability.recovered import assert_left_by_an_overwrite
+from durability.seam import CALLS_MAX, calls_of, faults, outcome_of, sweep
 from durability.small import RUNGS
 from snapstone import _native
 
@@ -112,7 +113,7 @@ def test_one_failing_call_of_an_overwrite(use_rung: Callable[[str], Path], rung:
             assert small.leftovers(run) == [], fault
         ss.save(small.state(1), checkpoint_id=path, overwrite=True)
         assert small.load(path) == BOTH[0], fault
-        assert_only_what_says_not_whose_it_is(run, fault, is_unproven)
+        assert_left_by_an_overwrite(run, 1, fault, is_unproven)
         small.reap_all(run)
         resources.assert_none_leaked(fault)
     small.assert_holds(path, 1)
@@ -120,20 +121,6 @@ def test_one_failing_call_of_an_overwrite(use_rung: Callable[[str], Path], rung:
 
 
 BOTH = [small.bits(small.state(1)), small.bits(small.state(2))]
-
-
-def assert_only_what_says_not_whose_it_is(run: Path, fault: Fault, is_unproven: bool) -> None:
-    """Once the next save has been there: the replaced checkpoint, whole, if it could not be renamed or may come back;
-    an empty directory of a save that could remove nothing any more.
-    """
-    for name in small.leftovers(run):
-        if is_unproven or fault.call == "rename":
-            (run / name).rename(run / "replaced")
-            small.assert_holds(run / "replaced", 1)
-            shutil.rmtree(run / "replaced")
-        else:
-            assert fault.lasting, (fault, name)
-            assert os.listdir(run / name) == [], fault
 
 
 @pytest.mark.parametrize("rung", RUNGS)

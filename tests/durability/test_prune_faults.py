@@ -39,9 +39,7 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("small_chunks")]
 
 
 class Audit:
-    """Counts the calls of EVENTS that this thread makes between `arm` and `disarm`, and makes some of them fail. It is in
-    its process for good.
-    """
+    """Counts this thread's calls of EVENTS between `arm` and `disarm`, and makes some fail. In its process for good."""
 
     def __init__(self) -> None:
         self.seen: Counter[str] = Counter()
