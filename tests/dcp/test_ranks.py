@@ -103,6 +103,29 @@ def test_a_rank_that_cannot_write_fails_the_save_everywhere(tmp_path: Path, fail
     assert os.listdir(tmp_path) == ["c"]
 
 
+def _read_badly(rank: int, run: Path, failing: int) -> list[int]:
+    dcp.save(state(1, Shard(0)), storage_writer=StorageWriter(run / "c"))
+    loaded = state(50, Shard(0))
+    if rank == failing:
+        _native.fault_arm("open:1:errno=EIO")
+    try:
+        dcp.load(loaded, storage_reader=StorageReader(run / "c"))
+    except CheckpointException as error:
+        failed = sorted(error.failures)
+    else:
+        failed = []
+    _native.fault_disarm()
+    dcp.load(loaded, storage_reader=StorageReader(run / "c"))
+    assert_is(loaded, 1)
+    return failed
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_metadata_that_one_rank_cannot_read_once_fails_the_load_everywhere(tmp_path: Path, failing: int) -> None:
+    """DCP asks that rank again, and where it gets an answer then, leaves it out of what the others do together."""
+    assert values(run_ranks(2, _read_badly, tmp_path, failing, timeout=60)) == [[failing]] * 2
+
+
 def _killed(rank: int, run: Path) -> None:
     if rank == 0:
         _native.fault_arm("fallocate:1:kill")

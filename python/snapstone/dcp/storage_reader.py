@@ -87,9 +87,10 @@ class StorageReader(StorageReaderInterface):
         self._reader: Reader | None = None
         self._stock: StockReader | None = None
         self._metadata: Metadata | None = None
+        self._failure: Exception | None = None  # of the metadata, until DCP asks again
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_reader": None, "_stock": None, "_process_group": None}
+        return self.__dict__ | {"_reader": None, "_stock": None, "_process_group": None, "_failure": None}
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:
@@ -103,21 +104,32 @@ class StorageReader(StorageReaderInterface):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id:
             self.path = checkpoint_id
-        self._reader = self._stock = None
+        self._reader = self._stock = self._failure = None
         self.stats = {}
         self.load_id = uuid.uuid4().hex
 
     # The literal names `kwargs` are how DCP tells that a reader knows saves without collectives and wants its rank.
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path, rank = os.path.abspath(os.fspath(self.path)), kwargs.get("rank")
+        failure, self._failure = self._failure, None
+        try:
+            return self._read_metadata(kwargs.get("rank"), failure, kwargs)
+        except Exception as error:
+            self._failure = None if "rank" in kwargs else error
+            raise
+
+    def _read_metadata(self, rank: int | None, failure: Exception | None, kwargs: dict[str, Any]) -> Metadata:
+        path = os.path.abspath(os.fspath(self.path))
         saves.finish(path)
         if rank is not None and os.path.isdir(os.path.join(path, rank_directory(rank))):
             path = os.path.join(path, rank_directory(rank))
+        elif rank is not None and failure is not None:
+            # After a failure DCP asks once more, with the rank, for a checkpoint of that rank's own. With any other
+            # answer it would leave the rank out of what all do together, and the others would wait for it.
+            raise failure
         if is_stock(path, rank) and not manifest.is_checkpoint(path):
             self._stock = StockReader(path, allow_pickle=self.allow_pickle)
             self._stock.load_id = self.load_id
             return self._stock.read_metadata(**kwargs)
-        # With a rank DCP asks once more after a failure: where that rank has no checkpoint of its own, fail as before.
         self._stock = None
         reader = self._reader = self._open(path, rank)
         meta = StorageMeta(checkpoint_id=self.path, save_id=reader.manifest.save_id, load_id=self.load_id)
