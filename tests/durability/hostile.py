@@ -1,4 +1,9 @@
-"""Opens a hostile checkpoint on every path into the package, within limits of time and memory."""
+"""Opens a hostile checkpoint on every path into the package, within limits of time and memory.
+
+The limit of time is one of CPU time, of all threads, because a machine with other work says little by the clock. That
+other work lengthens CPU time too, by its part of caches and cores, so a read that took too long is tried again, and the
+shortest counts. `HANG_SECONDS` is no promise: it ends what waits for something.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,9 @@ import pytest
 import snapstone as ss
 from durability import small
 
-SECONDS_MAX = 1.0
+CPU_SECONDS_MAX = 0.1
+TRIES_MAX = 3
+HANG_SECONDS = 20.0
 GROWTH_BYTES_MAX = 64 << 20
 
 Outcome = ss.CheckpointError | None
@@ -33,18 +40,29 @@ def try_everything(path: Path) -> dict[str, Outcome]:
     return {name: limited(read, path) for name, read in READS.items()}
 
 
-def limited(read: Callable[[Path], Any], path: Path) -> Outcome:
+def limited(read: Callable[[Path], Any], path: Path, cpu_seconds_max: float = CPU_SECONDS_MAX) -> Outcome:
     reset_peak()
-    memory, begin = peak_bytes(), time.monotonic()
-    outcome: Outcome = None
-    try:
-        read(path)
-    except ss.CheckpointError as error:
-        str(error)
-        outcome = error
-    seconds, growth = time.monotonic() - begin, peak_bytes() - memory
-    assert seconds < SECONDS_MAX, f"{read.__name__} took {seconds:.1f} s"
+    memory = peak_bytes()
+    outcome = in_time(lambda: read(path), read.__name__, cpu_seconds_max)
+    growth = peak_bytes() - memory
     assert growth < GROWTH_BYTES_MAX, f"{read.__name__} took {growth} bytes"
+    return outcome
+
+
+def in_time(read: Callable[[], Any], name: str, cpu_seconds_max: float = CPU_SECONDS_MAX) -> Outcome:
+    """How the read ends, in less CPU time than that."""
+    took: list[float] = []
+    while len(took) < TRIES_MAX and not (took and min(took) < cpu_seconds_max):
+        clock, begin = time.monotonic(), time.process_time()
+        outcome: Outcome = None
+        try:
+            read()
+        except ss.CheckpointError as error:
+            str(error)
+            outcome = error
+        took.append(time.process_time() - begin)
+        assert time.monotonic() - clock < HANG_SECONDS, f"{name} took {time.monotonic() - clock:.1f} s"
+    assert min(took) < cpu_seconds_max, f"{name} took {min(took):.3f} s of CPU, and no less in {len(took)} tries"
     return outcome
 
 

@@ -1,8 +1,8 @@
 """What a checkpoint made to do harm can be, item by item, and the test that shows how it ends.
 
 `ITEMS` is the whole list: of each file its tests, and what each stands for. The tests that stand here are those that no
-other file of this folder has. Every test of the list asks for a typed error within a second and 64 MiB of memory (see
-`hostile.limited`). Those that name a time in CPU seconds ask for that: the wall clock of a busy machine tells more.
+other file of this folder has. Every test of the list asks for a typed error in less than 100 ms of CPU and 64 MiB of
+memory (see `hostile.limited`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import re
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +117,6 @@ def test_every_item_of_the_list_has_its_test() -> None:
             assert re.search(rf"^def {test}\(", text, re.MULTILINE), item
 
 
-CPU_SECONDS_MAX = 0.5  # 0.1 on a machine of 2026 that has nothing else to do
-
-
 @pytest.fixture
 def source(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     hostile.skip_without_memory_counter()
@@ -136,12 +132,6 @@ def path(directory: Path) -> Path:
     return directory / "hostile"
 
 
-def refused_at_once(path: Path, kind: type[ss.CheckpointError] = ss.CorruptCheckpointError) -> None:
-    begin = time.process_time()
-    assert_refused(path, kind)
-    assert time.process_time() - begin < CPU_SECONDS_MAX * len(hostile.READS)
-
-
 def test_white_space_costs_what_reading_it_costs(source: Path, path: Path) -> None:
     forge = Forge(source)
     forge.write(path)
@@ -149,7 +139,7 @@ def test_white_space_costs_what_reading_it_costs(source: Path, path: Path) -> No
     write_manifest(path, b" " * (4 << 20) + sound + b"\n" * (1 << 20))
     assert set(try_everything(path).values()) == {None}
     write_manifest(path, b" " * (4 << 20))
-    refused_at_once(path)
+    assert_refused(path, ss.CorruptCheckpointError)
 
 
 DOUBLED = ['"format":', '"rank":', '"xxh128":', '"nbytes":', '"world_size":']
@@ -162,7 +152,7 @@ def test_a_key_stands_once_in_every_object(source: Path, path: Path, key: str) -
     sound = json.dumps(forge.manifest, separators=(",", ":"))
     assert key in sound
     write_manifest(path, sound.replace(key, f"{key}0,{key}", 1).encode())
-    refused_at_once(path)
+    assert_refused(path, ss.CorruptCheckpointError)
     write_manifest(path, sound.encode())
     assert set(try_everything(path).values()) == {None}
     header = json.dumps(forge.header, separators=(",", ":"))
@@ -170,14 +160,14 @@ def test_a_key_stands_once_in_every_object(source: Path, path: Path, key: str) -
         forge = Forge(source)
         forge.header_text = header.replace(inside, f"{inside}0,{inside}", 1).encode()
         forge.write(path)
-        refused_at_once(path)
+        assert_refused(path, ss.CorruptCheckpointError)
 
 
 @pytest.mark.parametrize("text", [b"", b"0" * 32, b"\xff" * 50, b"0" * 32 + b"  MANIFEST.json\n", b"x" * 100_000])
 def test_digest_files_that_are_none_are_refused(source: Path, path: Path, text: bytes) -> None:
     Forge(source).write(path)
     (path / DIGEST).write_bytes(text)
-    refused_at_once(path)
+    assert_refused(path, ss.CorruptCheckpointError)
 
 
 NUMBERS = [
@@ -202,13 +192,13 @@ def test_integers_are_integers_of_64_bits(source: Path, path: Path, number: str)
         forge.write(path)
         forge.manifest[field] = "PUT"
         write_manifest(path, json.dumps(forge.manifest).replace('"PUT"', number).encode())
-        refused_at_once(path)
+        assert_refused(path, ss.CorruptCheckpointError)
     for field in ("rank", "world_size", "chunk_bytes", "chunk_count"):
         forge = Forge(source)
         forge.header[field] = "PUT"
         forge.header_text = json.dumps(forge.header).replace('"PUT"', number).encode()
         forge.write(path)
-        refused_at_once(path)
+        assert_refused(path, ss.CorruptCheckpointError)
 
 
 def test_ranks_stand_once_each_and_in_order(source: Path, path: Path) -> None:
@@ -222,7 +212,7 @@ def test_ranks_stand_once_each_and_in_order(source: Path, path: Path) -> None:
         manifest.update(writers=[writer(*one) for one in ranks], world_size=len(ranks))
         write_manifest(path, json.dumps(manifest).encode())
         if ranks:
-            refused_at_once(path)
+            assert_refused(path, ss.CorruptCheckpointError)
         else:
             try_everything(path)
 
