@@ -29,6 +29,8 @@ BUILD = ROOT / "build" / "fuzz"
 CORPUS = ROOT / "build" / "fuzz-corpus"
 FINDINGS = ROOT / "build" / "fuzz-findings"
 SEEDS = ROOT / "tests" / "native" / "fuzz" / "corpus"
+# Guards against what hangs or takes the machine's memory; the limits of an input are in limited_input.cc beside the
+# native targets, and in tests/fuzz/limits.py.
 LIMITS = ("-rss_limit_mb=1024", "-malloc_limit_mb=64", "-timeout=10", "-max_len=1024", "-print_final_stats=1")
 TAIL_LINES = 40
 # Beyond a target's share: to import, to make a sound checkpoint, and to be the last input, which may take a minute.

@@ -4,7 +4,7 @@ The limit of time is one of CPU time, of all threads, because a machine with oth
 other work lengthens CPU time too, by its part of caches and cores, so a read that took too long is tried again, and the
 shortest counts. `HANG_SECONDS` is no promise: it finds what waits for something.
 
-Two kinds of reads may take longer. `verify` with its diagnosis looks for a flipped bit after the checkpoint was refused,
+Two kinds of reads may take longer. `verify` with its diagnosis looks for a flipped bit once the checkpoint is refused,
 as long as `snapstone.diagnosis` says; a caller who does not want to pay for that asks for none. And a checkpoint of
 thousands of tensors or files takes `ITEM_SECONDS_MAX` for each: all of them are given out, or looked for on the disk.
 """
@@ -20,13 +20,11 @@ import pytest
 
 import snapstone as ss
 from durability import small
+from fuzz.limits import CPU_SECONDS_MAX, GROWTH_BYTES_MAX, TRIES_MAX
 from snapstone.diagnosis import CHUNKS_MAX, SEARCH_SECONDS
 
-CPU_SECONDS_MAX = 0.1
 ITEM_SECONDS_MAX = 0.0002
-TRIES_MAX = 3
 HANG_SECONDS = 20.0
-GROWTH_BYTES_MAX = 64 << 20
 
 Outcome = ss.CheckpointError | None
 

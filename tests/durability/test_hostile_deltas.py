@@ -3,7 +3,7 @@
 Invariants:
   1. Shared files are named `base/` and one component, once, in the manifest and in the index; all else is refused.
   2. References that the table does not hold, that run in a circle or in a long chain are refused before they are read.
-  3. Reading any of it ends in a CheckpointError, within 100 ms of CPU and 64 MiB, and opens no file outside the directory.
+  3. Reading it ends in a CheckpointError, within 100 ms of CPU and 64 MiB, and opens no file outside the directory.
 """
 
 from __future__ import annotations

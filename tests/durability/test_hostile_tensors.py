@@ -1,7 +1,7 @@
 """Tensors, shards and values by a writer who means harm and computes every digest right.
 
-Invariants, for everything here: reading it ends in success or in a CheckpointError, within 100 ms of CPU and 64 MiB, and
-what docs/format.md says readers must refuse is refused.
+Invariants, for everything here: reading it ends in success or in a CheckpointError, within 100 ms of CPU and 64 MiB,
+and what docs/format.md says readers must refuse is refused.
 """
 
 from __future__ import annotations

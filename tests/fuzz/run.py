@@ -62,7 +62,7 @@ def made_up(chance: random.Random, known: list[bytes]) -> bytes:
 def run_randomly(given: argparse.Namespace, hand: Hand) -> None:
     target = target_of(given.target)
     target(bytes(64))  # what is made once, and imported late
-    limited = Limited(given.target, target, hand, given.findings, given.cpu_seconds)
+    limited = Limited(given.target, target, hand, given.findings, limits.cpu_seconds_max(given.target))
     folders = (FOUND_BEFORE / given.target, given.corpus)
     known = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*")) if path.is_file()]
     for data in known:
@@ -78,7 +78,8 @@ def run_atheris(given: argparse.Namespace, hand: Hand) -> None:
     with atheris.instrument_imports(include=["snapstone"]):
         target = target_of(given.target)
     target(bytes(64))
-    limited = Limited(given.target, target, hand, given.findings, given.cpu_seconds)
+    seconds_max = limits.INSTRUMENTED * limits.cpu_seconds_max(given.target)
+    limited = Limited(given.target, target, hand, given.findings, seconds_max)
     # -timeout and -rss_limit_mb are out of the way: `limits` finds both, input by input.
     options = [f"-max_total_time={given.seconds:.0f}", f"-max_len={BYTES_MAX}", "-timeout=600", "-rss_limit_mb=0"]
     folders = [str(folder) for folder in (given.corpus, FOUND_BEFORE / given.target) if folder.is_dir()]
@@ -106,7 +107,7 @@ def is_too_long(child: int, hand: Hand, given: argparse.Namespace) -> str:
     # This process may have waited for its turn while the other went on to the next inputs.
     if hand.seen()[0] != executions:
         return ""
-    if cpu > 2 * given.cpu_seconds:
+    if cpu > given.hang_cpu_seconds:
         return f"it has taken {cpu:.1f} s of CPU, and goes on"
     if seconds > given.wall_seconds:
         return f"it has taken {seconds:.1f} s, but {cpu:.1f} s of CPU, and sleeps on"
@@ -143,8 +144,8 @@ def main() -> int:
     parser.add_argument("seconds", type=float)
     parser.add_argument("corpus", type=Path, help="what was learnt before; atheris adds to it")
     parser.add_argument("findings", type=Path, help="where inputs go that break something")
-    parser.add_argument("--cpu-seconds", type=float, default=limits.CPU_SECONDS_MAX, help="for an input that works")
-    parser.add_argument("--wall-seconds", type=float, default=limits.WALL_SECONDS_MAX, help="for an input that sleeps")
+    parser.add_argument("--hang-cpu-seconds", type=float, default=limits.HANG_CPU_SECONDS, help="of what works on")
+    parser.add_argument("--wall-seconds", type=float, default=limits.WALL_SECONDS_MAX, help="of what sleeps on")
     given = parser.parse_args()
     given.corpus.mkdir(parents=True, exist_ok=True)
     hand, parent = Hand(), os.getpid()

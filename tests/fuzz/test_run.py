@@ -39,7 +39,7 @@ def run(tmp_path: Path, target: str, seconds: int, *options: str) -> subprocess.
 
 @pytest.mark.parametrize("target", list(BROKEN))
 def test_an_input_that_breaks_a_limit_is_a_finding_and_is_saved(tmp_path: Path, target: str) -> None:
-    ended = run(tmp_path, target, 30, "--cpu-seconds=0.3", f"--wall-seconds={2 if target == 'sleep' else 100}")
+    ended = run(tmp_path, target, 30, "--hang-cpu-seconds=1", f"--wall-seconds={2 if target == 'sleep' else 100}")
     assert ended.returncode == 1, ended
     assert BROKEN[target] in ended.stdout, ended
     (saved,) = (tmp_path / "findings").iterdir()

@@ -89,7 +89,7 @@ void check_plan(const std::vector<ChunkRecord>& table, const std::vector<std::ui
 }  // namespace
 }  // namespace snapstone
 
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+int snapstone::fuzz::run_input(const std::uint8_t* data, std::size_t size) {
   using namespace snapstone;
   Input input(data, size);
   std::vector<std::uint64_t> files(input.below(4));

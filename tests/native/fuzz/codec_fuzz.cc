@@ -44,7 +44,7 @@ void check_damaged(Input& input, Bytes stored, Codec codec, std::size_t raw_nbyt
 }  // namespace
 }  // namespace snapstone
 
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+int snapstone::fuzz::run_input(const std::uint8_t* data, std::size_t size) {
   using namespace snapstone;
   Input input(data, size);
   const auto codec = static_cast<Codec>(input.below(9));

@@ -66,7 +66,7 @@ void check_xor(const Bytes& stored, Codec codec, const Bytes* difference, std::s
 }  // namespace
 }  // namespace snapstone
 
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+int snapstone::fuzz::run_input(const std::uint8_t* data, std::size_t size) {
   using namespace snapstone;
   fuzz::Input input(data, size);
   const auto codec = static_cast<Codec>(input.below(9));

@@ -1,6 +1,7 @@
 // What the fuzz targets share: numbers and bytes taken from an input, and a check that ends the process.
 //
-// A target is one LLVMFuzzerTestOneInput(). Built with libFuzzer it runs on inputs that libFuzzer makes up
+// A target is one run_input(), which limited_input.cc calls, and holds to limits of time and memory. Built with
+// libFuzzer it runs on inputs that libFuzzer makes up
 // (`make fuzz`); built with corpus_main.cc it runs on the files of its corpus, as one of the native tests. Whatever an
 // input says, a target may end in the typed errors of its subject alone: every other exception, every report of a
 // sanitizer and every failed require() is a finding.
@@ -19,6 +20,8 @@
 namespace snapstone::fuzz {
 
 using Bytes = std::vector<std::uint8_t>;
+
+int run_input(const std::uint8_t* data, std::size_t size);
 
 inline void require(bool condition, const char* promise) {
   if (condition) return;

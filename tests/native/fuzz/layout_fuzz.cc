@@ -50,7 +50,7 @@ void check_layout(const format::Layout& layout, const std::vector<std::uint64_t>
 }  // namespace
 }  // namespace snapstone
 
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+int snapstone::fuzz::run_input(const std::uint8_t* data, std::size_t size) {
   using namespace snapstone;
   fuzz::Input input(data, size);
   const std::uint64_t chunk_bytes = input.flag() ? input.number() : kPackThresholdBytes + input.byte() * kPageBytes;

@@ -173,7 +173,7 @@ class Trial {
 }  // namespace
 }  // namespace snapstone
 
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+int snapstone::fuzz::run_input(const std::uint8_t* data, std::size_t size) {
   snapstone::fuzz::Input input(data, size);
   try {
     snapstone::Trial(input).run();

@@ -5,7 +5,7 @@
 
 #include "fuzz_target.h"
 
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+int snapstone::fuzz::run_input(const std::uint8_t* data, std::size_t size) {
   using namespace snapstone;
   using fuzz::require;
   const std::string name(reinterpret_cast<const char*>(data), size);

@@ -142,7 +142,7 @@ void read_all(const Sound& sound, std::span<const std::uint32_t> references, boo
 }  // namespace
 }  // namespace snapstone
 
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+int snapstone::fuzz::run_input(const std::uint8_t* data, std::size_t size) {
   using namespace snapstone;
   Input input(data, size);
   Sound sound(input);

@@ -97,7 +97,7 @@ void check_any_sizes(Input& input) {
 }  // namespace
 }  // namespace snapstone
 
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+int snapstone::fuzz::run_input(const std::uint8_t* data, std::size_t size) {
   using namespace snapstone;
   Input input(data, size);
   const RealBox real(input);
