@@ -26,8 +26,8 @@ constexpr double kCpuSecondsMax = 0.1;
 constexpr int kTries = 3;
 constexpr std::int64_t kBytesMax = 64 << 20;
 
-std::atomic<std::int64_t> bytes_in_use{
-    0};  // since the process began; what was allocated before counts when it is freed
+// Since the process began. What was allocated before that counts when it is freed, so only differences say something.
+std::atomic<std::int64_t> bytes_in_use{0};
 std::atomic<std::int64_t> bytes_peak{0};
 
 #ifdef SNAPSTONE_COUNTS_MEMORY
