@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -106,6 +107,23 @@ def test_any_value_of_base_and_shared_replaced_or_removed(source: Path, path: Pa
         rewrite_manifest(path, lambda old, document=document: (old.clear(), old.update(document)))
         if at != ("base",):
             assert_refused(path)
+
+
+@pytest.mark.parametrize("kind", ["itself", "missing", "another run", "deep"])
+def test_a_base_is_never_looked_for_whatever_it_is_said_to_be(source: Path, path: Path, kind: str) -> None:
+    forge = Forge(source)
+    says = {
+        "itself": {"save_id": forge.manifest["save_id"], "name": path.name},
+        "missing": {"name": "nothing"},
+        "another run": {"save_id": "f" * 32, "name": "before"},
+        "deep": {"depth": 100_000},
+    }
+    forge.manifest["base"].update(says[kind])
+    forge.write(path)
+    for one in (source, source.with_name("before"), source.with_name("after")):
+        shutil.rmtree(one)
+    assert set(try_everything(path).values()) == {None}
+    small.assert_holds(path, 1)
 
 
 SHARED_NAMES = [

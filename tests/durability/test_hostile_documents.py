@@ -113,6 +113,7 @@ BAD_NAMES = [
     "../secret",
     "/etc/passwd",
     "a/b",
+    "a/../../b",
     "a\0b",
     ".hidden",
     "%2e%2e%2fsecret",

@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,21 @@ def replacements() -> dict[str, Callable[[Path], None]]:
             listener.bind(f"/proc/self/fd/{here}/{path.name}")
         os.close(here)
 
+    def other_file(path: Path) -> None:
+        (path.parents[1] / "secret").write_text("not of the checkpoint")
+        os.link(path.parents[1] / "secret", path)
+
+    def device(path: Path) -> None:
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))
+        except PermissionError as error:
+            pytest.skip(f"no device can be made: {error}")
+
     return {
         "fifo": fifo,
         "directory": Path.mkdir,
+        "hard link to another file": other_file,
+        "device": device,
         "link to the real file": link,
         "link to nothing": lambda path: path.symlink_to("nothing"),
         "link to itself": lambda path: path.symlink_to(path.name),

@@ -1,120 +1,47 @@
-"""What a checkpoint made to do harm can be, item by item, and the test that shows how it ends.
+"""What a checkpoint made to do harm can be, item by item: `hostile_items` has the list, with the tests of each item.
 
-`ITEMS` is the whole list: of each file its tests, and what each stands for. The tests that stand here are those that no
-other file of this folder has. Every test of the list asks for a typed error in less than 100 ms of CPU and 64 MiB of
-memory (see `hostile.limited`).
+The tests that stand here are those that no other file of this folder has. Every test of the list asks for a typed error
+in less than 100 ms of CPU and 64 MiB of memory (see `hostile.limited`).
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import re
 import struct
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import snapstone as ss
 from durability import hostile, small
-from durability.forge import DIGEST, Forge, write_manifest
+from durability.forge import DIGEST, MANIFEST, Forge, write_manifest
 from durability.hostile import assert_refused, try_everything
+from durability.hostile_items import ITEMS
 from snapstone.run_directory import find_checkpoints
 
-DOCUMENTS = "durability/test_hostile_documents.py"
-FILES = "durability/test_hostile_files.py"
-TENSORS = "durability/test_hostile_tensors.py"
-CHUNKS = "durability/test_hostile_chunks.py"
-DELTAS = "durability/test_hostile_deltas.py"
-BASES = "durability/test_delta_forged_bases.py"
-HERE = "durability/test_hostile_list.py"
-FUZZED = "fuzz/test_targets.py"
-
-ITEMS = {
-    DOCUMENTS: {
-        "test_manifests_that_are_not_json_as_defined": (
-            "manifest: empty, one byte, NUL, not UTF-8, byte-order mark; manifest: nested 100,000 deep"
-        ),
-        "test_huge_sparse_files_are_refused_before_they_are_read": ("manifest: larger than the limit"),
-        "test_nesting_near_the_limit_of_the_stack": ("manifest: nested as deep as the stack"),
-        "test_versions_that_are_none_are_corrupt": ("version: 0, a large one, none"),
-        "test_index_files_that_are_too_short_or_not_one": ("wrong magic"),
-        "test_sizes_beyond_what_files_have": ("right digest and wrong length"),
-        "test_index_headers_that_are_not_json_as_defined": ("garbage behind"),
-        "test_world_sizes_that_do_not_match_the_writers": ("world size: 0, negative, 2^31"),
-        "test_many_tensors_without_bytes_take_memory_in_proportion": ("many tensors"),
-        "test_names_that_lead_elsewhere_are_refused": (
-            "file names: empty, dots, slashes, NUL, long, escaped, with spaces"
-        ),
-        "test_header_lengths_that_do_not_fit": ("index: empty, shorter than its head, header length 2^63"),
-    },
-    HERE: {
-        "test_white_space_costs_what_reading_it_costs": ("manifest: white space without end"),
-        "test_a_key_stands_once_in_every_object": (
-            "duplicate keys, at the top and in the object of a tensor, file or writer"
-        ),
-        "test_digest_files_that_are_none_are_refused": ("digest that is none"),
-        "test_integers_are_integers_of_64_bits": (
-            "numbers: NaN, infinity, 1e400, fractions, out of 64 bits, a million digits"
-        ),
-        "test_ranks_stand_once_each_and_in_order": ("ranks: one missing, one twice, out of order"),
-        "test_dtypes_have_one_name_and_whole_bytes": ("dtypes: unknown, upper case, another name, parts of a byte"),
-        "test_names_that_look_alike_are_two": ("tensor names: other case or normal form"),
-        "test_file_names_are_taken_letter_by_letter": ("file names: a dot or a letter of another case at the end"),
-        "test_links_planted_in_a_run_are_no_checkpoints": ("a run's links that lead nowhere, outside or in a circle"),
-        "test_a_file_that_is_cut_after_it_was_opened_is_an_error": ("cut while it is read"),
-    },
-    FILES: {
-        "test_a_newer_major_is_incompatible_whatever_else_changed": ("version: newer"),
-        "test_any_flipped_byte_of_manifest_digest_or_index_is_found": ("wrong digest of itself"),
-        "test_what_stands_in_place_of_a_file_is_refused": (
-            "links, pipes, devices, directories and sockets in place of files"
-        ),
-        "test_a_staging_directory_is_refused_even_when_it_looks_whole": ("never committed"),
-        "test_files_swapped_between_steps_are_refused": ("chunk: of another step"),
-        "test_files_swapped_between_ranks_are_refused_and_the_rank_is_named": ("chunk: of another rank"),
-        "test_a_chunk_of_the_same_checkpoint_in_the_wrong_place_is_refused": ("chunk: right digest in the wrong place"),
-        "test_any_flipped_byte_of_data_is_found_and_named": ("padding that is not zero"),
-        "test_truncated_and_extended_files_are_refused": ("cut by a byte, at every boundary, longer"),
-    },
-    TENSORS: {
-        "test_shards_that_overlap_leave_a_hole_or_disagree": ("shards: overlapping, with holes, outside"),
-        "test_tensors_that_cannot_be": ("shapes: overflow, negative, zero beside huge"),
-        "test_names_that_confuse_are_only_names": ("tensor names: empty, long, NUL, newline, right-to-left, __proto__"),
-    },
-    DELTAS: {
-        "test_any_value_of_base_and_shared_replaced_or_removed": ("delta: base and depth of any value"),
-        "test_names_of_shared_files_do_not_leave_base": ("delta: files outside base"),
-        "test_circles_of_references_are_refused": ("delta: chains of references, long ones and circles"),
-        "test_chains_of_references_are_bounded": ("delta: too many references in a chain"),
-    },
-    BASES: {
-        "test_a_base_that_says_other_things_under_its_old_save_id_is_read_again": (
-            "delta: base of another run, or changed"
-        ),
-        "test_a_base_with_more_deltas_behind_it_than_a_number_holds": ("delta: a depth beyond all numbers"),
-    },
-    CHUNKS: {
-        "test_records_outside_the_limits_are_refused": ("chunk: sizes of 0, huge, or that do not match"),
-        "test_records_that_point_at_other_bytes_are_refused": ("chunk: swapped, twice, of another place"),
-        "test_frames_that_no_writer_writes": ("frames: bombs, windows, dictionaries, cut, two"),
-    },
-    FUZZED: {
-        "test_metadata_of_other_writers_takes_memory_in_proportion_and_only_corrupt_errors_come_out": (
-            "metadata of torch's own checkpoints"
-        ),
-    },
-}
+FILES = [
+    *("test_hostile_documents", "test_hostile_files", "test_hostile_tensors", "test_hostile_chunks"),
+    *("test_hostile_deltas", "test_hostile_list", "test_delta_bases", "test_delta_forged_bases", "test_diagnosis"),
+]
 
 
 def test_every_item_of_the_list_has_its_test() -> None:
-    tests = Path(__file__).resolve().parents[1]
-    for file, items in ITEMS.items():
-        text = (tests / file).read_text()
-        for test, item in items.items():
-            assert re.search(rf"^def {test}\(", text, re.MULTILINE), item
+    here = Path(__file__).parent
+    places = [*(here / f"{name}.py" for name in FILES), here.parent / "fuzz" / "test_targets.py"]
+    tests = {name for place in places for name in re.findall(r"^def (test_\w+)\(", place.read_text(), re.MULTILINE)}
+    named = {(kind, item): text.split(", ") for kind, items in ITEMS.items() for item, text in items.items()}
+    assert len(named) == 72, "an item was lost, or a new one is not counted"
+    assert {item: set(found) - tests for item, found in named.items() if not set(found) <= tests} == {}
 
 
 @pytest.fixture
@@ -201,6 +128,27 @@ def test_integers_are_integers_of_64_bits(source: Path, path: Path, number: str)
         assert_refused(path, ss.CorruptCheckpointError)
 
 
+def test_an_integer_that_no_float_holds_is_read_as_it_is(source: Path, path: Path) -> None:
+    forge = Forge(source)
+    forge.manifest["step"] = (1 << 53) + 1
+    forge.write(path)
+    assert ss.Checkpoint.open(path).step == (1 << 53) + 1
+    forge.manifest["world_size"] = (1 << 53) + 1
+    forge.write(path)
+    assert_refused(path, ss.CorruptCheckpointError)
+
+
+def test_minus_zero_is_zero(source: Path, path: Path) -> None:
+    forge = Forge(source)
+    forge.header_text = json.dumps(forge.header).replace('"rank": 0', '"rank": -0').encode()
+    assert b"-0" in forge.header_text
+    forge.write(path)
+    assert set(try_everything(path).values()) == {None}
+    forge.header_text = json.dumps(forge.header).replace('"chunks": [0,', '"chunks": [-0.0,').encode()
+    forge.write(path)
+    assert_refused(path, ss.CorruptCheckpointError)
+
+
 def test_ranks_stand_once_each_and_in_order(source: Path, path: Path) -> None:
     def writer(rank: int, name: int) -> dict[str, Any]:
         text = json.dumps(Forge(source).writer).replace("rank-00000", f"rank-{name:05}")
@@ -224,6 +172,7 @@ DTYPES = [
     "f32",
     "half",
     "torch.float32",
+    ">f4",
     "float32 ",
     "fl\u00f6at32",
     "uint4",
@@ -290,3 +239,122 @@ def test_a_file_that_is_cut_after_it_was_opened_is_an_error(source: Path, path: 
         os.truncate(path / "rank-00000.data", 4096)
         with pytest.raises(ss.CorruptCheckpointError):
             checkpoint.load_tensors()
+
+
+def test_what_a_later_version_may_add_is_refused_by_name(source: Path, path: Path) -> None:
+    """There is no list of features that a reader needs: each is met where it is used."""
+    forge = Forge(source)
+    forge.table["codec"][-1] = 9
+    forge.write(path)
+    assert_refused(path, ss.CorruptCheckpointError, "unknown codec")
+    forge = Forge(source)
+    forge.header["tensors"][0]["dtype"] = "float6_e3m2fn"
+    forge.write(path)
+    assert_refused(path, ss.IncompatibleCheckpointError, "float6_e3m2fn")
+    forge = Forge(source)
+    forge.header["objects"]["extra"]["value"] = {"$later": 1}
+    forge.write(path)
+    outcomes = try_everything(path)
+    assert isinstance(outcomes["load"], ss.CorruptCheckpointError)
+    assert "$later" in str(outcomes["load"])
+
+
+def test_strides_and_byte_orders_are_not_of_the_format_and_change_nothing(source: Path, path: Path) -> None:
+    forge = Forge(source)
+    for row in forge.header["tensors"]:
+        row.update(strides=[1 << 62, -1], order="F", byte_order=">")
+    forge.header.update(endian="big", byte_order=">")
+    forge.manifest.update(endian="big", byte_order=">")
+    forge.write(path)
+    small.assert_holds(path, 1)
+    assert set(try_everything(path).values()) == {None}
+
+
+def test_heads_and_tables_in_the_other_byte_order_are_refused(source: Path, path: Path) -> None:
+    forge = Forge(source)
+    forge.header_bytes = int.from_bytes(len(json.dumps(forge.header).encode()).to_bytes(8, "little"), "big")
+    forge.write(path)
+    assert_refused(path, ss.CorruptCheckpointError)
+    forge = Forge(source)
+    forge.table = forge.table.byteswap()
+    forge.write(path)
+    assert_refused(path, ss.CorruptCheckpointError)
+
+
+def test_holes_and_turned_bytes_where_data_was_are_found(source: Path, path: Path) -> None:
+    Forge(source).write(path)
+    file = path / "rank-00000.data"
+    data = file.read_bytes()
+    for begin in range(0, len(data), 4096):
+        page = data[begin : begin + 4096]
+        turned = np.frombuffer(page, "<u4").byteswap().tobytes()
+        for change in (None, turned):
+            if change == page or (change is None and not any(page)):
+                continue
+            file.unlink()
+            with file.open("wb") as sparse:
+                sparse.truncate(len(data))
+                for at, part in ((0, data[:begin]), (begin, change), (begin + 4096, data[begin + 4096 :])):
+                    os.pwrite(sparse.fileno(), part or b"", at)
+            assert_refused(path, ss.CorruptCheckpointError, "rank-00000.data")
+
+
+def zipped() -> bytes:
+    file = io.BytesIO()
+    torch.save({"weights": torch.ones(3)}, file)  # a file of torch.save is a zip
+    return file.getvalue()
+
+
+ALSO: dict[str, Callable[[bytes], bytes]] = {
+    "zip": lambda data: data + zipped(),
+    "zip in front": lambda data: zipped() + data,
+    "safetensors": lambda data: safetensors.torch.save({"x": torch.frombuffer(bytearray(data), dtype=torch.uint8)}),
+    "pickle": lambda data: pickle.dumps(data),
+}
+
+
+@pytest.mark.parametrize("name", [MANIFEST, DIGEST, "rank-00000.index", "rank-00000.data"])
+@pytest.mark.parametrize("kind", list(ALSO))
+def test_files_that_are_something_else_too_are_refused(source: Path, path: Path, kind: str, name: str) -> None:
+    """What another program takes for weights, with a checkpoint in it, and every digest right."""
+    Forge(source).write(path)
+    changed = ALSO[kind]((path / name).read_bytes())
+    assert changed != (path / name).read_bytes()
+    assert zipfile.is_zipfile(io.BytesIO(changed)) or kind != "zip"
+    forge = Forge(source)
+    if name == "rank-00000.data":
+        forge.data = changed
+    elif name == "rank-00000.index":
+        forge.index = changed
+    forge.write(path)
+    if name == MANIFEST:
+        write_manifest(path, changed)
+    elif name == DIGEST:
+        (path / name).write_bytes(changed)
+    if (kind, name) == ("zip", "rank-00000.data"):
+        outcomes = try_everything(path)
+        assert outcomes["load"] is None, "of that file it reads chunks and nothing else"
+        assert "do not cover the file" in str(outcomes["verify"])
+    else:
+        assert_refused(path, ss.CorruptCheckpointError)
+
+
+def test_two_manifests_of_one_step_are_two_checkpoints_and_never_one(directory: Path, path: Path) -> None:
+    run = directory / "run"
+    for seed, name in ((1, "step-1"), (2, "step-01")):
+        ss.save(small.state(seed), checkpoint_id=run / name, step=1)
+    assert sorted(Path(one).name for one in find_checkpoints(str(run))) == ["step-01", "step-1"]
+    forge, other = Forge(run / "step-1"), Forge(run / "step-01")
+    forge.write(path)
+    (path / "MANIFEST-2.json").write_bytes((run / "step-01" / MANIFEST).read_bytes())
+    assert small.load(path) == small.bits(small.state(1))
+    assert "MANIFEST-2.json: not part of the checkpoint" in ss.verify(path).problems[0]
+    for part in ("manifest", "header", "table", "data"):
+        forge = Forge(run / "step-1")
+        setattr(forge, part, getattr(other, part))
+        if part == "manifest":
+            forge.writer = forge.manifest["writers"][0]
+        forge.write(path)
+        assert_refused(path, ss.CorruptCheckpointError)
+    for seed, name in ((1, "step-1"), (2, "step-01")):
+        small.assert_holds(run / name, seed)
