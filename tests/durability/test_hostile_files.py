@@ -117,7 +117,8 @@ def decodes_the_same(path: Path, record: Any) -> bool:
     begin, stored = int(record["offset"]), int(record["stored_bytes"])
     frame = (path / "rank-00000.data").read_bytes()[begin : begin + stored]
     try:
-        data = reference_reader.decode_chunk("", int(record["codec"]), frame, int(record["raw_bytes"]))
+        item_bytes = reference_reader.CODECS[int(record["codec"])]
+        data = reference_reader.decode_chunk("", item_bytes, frame, int(record["raw_bytes"]))
     except reference_reader.FormatError:
         return False
     return xxhash.xxh3_128_digest(data) == bytes(record["digest"])

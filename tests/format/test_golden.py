@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 import snapstone as ss
-from format import reference_reader, reference_values
+from format import reference_reader
 from format.make_golden import GOLDEN, METADATA, RECENT_DTYPES, STEP, bits_of
 from snapstone.values import decode, encode
 
@@ -68,9 +68,9 @@ def test_the_reference_reader_reads_it(golden: Path) -> None:
         for name, tensor in contents.tensors.items()
     }
     assert tensors == expected["tensors"]
-    assert {name: item.value for name, item in contents.objects[0].items()} == expected["objects"]
+    assert {name: item["value"] for name, item in contents.objects[0].items()} == expected["objects"]
     assert contents.manifest["step"] == STEP
-    metadata = {key: reference_values.decode(value) for key, value in contents.manifest["metadata"].items()}
+    metadata = {key: reference_reader.decode(value) for key, value in contents.manifest["metadata"].items()}
     assert repr(metadata) == repr(METADATA)
 
 
@@ -101,11 +101,11 @@ def test_values_of_other_ranks_are_read(golden: Path) -> None:
     contents = reference_reader.read(golden)
     with ss.Checkpoint.open(golden) as checkpoint:
         for rank in range(checkpoint.world_size):
-            own = {name: decode(item.value) for name, item in contents.objects[rank].items()}
-            common = {name: decode(item.value) for name, item in contents.objects[0].items()}
+            own = {name: decode(item["value"]) for name, item in contents.objects[rank].items()}
+            common = {name: decode(item["value"]) for name, item in contents.objects[0].items()}
             assert repr(dict(checkpoint.objects(rank))) == repr({**own, **common, **own})
     if golden.name == "sharded":
-        assert contents.objects[1]["rng.rank"].value == 1
+        assert contents.objects[1]["rng.rank"]["value"] == 1
 
 
 @pytest.mark.parametrize("level", ["quick", "full"])

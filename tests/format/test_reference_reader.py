@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import xxhash
 
 import snapstone as ss
 from distributed import ranks
-from format import make_golden, reference_reader, reference_values
+from format import make_golden, reference_reader
 from format.make_golden import bits_of, pattern
 from snapstone.values import STORED_DTYPES, decode
 
@@ -66,10 +68,10 @@ def assert_readers_agree(path: Path) -> reference_reader.Contents:
             assert (str(tensor.dtype), tuple(tensor.shape)) == (f"torch.{other.dtype}", other.shape), name
             assert bits_of(tensor) == other.data, name
         for rank in range(checkpoint.world_size):
-            stored = {**contents.objects[0], **contents.objects[rank]}
+            stored = {name: one["value"] for name, one in {**contents.objects[0], **contents.objects[rank]}.items()}
             found = checkpoint.objects(rank)
             assert sorted(found) == sorted({name for objects in contents.objects for name in objects})
-            assert {name: repr(found[name]) for name in stored} == {n: repr(decode(o.value)) for n, o in stored.items()}
+            assert {name: repr(found[name]) for name in stored} == {n: repr(decode(one)) for n, one in stored.items()}
         assert checkpoint.nbytes == contents.manifest["nbytes"]
     return contents
 
@@ -85,7 +87,7 @@ def test_readers_agree_on_a_rich_state(
     contents = assert_readers_agree(tmp_path / "c")
     assert contents.tensors["large.float64"].data == bits_of(state["large"]["float64"])
     assert contents.tensors["strided.0"].data == bits_of(state["strided"][0].contiguous())
-    assert reference_values.decode(contents.objects[0]["values.numbers"].value)[:3] == (1 << 70, float("inf"), -0.0)
+    assert reference_reader.decode(contents.objects[0]["values.numbers"]["value"])[:3] == (1 << 70, float("inf"), -0.0)
     codecs = {int(code) for code in table_of(tmp_path / "c")["codec"]}
     assert codecs == ({0} if codec is None else {0, 1, 2, 3, 4})
 
@@ -137,7 +139,7 @@ def test_the_reference_reader_refuses_any_changed_byte(tmp_path: Path, kind: str
         for at in sorted({0, len(data) - 1, *(chosen.randrange(len(data)) for _ in range(12))}):
             file.write_bytes(data[:at] + bytes([data[at] ^ 1 << chosen.randrange(8)]) + data[at + 1 :])
             assert not ss.verify(path), (file.name, at)
-            with pytest.raises((reference_values.FormatError, ValueError, KeyError)):
+            with pytest.raises((reference_reader.FormatError, ValueError, KeyError)):
                 reference_reader.read(path)
         file.write_bytes(data)
     reference_reader.read(path)
@@ -170,5 +172,13 @@ def test_the_reference_reader_refuses_what_no_writer_writes(tmp_path: Path, chan
     text = json.dumps(manifest).encode()
     (path / "MANIFEST.json").write_bytes(text)
     (path / "MANIFEST.xxh128").write_text(f"{xxhash.xxh3_128_hexdigest(text)}  MANIFEST.json\n")
-    with pytest.raises(reference_values.FormatError, match=why):
+    with pytest.raises(reference_reader.FormatError, match=why):
         reference_reader.read(path)
+
+
+def test_the_reference_reader_is_small_and_stands_alone() -> None:
+    """Every line of it counts, and it imports nothing that is not in the standard library but three packages."""
+    text = Path(reference_reader.__file__).read_text()
+    assert len(text.splitlines()) < 300
+    imported = re.findall(r"^\s*(?:from|import) ([a-z0-9_]+)", text, re.MULTILINE)
+    assert set(imported) - set(sys.stdlib_module_names) == {"numpy", "xxhash", "zstandard"}
