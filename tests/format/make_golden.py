@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,10 @@ METADATA = {"metrics": {"loss": 0.25, "nan": float("nan")}, "note": ("golden", 1
 STEP = 1000
 # The bytes of a zstd frame depend on the version of the library, those of a raw chunk on nothing.
 CODECS: dict[str, str | None] = {"plain": None, "zstd": "zstd", "sharded": "zstd:19", "recent": None, "derived": None}
-CHAINS: dict[str, str | None] = {"delta": "zstd", "xor": "xor-zstd"}  # the last of three saves on each other
+CODECS |= {"marker": None}
+OPTIONS: dict[str, dict[str, Any]] = {"derived": {"derive": True}, "marker": {"dcp_marker": True}}
+# The last of three saves on each other.
+CHAINS: dict[str, str | None] = {"delta": "zstd", "xor": "xor-zstd", "xor-items": "xor-zstd"}
 CHAIN_STEPS = 3
 DTYPES = ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16"]
 DTYPES += ["float32", "float64", "complex32", "complex64", "complex128"]
@@ -101,10 +104,18 @@ def derived_state() -> dict[str, Any]:
     return state
 
 
+def marker_state() -> dict[str, Any]:
+    """With the file that trainers of torch.distributed.checkpoint look for."""
+    return {"t": torch.arange(10), "step": 7}
+
+
 def chain_state(kind: str, step: int) -> dict[str, Any]:
     """A chunk each. "delta": the second save links the first's file; the third links the second's and carries the one
     chunk of the first's that it needs. "xor": each save stores what changed as a difference from the save before.
+    "xor-items": the same of items of 1, 2 and 8 bytes.
     """
+    if kind == "xor-items":
+        return dict(xor_items(step)) | {"step": step}
     changed = {"a": 3, "b": 3, "c": 1, "d": 2} if kind == "delta" else {"a": 2, "b": 3, "c": 1}
     seeds = {name: step if kind == "xor" and name == "a" else min(step, last) for name, last in changed.items()}
     size = CHUNK_BYTES // 4
@@ -116,6 +127,13 @@ def chain_state(kind: str, step: int) -> dict[str, Any]:
         for name, seed in seeds.items():
             tensors[name][::97] += seed
     return {**tensors, "small": torch.tensor([1.0, 2.0]), "step": step}
+
+
+def xor_items(step: int) -> Iterator[tuple[str, torch.Tensor]]:
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float64):
+        tensor = torch.arange(CHUNK_BYTES // dtype.itemsize) // 512 % 100
+        tensor[::4097] += step
+        yield str(dtype)[6:], tensor.to(torch.uint8).view(dtype) if dtype.itemsize == 1 else tensor.to(dtype)
 
 
 def sharded_state(rank: int) -> dict[str, Any]:
@@ -151,6 +169,7 @@ STATES: dict[str, Callable[[], dict[str, Any]]] = {
     "zstd": zstd_state,
     "recent": recent_state,
     "derived": derived_state,
+    "marker": marker_state,
     **{kind: partial(chain_state, kind, CHAIN_STEPS) for kind in CHAINS},
 }
 
@@ -168,7 +187,7 @@ def save(kind: str, path: Path) -> None:
                 write(chain_state(kind, step), Path(run, str(step)), CHAINS[kind], **base)
             shutil.copytree(Path(run, str(CHAIN_STEPS)), path)
     else:
-        write(STATES[kind](), path, CODECS[kind], **({"derive": True} if kind == "derived" else {}))
+        write(STATES[kind](), path, CODECS[kind], **OPTIONS.get(kind, {}))
 
 
 def save_sharded(rank: int, path: str) -> None:

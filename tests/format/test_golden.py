@@ -29,10 +29,12 @@ CHECKPOINTS = sorted(path.parent for path in GOLDEN.glob("*/*/MANIFEST.json"))
 RELEASED = {  # XXH3-128 of MANIFEST.json, which roots the digests of everything else
     "1.0/delta": "5b549cba51c9d57c65eab776b80fa6ec",
     "1.0/derived": "599232a847062cc346f9e301f81a2c11",
+    "1.0/marker": "cf56a346f4011849c1e1de0bcd1f8f7d",
     "1.0/plain": "c8401e95929715bbb0cb739ebb1acaa0",
     "1.0/recent": "f9448beca384f12a67d02b23edf25d13",
     "1.0/sharded": "d4b714d5b3665bafc77985ecf83ff156",
     "1.0/xor": "27306c1e029fea0bb934786acb83179c",
+    "1.0/xor-items": "e43e186989559b2f6d0e72f2d881dbf1",
     "1.0/zstd": "4736c1752f57d11a95ee793a62c3301d",
 }
 
