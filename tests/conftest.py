@@ -1,7 +1,7 @@
 """Markers for what a machine may lack.
 
 A test marked ``needs_x`` is skipped where x is missing; ``FAIL_WITHOUT_X=1`` in the environment makes that a failure,
-so that a machine meant to have x cannot pass by skipping.
+so that a machine meant to have x cannot pass by skipping. What proofs need beside that is in `lacking`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
+
+import lacking
 
 # The same examples in every run: a change is not judged by luck.
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
@@ -72,6 +74,10 @@ NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    try:
+        lacking.demanded()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
     for marker, (thing, _) in NEEDS.items():
         config.addinivalue_line("markers", f"{marker}: the test needs {thing}")
 

@@ -1,8 +1,9 @@
 """Runs every fuzz target for its share of the time, and ends with 1 where one finds something: `make fuzz SECONDS=60`.
 
 Native targets (tests/native/fuzz) are built with libFuzzer, ASan and UBSan; without clang they are left out with a
-message. Python targets (tests/fuzz) follow coverage where atheris is installed, and are random where it is not. What
-libFuzzer learns stays in build/fuzz-corpus for the next run; inputs that broke something are in build/fuzz-findings.
+message (`FAIL_WITHOUT=clang` makes that a failure). Python targets (tests/fuzz) follow coverage where atheris is
+installed, and are random where it is not. What libFuzzer learns stays in build/fuzz-corpus for the next run; inputs that
+broke something are in build/fuzz-findings.
 Every input has limits of time and memory, and a target that outlasts its share by `GRACE_SECONDS` has failed, too.
 """
 
@@ -41,6 +42,8 @@ def build() -> list[Path]:
     """The native targets; none where there is no clang with libFuzzer."""
     if shutil.which("clang++") is None:
         print("fuzz: native targets left out: no clang++")
+        if {"all", "clang"} & set(os.environ.get("FAIL_WITHOUT", "").replace(",", " ").split()):
+            raise SystemExit("fuzz: FAIL_WITHOUT names clang")
         return []
     options = [
         "-DCMAKE_C_COMPILER=clang",

@@ -17,6 +17,7 @@ from crash.loop_mount import FILE_SYSTEMS, LoopMount, mounted, why_not
 from distributed.ranks import Ranks
 from durability import doomed, small
 from durability.chain import CHUNK_BYTES
+from lacking import skip_without
 
 SEED = int(os.environ.get("SNAPSTONE_CRASH_SEED", "1"))
 ROUNDS = int(os.environ.get("SNAPSTONE_CRASH_ROUNDS", "3"))
@@ -31,7 +32,7 @@ def mount(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     scratch = Path(tempfile.mkdtemp(prefix="snapstone-cut-"))
     try:
         if reason := why_not(request.param, scratch):
-            pytest.skip(reason)
+            skip_without("mounts", reason)
         with mounted(request.param, scratch) as one:
             yield one
     finally:

@@ -20,6 +20,7 @@ import pytest
 from rank_states import LATE_S, attempt, hidden
 
 from durability.counted import count
+from lacking import skip_without
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 4.0
@@ -58,7 +59,7 @@ def _remove() -> None:
 def network() -> Iterator[None]:
     """A namespace for each rank, with an address on one bridge that belongs to no one else."""
     if shutil.which("ip") is None or os.geteuid() != 0:
-        pytest.skip("needs root and iproute2 for network namespaces")
+        skip_without("network_namespaces", "they need root and `ip` of iproute2")
     try:
         _ip("link", "add", f"{PREFIX}b", "type", "bridge")
         _ip("link", "set", f"{PREFIX}b", "up")
@@ -72,7 +73,7 @@ def network() -> Iterator[None]:
             _ip("-n", name, "link", "set", "lo", "up")
     except OSError as refused:
         _remove()
-        pytest.skip(f"needs network namespaces: {refused}")
+        skip_without("network_namespaces", str(refused))
     yield
     _remove()
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-import pytest
+from lacking import skip_without
 
 TOOL_S = 60.0
 IMAGE_BYTES = 48 << 20
@@ -64,7 +64,7 @@ def needed(*lacks: Callable[[], str]) -> None:
     """Skips the test where something is missing, and says what."""
     for one in lacks:
         if why := one():
-            pytest.skip(why)
+            skip_without("nbdkit" if one is lacks_network_disks else "mounts", why)
 
 
 def make_image(path: Path, nbytes: int = IMAGE_BYTES, block_bytes: int = 4096, *options: str) -> Path:
@@ -178,7 +178,8 @@ def wait_until(is_there: Callable[[], bool], process: subprocess.Popen[bytes]) -
     deadline = time.monotonic() + 20
     while not is_there():
         if process.poll() is not None or time.monotonic() > deadline:
-            pytest.skip(f"{process.args!r} does not run here")
+            thing = "strace" if "strace" in str(process.args) else "nbdkit"
+            skip_without(thing, f"{process.args!r} does not run here")
         time.sleep(0.01)
 
 
@@ -225,7 +226,7 @@ def forgetful_disk(directory: Path) -> Iterator[tuple[Mount, Path]]:
 def traced(thread: int, *injections: str, log: Path) -> Iterator[None]:
     """strace on one thread of this process, from now on."""
     if shutil.which("strace") is None:
-        pytest.skip("there is no strace")
+        skip_without("strace", "there is no strace")
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(PR_SET_PTRACER_ANY), 0, 0, 0)
     options = [f"--inject={one}" for one in injections]
     names = ",".join(one.partition(":")[0] for one in injections)

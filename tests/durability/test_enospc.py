@@ -25,6 +25,7 @@ import snapstone as ss
 from durability import small
 from durability.seam import calls_of, faults, os_error_of
 from durability.small import RUNGS
+from lacking import skip_without
 from snapstone import _native
 
 SEED = 28028
@@ -48,7 +49,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     path.mkdir()
     options = f"size={DISK_BYTES},nr_inodes={FILES_MAX},mode=700".encode()
     if LIBC.mount(b"snapstone-test", os.fsencode(path), b"tmpfs", 0, options) != 0:
-        pytest.skip(f"mounting a tmpfs needs root and CAP_SYS_ADMIN: {os.strerror(ctypes.get_errno())}")
+        skip_without("mounts", f"a tmpfs needs root and CAP_SYS_ADMIN: {os.strerror(ctypes.get_errno())}")
     yield path
     LIBC.umount2(os.fsencode(path), MNT_DETACH)
 

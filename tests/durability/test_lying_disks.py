@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import snapstone as ss
 from distributed import ranks
 from durability import devices, small
+from lacking import skip_without
 from snapstone import _native
 from snapstone.dcp import StorageWriter
 
@@ -206,10 +207,10 @@ def save_while_writes_get_lost(rank: int, run: str, log: str) -> list[str]:
 
 def test_a_lost_write_is_found_out_before_the_commit(tmp_path: Path) -> None:
     if shutil.which("strace") is None:
-        pytest.skip("there is no strace")
+        skip_without("strace", "there is no strace")
     results = ranks.run_ranks(1, save_while_writes_get_lost, str(tmp_path / "run"), str(tmp_path / "log"), store="none")
     if results[0].outcome == "raised" and "does not run here" in str(results[0].error):
-        pytest.skip("strace cannot attach here")
+        skip_without("strace", "it cannot attach here")
     ((trusting, verified),) = ranks.values(results)
     assert "INJECTED" in (tmp_path / "log").read_text()
     assert trusting == "saved"
@@ -249,11 +250,11 @@ def save_while_one_rank_loses_writes(rank: int, run: str, log: str, engine: str)
 @pytest.mark.parametrize("engine", ["save", "dcp"])
 def test_a_lost_write_of_one_rank_fails_the_save_on_all(tmp_path: Path, engine: str) -> None:
     if shutil.which("strace") is None:
-        pytest.skip("there is no strace")
+        skip_without("strace", "there is no strace")
     run = tmp_path / "run"
     results = ranks.run_ranks(2, save_while_one_rank_loses_writes, str(run), str(tmp_path / "log"), engine)
     if any("does not run here" in str(one.error) for one in results):
-        pytest.skip("strace cannot attach here")
+        skip_without("strace", "it cannot attach here")
     (trusted, other), (also_trusted, own) = ranks.values(results)
     assert (trusted, also_trusted) == (None, None)
     assert not ss.verify(run / "trusting"), "a lost write, and nobody noticed"

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from durability.counted import count
+from lacking import skip_without
 
 JOB = Path(__file__).with_name("judged_job.py")
 ALL = os.environ.get("SNAPSTONE_TEST_KILLS") == "all"
@@ -24,10 +25,13 @@ POINTS = 200 if ALL else 6
 LONGEST_S = 3400 if ALL else 800
 RESUMED = r"resumed from step (\d+)"
 
-pytestmark = [
-    pytest.mark.timeout(3600 if ALL else 900),
-    pytest.mark.skipif(importlib.util.find_spec("ckpt_chaos") is None, reason="ckpt-chaos is not installed"),
-]
+pytestmark = pytest.mark.timeout(3600 if ALL else 900)
+
+
+@pytest.fixture(autouse=True)
+def judge() -> None:
+    if importlib.util.find_spec("ckpt_chaos") is None:
+        skip_without("ckpt_chaos", "it is not installed")
 
 
 def judged(work: Path, *more: str) -> tuple[int, list[dict[str, Any]]]:

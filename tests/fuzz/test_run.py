@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from types import ModuleType
 import pytest
 
 from fuzz import bad
+from lacking import skip_without
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "tests" / "fuzz" / "run.py"
@@ -96,3 +99,41 @@ def test_a_record_says_what_ran_and_what_did_not(tool: ModuleType, tmp_path: Pat
     assert executions.pop("python/index") == 7
     assert set(executions.values()) == {0}, "a target that was left out is listed, without an execution"
     assert {"native/codec", "python/manifest", "python/marker"} <= set(executions)
+
+
+def test_native_targets_can_be_built_here(tmp_path: Path) -> None:
+    """Else `make fuzz` leaves them out, and nothing at the end of the tests would say so."""
+    if shutil.which("clang++") is None:
+        skip_without("clang", "there is no clang++, so no native target is fuzzed")
+    source, program = tmp_path / "nothing.cc", tmp_path / "nothing"
+    source.write_text('extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }')
+    built = subprocess.run(
+        ["clang++", "-fsanitize=fuzzer,address", source, "-o", program], capture_output=True, check=False
+    )
+    if built.returncode != 0:
+        skip_without("clang", f"it comes without libFuzzer: {built.stderr.decode()[-300:]}")
+    ran = subprocess.run([program, "-runs=1"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize(("demanded", "outcome"), [("", "skipped"), ("strace", "skipped"), ("clang", "failed")])
+def test_what_is_demanded_is_not_skipped(tmp_path: Path, demanded: str, outcome: str) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import lacking\ndef test_it():\n    lacking.skip_without('clang', 'none here')\n"
+    )
+    ended = run_pytest(tmp_path, demanded)
+    assert f"1 {outcome}" in ended.stdout, ended
+    assert "none here" in ended.stdout
+    assert ended.returncode == (outcome == "failed")
+
+
+def test_a_demand_for_what_nothing_needs_is_an_error(tmp_path: Path) -> None:
+    ended = run_pytest(ROOT / "tests" / "fuzz", "clang stracee", "--collect-only")
+    assert ended.returncode == 4, ended
+    assert "FAIL_WITHOUT: stracee" in ended.stderr
+
+
+def run_pytest(place: Path, demanded: str, *options: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"FAIL_WITHOUT": demanded, "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-m", "pytest", "-rsf", "-p", "no:cacheprovider", *options, str(place)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=SECONDS_MAX, check=False)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import snapstone as ss
 from distributed import ranks
 from durability import doomed, small
+from lacking import skip_without
 from snapstone.integrations import numbered
 from snapstone.integrations.step_folder import StepFolder
 
@@ -158,13 +159,14 @@ def save_with_clocks_apart(rank: int, directory: str, store: str) -> str:
     return f"{time.monotonic():.0f}"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to shift a clock")
 def test_ranks_whose_monotonic_clocks_are_ten_days_apart(directory: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        skip_without("time_namespaces", "shifting a clock needs root")
     arguments = (str(directory), str(tmp_path / "store"))
     clocks = ranks.values(
         ranks.run_ranks(2, save_with_clocks_apart, *arguments, store="none", env={"GLOO_SOCKET_IFNAME": "lo"})
     )
     if any(clock.startswith("cannot") for clock in clocks):
-        pytest.skip(f"no time namespace: {clocks}")
+        skip_without("time_namespaces", str(clocks))
     assert int(clocks[1]) - int(clocks[0]) > 800_000
     small.assert_holds(directory / "c", 2)

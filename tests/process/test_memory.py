@@ -11,8 +11,9 @@ import errno
 import os
 import resource
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,14 @@ from torch import nn, optim
 import snapstone as ss
 from distributed import ranks
 from durability import small
+from lacking import skip_without
 from snapstone import _native
 
 MIB = 1 << 20
 STATE_BYTES = 256 * MIB
-CGROUPS = Path("/sys/fs/cgroup/memory")
+LIMIT_BYTES = 96 * MIB
+CGROUPS_1 = Path("/sys/fs/cgroup/memory")
+CGROUPS_2 = [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")]
 
 
 def address_space_bytes() -> int:
@@ -73,25 +77,62 @@ def test_refused_staging_memory_is_an_error_and_training_goes_on(directory: Path
 # ---- killed for it
 
 
+def limit_1(made: ExitStack) -> Path:
+    path = make(made, CGROUPS_1)
+    (path / "memory.limit_in_bytes").write_text(str(LIMIT_BYTES))
+    with suppress(OSError):  # where swap is accounted for, it is no way out
+        (path / "memory.memsw.limit_in_bytes").write_text(str(LIMIT_BYTES))
+    return path
+
+
+def limit_2(made: ExitStack, root: Path) -> Path:
+    """Cgroups below `root` have a limit of memory if its `cgroup.subtree_control` says so."""
+    control = root / "cgroup.subtree_control"
+    if "memory" not in control.read_text().split():
+        control.write_text("+memory")
+        made.callback(write_quietly, control, "-memory")
+    path = make(made, root)
+    (path / "memory.max").write_text(str(LIMIT_BYTES))
+    with suppress(OSError):
+        (path / "memory.swap.max").write_text("0")
+    return path
+
+
+def write_quietly(file: Path, text: str) -> None:
+    with suppress(OSError):  # somebody else may need it by now
+        file.write_text(text)
+
+
+def make(made: ExitStack, parent: Path) -> Path:
+    path = parent / f"snapstone-test-{os.getpid()}"
+    path.mkdir()
+    made.callback(remove, path)
+    return path
+
+
+def remove(path: Path) -> None:
+    """A cgroup can be removed a moment after its last process has ended."""
+    for _ in range(100):
+        with suppress(OSError):
+            path.rmdir()
+        if not path.exists():
+            return
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
-    """A memory cgroup of version 1 with a limit of 96 MiB."""
-    path = CGROUPS / f"snapstone-test-{os.getpid()}"
-    try:
-        path.mkdir()
-    except OSError as error:
-        pytest.skip(f"no memory cgroup can be made: {error}")
-    try:
-        (path / "memory.limit_in_bytes").write_text(str(96 * MIB))
-        with suppress(OSError):  # where swap is accounted for, it is no way out
-            (path / "memory.memsw.limit_in_bytes").write_text(str(96 * MIB))
+    """A memory cgroup with a limit of 96 MiB, of version 1 or 2, whichever has the memory controller here."""
+    with ExitStack() as made:
+        try:
+            if CGROUPS_1.is_dir():
+                path = limit_1(made)
+            else:
+                root = next(one for one in CGROUPS_2 if (one / "cgroup.controllers").exists())
+                path = limit_2(made, root)
+        except (OSError, StopIteration) as error:
+            skip_without("cgroup", f"no memory cgroup can be made: {error!r}")
         yield path
-    finally:
-        for _ in range(100):
-            with suppress(OSError):
-                path.rmdir()
-            if not path.exists():
-                break
 
 
 def save_in_cgroup(rank: int, directory: str, cgroup: str) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import pytest
+from lacking import skip_without
 
 MIB = 1 << 20
 # Program, and bytes of an image that it takes (sparse, so that they cost nothing).
@@ -50,7 +50,7 @@ class Mount:
 def mounted(kind: str, directory: Path) -> Iterator[Mount]:
     """`directory` is an empty one on disk, for the mount point and the image."""
     if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
+        skip_without("mounts", "mounting needs root")
     point = directory / "mount"
     point.mkdir()
     try:
@@ -83,7 +83,7 @@ def _mount(kind: str, directory: Path, point: Path) -> None:
             _run(*command, str(path))
             _run("mount", "-o", ",".join(filter(None, ("loop", options))), str(path), str(point))
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"{kind} cannot be mounted here: {error.stderr.strip()}")
+        skip_without("mounts", f"{kind} cannot be mounted here: {error.stderr.strip()}")
 
 
 def _program_and_size(kind: str) -> tuple[list[str], int] | None:
@@ -92,9 +92,9 @@ def _program_and_size(kind: str) -> tuple[list[str], int] | None:
     (program, *arguments), nbytes = IMAGES[kind]
     found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if found is None:
-        pytest.skip(f"{program} is not installed")
+        skip_without("mounts", f"{program} is not installed")
     if kind.split()[0] not in _file_systems_of_the_kernel():
-        pytest.skip(f"the kernel has no {kind}")
+        skip_without("mounts", f"the kernel has no {kind}")
     return [found, *arguments], nbytes
 
 
