@@ -3,7 +3,8 @@
 Native targets (tests/native/fuzz) are built with libFuzzer, ASan and UBSan; without clang they are left out with a
 message (`FAIL_WITHOUT=clang` makes that a failure). Python targets (tests/fuzz) follow coverage where atheris is
 installed, and are random where it is not. What libFuzzer learns stays in build/fuzz-corpus for the next run; inputs
-that broke something are in build/fuzz-findings. Every input has limits of time and memory, and a target that outlasts its share by `GRACE_SECONDS` has failed, too.
+that broke something are in build/fuzz-findings. Every input has limits of time and memory, and a target that outlasts
+its share by `GRACE_SECONDS` has failed, too.
 """
 
 from __future__ import annotations
