@@ -581,7 +581,7 @@ def snapshot(state: dict, guards: list, tensor_types: tuple) -> tuple:
     """
 
 def sync_directory(path: str, step: str = "unnamed") -> None: ...
-def sync_file(descriptor: int, path: str, step: str) -> None:
+def sync_file(descriptor: typing.SupportsInt | typing.SupportsIndex, path: str, step: str) -> None:
     """
     `path` is for errors.
     """
