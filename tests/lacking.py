@@ -14,6 +14,7 @@ import pytest
 VARIABLE = "FAIL_WITHOUT"
 THINGS = {
     "mounts": "file systems that a test may mount: root, loop devices, mkfs of ext4, xfs and btrfs",
+    "fat": "the same of vfat and exfat: mkfs.vfat, mkfs.exfat, and a kernel that has them",
     "nbdkit": "nbdkit with nbdfuse, and /dev/fuse",
     "network_namespaces": "root and `ip` of iproute2",
     "time_namespaces": "root and a kernel with time namespaces",
@@ -33,6 +34,7 @@ def demanded() -> set[str]:
 
 
 def skip_without(thing: str, why: str) -> NoReturn:
+    __tracebackhide__ = True  # the summary names the test, not this line
     assert thing in THINGS, thing
     if thing in demanded():
         pytest.fail(f"{VARIABLE} names {thing}: {why}", pytrace=False)

@@ -231,7 +231,7 @@ def test_many_giant_chunks_do_not_take_memory_for_each(directory: Path, tmp_path
     os.truncate(path / "rank-00000.data", count * giant)
     forge.writer["data"][0]["nbytes"] = count * giant
     write_manifest(path, json.dumps(forge.manifest).encode())
-    grown = ranks.values(ranks.run_ranks(1, load_hostile_giants, str(path), store="none"))[0]
+    grown = ranks.values(ranks.run_ranks(1, load_hostile_giants, str(path), store="none", timeout=110))[0]
     assert grown < 12 * giant
 
 

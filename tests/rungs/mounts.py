@@ -91,10 +91,11 @@ def _program_and_size(kind: str) -> tuple[list[str], int] | None:
         return None
     (program, *arguments), nbytes = IMAGES[kind]
     found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    thing = "fat" if "fat" in kind else "mounts"
     if found is None:
-        skip_without("mounts", f"{program} is not installed")
+        skip_without(thing, f"{program} is not installed")
     if kind.split()[0] not in _file_systems_of_the_kernel():
-        skip_without("mounts", f"the kernel has no {kind}")
+        skip_without(thing, f"the kernel has no {kind}")
     return [found, *arguments], nbytes
 
 
