@@ -52,7 +52,9 @@ sweep: setup  ## every call of saves, loads, prunes fails with every error that 
 kill: setup  ## SIGKILL before every function, line and system call of saves, on each rank of 1, 2 and 4; long
 	@SNAPSTONE_TEST_KILLS=all $(PYTHON_BIN)/python tools/long_form.py kill tests/durability/test_kill.py \
 	  tests/durability/test_kill_python.py tests/durability/test_compaction_faults.py tests/durability/test_repair.py \
-	  tests/durability/test_outside_judge.py tests/distributed/test_killed_ranks.py $(PYTEST_ARGS)
+	  tests/durability/test_outside_judge.py $(PYTEST_ARGS)
+	@SNAPSTONE_TEST_KILLS=all $(PYTHON_BIN)/python tools/long_form.py kill-ranks tests/distributed/test_killed_ranks.py \
+	  $(PYTEST_ARGS)
 
 crash: setup  ## a million states that a crash may leave, judged, and real power cuts; stored in benchmarks/results
 	@PYTHONPATH=tests:benchmarks $(PYTHON_BIN)/python -m crash explore --states 1000000 --json benchmarks/results

@@ -40,7 +40,7 @@ KINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("total.states", "states after a crash"), ("total.recovery_states", "after a second one"),
         ("total.checkpoints_read", "different checkpoints read"), ("total.violations", "violations"),
     ),
-    "ranks": (("seeds", "histories"), ("failed", "that broke a rule")),
+    "ranks": (("seeds", "histories"), ("failed", "that broke a rule"), ("played_again", "played again after a change")),
     "fuzz": (
         ("executions_native", "executions of native parsers"), ("executions_python", "of Python ones"),
         ("findings", "findings"),
@@ -50,6 +50,7 @@ KINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("found", "findings"),
     ),
     "kill": (("counts.kills", "kills"), ("cases", "tests"), ("failed", "that failed")),
+    "kill-ranks": (("counts.kills", "kills"), ("cases", "tests"), ("failed", "that failed")),
     "sweep": (("counts.failing calls", "failing calls"), ("cases", "tests"), ("failed", "that failed")),
     "cuts": (("counts.power cuts", "power cuts"), ("cases", "tests"), ("failed", "that failed")),
     "links": (("counts.cut links", "cut links"), ("cases", "tests"), ("failed", "that failed")),

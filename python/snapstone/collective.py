@@ -47,6 +47,7 @@ _Combine: TypeAlias = Callable[[list[bytes]], list[bytes]]
 
 GRACE_S: Final = 0.75  # past its deadline: for a peer's verdict to arrive, then for one more answer of the store
 WAKE_S: Final = 0.1  # longest wait that does not look for Ctrl-C
+CUT_OFF_S: Final = 0.25  # who waits so long for one answer, past its deadline, was cut off and is late itself
 POLL_MIN_S: Final = 0.001
 POLL_MAX_S: Final = 0.05
 EAGER_POLL_MAX_S: Final = 0.004  # where ranks wait for each other again and again
@@ -411,7 +412,9 @@ class Channel:
         pause = POLL_MIN_S
         while True:
             last = deadline.expired  # taken first, so that there is always one question after the deadline
+            asked = time.monotonic()
             answer = self._call(ready, deadline)
+            self._came_late |= deadline.expired and time.monotonic() - asked > CUT_OFF_S
             if answer is not None or last:
                 return answer
             time.sleep(min(pause, deadline.remaining()))

@@ -25,6 +25,7 @@ from ranks import run_ranks, values
 
 import snapstone as ss
 from durability import points, small, steps
+from durability.counted import count
 from snapstone import _native
 
 ALL = os.environ.get("SNAPSTONE_TEST_KILLS") == "all"
@@ -175,6 +176,7 @@ def test_killed_at_every_step_on_each_rank(tmp_path: Path, kind: str, seen: Pass
         for number, one in enumerate(zip(dooms, swept(tmp_path, dooms), strict=True))
     ]
     counts = {end: ended.count(end) for end in sorted(set(ended))}
+    count("kills", len(ended) - ended.count("survived"))
     print(f"{len(dooms)} kills of {kind}: {counts}")
     assert counts["killed, old"] > len(dooms) // 5
     assert counts["killed, new"] >= 2

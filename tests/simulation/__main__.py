@@ -28,12 +28,15 @@ BATCH = 100
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m simulation")
     parser.add_argument("--seed", type=int, help="play this one and tell what happened")
+    parser.add_argument("--again", type=Path, help="play what failed in this document, and keep in it what still does")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no seeds after this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write a dated document into this directory, after every batch")
     options = parser.parse_args()
+    if options.again is not None:
+        return bool(again(options.again))
     if options.seed is not None:
         played = play(options.seed)
         print(played.tell())
@@ -71,6 +74,18 @@ def many(options: argparse.Namespace) -> dict[str, Any]:
     for seed, told in list(total["failed"].items())[:20]:
         print(f"failed: python -m simulation --seed {seed}", *told, sep="\n    ")
     return total
+
+
+def again(path: Path) -> dict[str, Any]:
+    """What still fails. `played_again`, in the document, are those that had failed."""
+    document = json.loads(path.read_text())
+    seeds = [int(seed) for seed in document["failed"]]
+    played = {seed: play(seed) for seed in seeds}
+    document["failed"] = {str(seed): [str(one.scenario), *one.problems] for seed, one in played.items() if one.problems}
+    document["played_again"] = sorted({*document.get("played_again", []), *seeds})
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"{len(seeds)} played again, {len(document['failed'])} failed")
+    return dict(document["failed"])
 
 
 def _write(directory: Path, options: argparse.Namespace, done: int, total: dict[str, Any], seconds: float) -> None:

@@ -117,6 +117,9 @@ def _again(played: Played, processes: list[Process], directory: Path) -> None:
         process.facts["spared"] = True
         _reconnect(process)
     world.now = max(world.now, wait)
+    if any(process.facts["connections"][-1].was_reset for process in processes):
+        ended = _run(world, processes, lambda rank: _save(rank, directory / "reconnected", AGAIN_S))
+        judge.reconnected(played, ended, processes, directory / "reconnected")
     ended = _run(world, processes, lambda rank: _save(rank, directory / "again", AGAIN_S))
     judge.undisturbed(played, ended, processes, directory / "again")
 

@@ -158,6 +158,9 @@ def _ran_out_of_time(played: Played, ended: Ended) -> bool:
     told = ("took longer than", "did not end within")
     # Who has waited for the slow one is too late itself: it says so to the others, who name it.
     heard = isinstance(ended.error, RankFailedError) and _says_to_be_late(ended.error)
+    named = [played.ended[rank].error for rank in getattr(ended.error, "failed_ranks", ()) if rank in played.ended]
+    if named and all(type(error) is CheckpointError and any(words in str(error) for words in told) for error in named):
+        return bool(faults)
     # What ends a collective at the deadline does not know who was late.
     unnamed = isinstance(ended.error, RankFailedError) and not ended.error.failed_ranks
     if unnamed and "the process group broke while ranks exchanged bytes (Timed out" in str(ended.error):
@@ -188,8 +191,8 @@ def _is_silent(played: Played, error: RankFailedError, faults: list[Fault], due_
         return False
     labels = re.findall(r"\((\S+?)\): ", str(error))  # of the vote, and of what went before it
     notes = played.world.history
-    counted = {rank for _, rank, what in notes if what == f"set {labels[0]}/outcome/{rank}"}
-    voted = {rank for when, rank, what in notes if what == f"set {labels[-1]}/vote/{rank}" and when < due_s}
+    counted = {rank for _, rank, what in notes if what == f"set {labels[0]}/outcome/{rank}"} or {0}
+    voted = {rank for when, rank, what in notes if what == f"arrived {labels[-1]}/vote/{rank}" and when < due_s}
     too_late = {fault.rank for fault in faults if fault.fired_s + fault.seconds > due_s}
     return not voted.intersection(error.failed_ranks) and not counted <= too_late
 
@@ -205,6 +208,14 @@ def _incomplete(path: Path, world_size: int) -> list[str]:
             if not there.exists() or there.read_bytes() != data_of(document["save_id"], entry["rank"]):
                 problems.append(f"{path.name} is visible without {file['name']}")
     return problems
+
+
+def reconnected(played: Played, ended: dict[int, Ended], processes: list[Process], path: Path) -> None:
+    """The first save over a connection that was reset: who did not know yet finds out, and it fails for all."""
+    told = {type(one.error) for one in ended.values()}
+    if len(ended) < len(processes) or told != ({type(None)} if path.exists() else {RankFailedError}):
+        errors = {rank: f"{one.error}" for rank, one in ended.items()}
+        played.problems.append(f"{played.stage}: a connection was reset: {errors}, {path.name}: {path.exists()}")
 
 
 def undisturbed(played: Played, ended: dict[int, Ended], processes: list[Process], path: Path) -> None:

@@ -138,7 +138,7 @@ class Store:
     def __init__(self, server: Server, client: Process) -> None:
         self._server = server
         self._client = client
-        self._reset = False
+        self.was_reset = False
         client.facts.setdefault("connections", []).append(self)
         if server.has_address:
             self.host = "node-0"
@@ -148,7 +148,7 @@ class Store:
         return Store(self._server, self._client)
 
     def reset(self) -> None:
-        self._reset = True
+        self.was_reset = True
         mine = [call for call in self._server.calls if call.client is self._client]
         for call in sorted(mine, key=lambda call: call.number):
             call.dropped = self._server.world.random.random() < 0.5
@@ -160,7 +160,11 @@ class Store:
                 call.resend()
 
     def set(self, key: str, value: bytes) -> None:
-        self._call(lambda values: values.__setitem__(key, value), f"set {key}")
+        def operation(values: dict[str, bytes]) -> None:
+            values[key] = value
+            self._server.world.note(self._client, f"arrived {_short(key)}")
+
+        self._call(operation, f"set {key}")
 
     def get(self, key: str) -> bytes:
         return self.multi_get([key])[0]
@@ -197,10 +201,14 @@ class Store:
     def _call(self, operation: Callable[[dict[str, bytes]], Any], step: str | None = None) -> Any:
         if step is not None:
             verb, _, key = step.partition(" ")
-            self._client.step(f"{verb} {'/'.join(key.split('/')[KEY_PARTS:])}")
-        if self._reset:
+            self._client.step(f"{verb} {_short(key)}")
+        if self.was_reset:
             raise RuntimeError("Connection reset by peer")
         return _Call(self._server, self._client, operation).make()
+
+
+def _short(key: str) -> str:
+    return "/".join(key.split("/")[KEY_PARTS:])
 
 
 class Prefixed:

@@ -13,7 +13,23 @@ from simulation.mutations import MUTATIONS, UNDISTURBED, mutated
 
 SEEDS = 2000
 BATCH = 250
-FOUND = (2264, 3398, 3958, 6000, 11746, 15125, 15794, 26058, 34364)  # by long runs, once
+FOUND = (
+    2264,
+    3398,
+    3958,
+    6000,
+    11746,
+    15125,
+    15794,
+    26058,
+    34364,
+    34924,
+    35961,
+    36156,
+    45252,
+    45617,
+    78948,
+)  # by long runs, once
 SEARCHED = 80  # seeds in which a missing rule must show
 
 
