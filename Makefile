@@ -47,7 +47,8 @@ fuzz: setup  ## every fuzz target for its share of SECONDS=60; with clang the na
 
 sweep: setup  ## every call of saves, loads, prunes fails with every error that it can give, for ever as well as once
 	@SNAPSTONE_SWEEP=long $(PYTHON_BIN)/python tools/long_form.py sweep \
-	  -k 'one_failing_call or every_error or sound_that_it_could_not_read' --timeout 3000 tests/durability tests/distributed/test_sweep.py $(PYTEST_ARGS)
+	  -k 'one_failing_call or every_error or sound_that_it_could_not_read' --timeout 3000 \
+	  tests/durability tests/distributed/test_sweep.py $(PYTEST_ARGS)
 
 kill: setup  ## SIGKILL before every function, line and system call of saves, on each rank of 1, 2 and 4; long
 	@SNAPSTONE_TEST_KILLS=all $(PYTHON_BIN)/python tools/long_form.py kill tests/durability/test_kill.py \
@@ -62,7 +63,7 @@ crash: setup  ## a million states that a crash may leave, judged, and real power
 
 crash-ranks: setup  ## every cut of real links, SEEDS=100000 histories of simulated ranks; stored in benchmarks/results
 	@SNAPSTONE_TEST_CUTS=all $(PYTHON_BIN)/python tools/long_form.py links tests/distributed/test_cut_links.py $(PYTEST_ARGS)
-	@PYTHONPATH=tests:benchmarks $(PYTHON_BIN)/python -m simulation --seeds $(SEEDS) --first $(FIRST) \
+	@PYTHONPATH=tests $(PYTHON_BIN)/python -m simulation --seeds $(SEEDS) --first $(FIRST) \
 	  --json benchmarks/results
 
 soak: setup  ## train, save, kill, prune, compact and resume for MINUTES (30); writes dated JSON to benchmarks/results

@@ -40,7 +40,7 @@ KINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("total.states", "states after a crash"), ("total.recovery_states", "after a second one"),
         ("total.checkpoints_read", "different checkpoints read"), ("total.violations", "violations"),
     ),
-    "ranks": (("seeds", "histories"), ("failed", "that broke a rule"), ("played_again", "played again after a change")),
+    "ranks": (("seeds", "histories"), ("failed", "that broke a rule"), ("played_again", "that had, before a change")),
     "fuzz": (
         ("executions_native", "executions of native parsers"), ("executions_python", "of Python ones"),
         ("findings", "findings"),
@@ -55,7 +55,8 @@ KINDS: dict[str, tuple[tuple[str, str], ...]] = {
     "cuts": (("counts.power cuts", "power cuts"), ("cases", "tests"), ("failed", "that failed")),
     "links": (("counts.cut links", "cut links"), ("cases", "tests"), ("failed", "that failed")),
     "mutation": (
-        ("sites", "checks"), ("mutants", "taken away"), ("killed", "noticed"), ("accepted", "accepted with a reason"),
+        ("sites", "checks"), ("mutants", "taken away"), ("killed", "noticed"), ("survived", "that survived"),
+        ("reached_by_no_recorded_test", "reached by no recorded test"), ("accepted", "of both accepted with a reason"),
         ("not_noticed", "not noticed"), ("not_judged", "not taken away"),
     ),
 }  # fmt: skip

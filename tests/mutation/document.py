@@ -73,6 +73,7 @@ def write(sites: list[Site], known: dict[str, Outcome], reached: Reached, work: 
         "sites": len(sites),
         "mutants": len(judged),
         "killed": sum(1 for one in judged if one.killed_by),
+        "survived": sum(1 for one in judged if not one.killed_by),
         "accepted": {one.name: reason for one in unnoticed if (reason := reason_of(one)) is not None},
         "not_noticed": [one.name for one in unnoticed if reason_of(one) is None],
         "reached_by_no_recorded_test": [site.name for site in unreached],

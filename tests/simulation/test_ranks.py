@@ -53,6 +53,13 @@ def test_what_a_long_run_found(seed: int) -> None:
     assert play(seed).problems == []
 
 
+def test_what_failed_is_played_again_and_what_it_said_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "ranks.json"
+    path.write_text(json.dumps({"seeds": 9, "failed": {"3": ["a story"]}}))
+    assert again(path) == {}
+    assert json.loads(path.read_text()) == {"seeds": 9, "failed": {}, "played_again": {"3": ["a story"]}}
+
+
 def test_a_seed_replays_event_by_event() -> None:
     for seed in (3, 13, 19, 52):
         first, second = play(seed).world.history, play(seed).world.history
