@@ -1,6 +1,6 @@
 """Plays many seeds, or one of them with its story:
 
-python -m simulation --seed 4711             (PYTHONPATH=python:tests:benchmarks)
+python -m simulation --seed 4711             (PYTHONPATH=python:tests)
 python -m simulation --seeds 100000 --first 0 --jobs 2 --json benchmarks/results
 """
 
@@ -17,10 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import machine
-
 from simulation.batches import batch, nothing
 from simulation.history import play
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import machine
 
 BATCH = 100
 

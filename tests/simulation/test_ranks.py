@@ -5,8 +5,12 @@ A seed that fails is replayed, with its story, by `PYTHONPATH=python:tests pytho
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from simulation.__main__ import again
 from simulation.batches import batch
 from simulation.history import play
 from simulation.mutations import MUTATIONS, UNDISTURBED, mutated
