@@ -27,7 +27,7 @@ from durability import forge, small
 from fuzz import mutate
 from fuzz.mutate import Input
 from report.measured import stall_document
-from snapstone import _native, index, index_file, manifest, state, status_page, values
+from snapstone import _native, diagnosis, index, index_file, manifest, state, status_page, values
 from snapstone.bench import results
 from snapstone.dcp import rendezvous, stock
 from snapstone.integrations import numbered, packing, publication
@@ -108,15 +108,15 @@ def read_index(data: bytes) -> None:
         return
 
 
-def open_checkpoint(data: bytes) -> None:
-    """All of the way from MANIFEST.json to tensors, every digest right."""
+def put_checkpoint(data: bytes) -> Path | None:
+    """With every digest of a file right; None if the bytes make a document that cannot be written."""
     source = Input(data)
     made = forge.Forge(saved())
     which = source.below(3)
     if which == 0:
         made.manifest = mutate.document(source, made.manifest)
         if type(made.manifest) is not dict or not _has_writer(made.manifest):
-            return
+            return None
         made.writer = made.manifest["writers"][0]
     elif which == 1:
         made.header = mutate.document(source, made.header)
@@ -130,6 +130,13 @@ def open_checkpoint(data: bytes) -> None:
     try:
         made.write(path)
     except (TypeError, UnicodeEncodeError):  # what the forge itself cannot write
+        return None
+    return path
+
+
+def open_checkpoint(data: bytes) -> None:
+    """All of the way from MANIFEST.json to tensors."""
+    if (path := put_checkpoint(data)) is None:
         return
     try:
         with ss.Checkpoint.open(path) as checkpoint:
@@ -138,7 +145,17 @@ def open_checkpoint(data: bytes) -> None:
             _ = (checkpoint.metadata, checkpoint.metrics, repr(checkpoint))
     except CHECKPOINT_ERRORS:
         pass
-    ss.verify(path)
+    ss.verify(path, diagnosis=False)
+
+
+def diagnose(data: bytes) -> None:
+    """`verify` promises an end to its search for a flipped bit that is too late for a fuzzer."""
+    if (path := put_checkpoint(data)) is None:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diagnosis, "SEARCH_SECONDS", 0.01)
+        patch.setattr(diagnosis, "_DECODING_SECONDS", 0.01)
+        str(ss.verify(path))
 
 
 def _has_writer(document: dict[str, Any]) -> bool:
@@ -330,6 +347,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "manifest": read_manifest,
     "index": read_index,
     "checkpoint": open_checkpoint,
+    "diagnosis": diagnose,
     "values": read_values,
     "stock_metadata": read_stock_metadata,
     "status_page": read_status_page,
