@@ -26,7 +26,7 @@ from durability import points
 from durability.counted import count
 
 TIMEOUT_S = 12.0  # of a save: long beside the save, also on a busy machine
-LATE_S = 10.0  # past it: busy machines again, and less than a second deadline; test_dying_ranks.py asks for more
+LATE_S = 10.0  # past it: busy machines again, and less than a second deadline; test_dying_ranks.py asks for less
 START_S = 120.0
 RUNNING_MAX = 2
 WAITING_MAX = 40

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_states import LATE_S, attempt, hidden
+from rank_states import attempt, hidden
 
 from durability.counted import count
 from lacking import skip_without
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 4.0
+LATE_S = 10.0  # past it, on a machine that is busy with other work; test_dying_ranks.py asks for less
 START_S = 60.0
 RANKS = 3
 PREFIX = f"sn{os.getpid() % 100000}"
@@ -135,7 +136,7 @@ def test_a_cut_link_ends_in_one_outcome_and_the_next_save_works(
         job.end()
     _ip("-n", f"{PREFIX}r{victim}", *up, check=False)
     for rank, one in enumerate(ended):
-        assert one["seconds"] < TIMEOUT_S + LATE_S + 2.0, (rank, one)
+        assert one["seconds"] < TIMEOUT_S + LATE_S, (rank, one)
         assert one["error"] is None or one["failed_ranks"] or one["error"] == "CheckpointError", (rank, one)
     errors = {one["error"] for one in ended}
     if operation == "save":
