@@ -56,12 +56,12 @@ NOTICED_BY: tuple[tuple[str, str, str], ...] = (
     (
         "writer.py:Writer._commit",
         "self._enter_commit()",
-        "tests/roundtrip/test_async_save.py::test_cancel_at_any_moment_means_what_it_answers",
+        "tests/roundtrip/test_harm.py::test_a_cancel_between_the_last_vote_and_the_commit_leaves_nothing_visible",
     ),
     (
         "writer.py:Writer._enter_commit",
         "self._check_wanted()",
-        "tests/roundtrip/test_async_save.py::test_cancel_before_the_commit_leaves_nothing_visible",
+        "tests/roundtrip/test_harm.py::test_a_cancel_between_the_last_vote_and_the_commit_leaves_nothing_visible",
     ),
     (
         "writer.py:Writer.cancel",
@@ -99,8 +99,18 @@ NOTICED_BY: tuple[tuple[str, str, str], ...] = (
         "tests/distributed/test_joint_failures.py::test_a_load_that_was_interrupted_reads_no_further",
     ),
     (
+        "opening.py:encode_indexes",
+        "told.add(",
+        "tests/distributed/test_opening.py::test_what_indexes_have_alike_is_told_once",
+    ),
+    (
         "compaction.py:_compact",
         "compaction.check_time()",
+        "tests/durability/test_compaction.py::test_nothing_is_done_after_the_deadline",
+    ),
+    (
+        "compaction.py:_Compaction._copied_to",
+        "self.check_time()",
         "tests/durability/test_compaction.py::test_nothing_is_done_after_the_deadline",
     ),
     (

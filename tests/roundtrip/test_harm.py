@@ -16,7 +16,7 @@ import torch
 from torch import nn, optim
 
 import snapstone as ss
-from snapstone import _native
+from snapstone import _native, writer
 
 
 def test_a_directory_that_holds_more_than_a_checkpoint_is_not_replaced(tmp_path: Path) -> None:
@@ -155,6 +155,25 @@ def test_a_cancelled_save_writes_no_further(tmp_path: Path, many_chunks: dict[st
     assert written() - before < 2 * CHUNKS_IN_FLIGHT_MAX
 
 
+def test_a_cancel_between_the_last_vote_and_the_commit_leaves_nothing_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voted, go = threading.Event(), threading.Event()
+
+    def wait(*_: object, **__: object) -> None:
+        voted.set()
+        assert go.wait(20)
+
+    monkeypatch.setattr(writer, "heed_unchanged", wait)
+    handle = ss.async_save({"t": torch.ones(3)}, checkpoint_id=tmp_path / "c")
+    assert voted.wait(20)
+    assert handle.cancel()
+    go.set()
+    with pytest.raises(ss.CheckpointError, match="cancelled"):
+        handle.result(30)
+    assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == []
+
+
 def test_a_save_that_its_callback_ends_writes_no_further(tmp_path: Path, many_chunks: dict[str, torch.Tensor]) -> None:
     def fails(done: int, total: int) -> None:
         raise ValueError("enough")
@@ -163,7 +182,7 @@ def test_a_save_that_its_callback_ends_writes_no_further(tmp_path: Path, many_ch
         ss.save(many_chunks, checkpoint_id=tmp_path / "c", progress=fails)
     before, now = -1, written()
     while before < now:
-        time.sleep(0.5)
+        time.sleep(1.5)
         before, now = now, written()
     assert now < 2 * CHUNKS_IN_FLIGHT_MAX
     assert caught.value.__traceback__ is not None  # the frames in it are no reason to go on
