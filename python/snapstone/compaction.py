@@ -75,7 +75,7 @@ def compact(
             it is copied and when the copy is verified.
 
     Returns:
-        The checkpoint. `stats`: "copied_bytes", seconds and bytes of "copy", "verify", "sync" and "commit".
+        The checkpoint. `stats`: "copied_bytes", seconds and bytes of "copy", "verify" and "commit".
 
     Raises:
         CheckpointNotFoundError, IncompleteCheckpointError: nothing, or nothing committed, is there, or not any more, or
@@ -190,14 +190,12 @@ class _Compaction:
         self._copied = 0
 
     def copy(self, plans: list[_Plan]) -> Manifest:
-        """Writes and syncs all files but the manifest, which it returns."""
+        """Writes all files but the manifest, which it returns; the commit syncs the entries of all."""
         old = self._source.manifest
         writers = [self._copy_writer(*one) for one in zip(old.writers, self._source.indexes, plans, strict=True)]
         with suppress(FileNotFoundError):
             marker = _native.read_file(self._source.path, manifest.DCP_MARKER_NAME, _native.INDEX_HEADER_BYTES_MAX)
             self._staging.write_file(manifest.DCP_MARKER_NAME, marker, "marker")
-        with self._trace.span("sync"):
-            self._staging.sync()
         return replace(old, save_id=self._staging.save_id, writers=tuple(writers), base=None, shared=())
 
     def _copy_writer(self, writer: manifest.Writer, one: Index, plan: _Plan) -> manifest.Writer:

@@ -114,11 +114,6 @@ NOTICED_BY: tuple[tuple[str, str, str], ...] = (
         "tests/durability/test_compaction.py::test_nothing_is_done_after_the_deadline",
     ),
     (
-        "compaction.py:_Compaction.copy",
-        "self._staging.sync()",
-        "tests/crash/test_crash_states.py::test_no_crash_spoils_a_checkpoint_or_loses_one[compact]",
-    ),
-    (
         "load.py:load",
         "channel.close()",
         "tests/distributed/test_save_ranks.py::test_saves_and_loads_leave_no_keys_in_the_store",
