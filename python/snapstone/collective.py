@@ -277,10 +277,15 @@ class Channel:
             if self.group.world_size > 1:
                 self._call(self._post(name, payload), deadline)
             return payload
-        late = deadline.extended(GRACE_S)
-        if packed := self._poll(lambda store: wire.fetch(store, [key])[0] if store.check([key]) else None, late):
-            return wire.unpack(packed)
-        raise self._failure(self._silent(label, [0], deadline))
+        late, unreachable = deadline.extended(GRACE_S), None
+        try:
+            if packed := self._poll(lambda store: wire.fetch(store, [key])[0] if store.check([key]) else None, late):
+                return wire.unpack(packed)
+        except RankFailedError as error:
+            if error.failed_ranks or not deadline.expired:
+                raise
+            unreachable = error  # served by no rank; until the deadline it had nothing from rank 0
+        raise self._failure(self._silent(label, [0], deadline)) from unreachable
 
     def abort(self, labels: Sequence[str], error: BaseException) -> None:
         """Fail those of the votes `labels` that are not decided, because this rank leaves. Never raises `error`.

@@ -7,8 +7,10 @@ no slot stays in use; a new job of the survivors saves, and removes what the dea
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,8 @@ from rank_states import (
 from ranks import Ranks, Result, Store, announce, run_ranks, values
 
 import snapstone as ss
-from snapstone import _native
+from snapstone import RankFailedError, _native
+from snapstone.collective import Deadline, Group
 from snapstone.outcome import Outcome
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("small_chunks")]
@@ -223,3 +226,18 @@ def test_a_rank_killed_while_it_loads_is_named_by_the_deadline(tmp_path: Path) -
     first, third = values([results[0], results[2]])
     said([first, None, third], 1)
     assert all(1.4 < ended["seconds"] < 1.5 + LATE_S for ended in (first, third))
+
+
+def test_rank_0_is_named_too_when_the_store_falls_silent_that_no_rank_serves(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    channel = Group(1, range(3), dist.FileStore(str(path), 3)).channel("save")
+    with path.open("rb") as file:
+        silence = threading.Timer(0.3, fcntl.flock, (file, fcntl.LOCK_EX))
+        silence.start()
+        with pytest.raises(RankFailedError, match="no answer from rank 0 within 1 s") as caught:
+            channel.broadcast("outcome", None, Deadline(1.0))
+        silence.join()
+    assert caught.value.failed_ranks == (0,)
+    assert "FileStore gave no answer" in str(caught.value.__cause__)
+    assert channel.lost
+    channel.close()
