@@ -241,3 +241,22 @@ def test_rank_0_is_named_too_when_the_store_falls_silent_that_no_rank_serves(tmp
     assert "FileStore gave no answer" in str(caught.value.__cause__)
     assert channel.lost
     channel.close()
+
+
+def test_rank_0_is_not_named_when_the_store_breaks_that_no_rank_serves(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    channel = Group(1, range(3), dist.FileStore(str(path), 3)).channel("save")
+
+    def break_store() -> None:
+        path.rename(tmp_path / "was")
+        path.mkdir()
+
+    breaks = threading.Timer(0.3, break_store)
+    breaks.start()
+    with pytest.raises(RankFailedError, match="FileStore broke the connection") as caught:
+        channel.broadcast("outcome", None, Deadline(20))
+    breaks.join()
+    path.rmdir()
+    (tmp_path / "was").rename(path)  # which the store's destructor needs
+    assert caught.value.failed_ranks == ()
+    channel.close()
