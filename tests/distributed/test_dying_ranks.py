@@ -248,8 +248,11 @@ def test_rank_0_is_not_named_when_the_store_breaks_that_no_rank_serves(tmp_path:
     channel = Group(1, range(3), dist.FileStore(str(path), 3)).channel("save")
 
     def break_store() -> None:
-        path.rename(tmp_path / "was")
-        path.mkdir()
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            time.sleep(0.5)  # the next question waits for the lock, and makes no new file meanwhile
+            path.rename(tmp_path / "was")
+            path.mkdir()
 
     breaks = threading.Timer(0.3, break_store)
     breaks.start()
