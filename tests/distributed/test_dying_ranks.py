@@ -256,10 +256,12 @@ def test_rank_0_is_not_named_when_the_store_breaks_that_no_rank_serves(tmp_path:
 
     breaks = threading.Timer(0.3, break_store)
     breaks.start()
-    with pytest.raises(RankFailedError, match="FileStore broke the connection") as caught:
-        channel.broadcast("outcome", None, Deadline(20))
-    breaks.join()
-    path.rmdir()
-    (tmp_path / "was").rename(path)  # which the store's destructor needs
+    try:
+        with pytest.raises(RankFailedError, match="FileStore broke the connection") as caught:
+            channel.broadcast("outcome", None, Deadline(20))
+    finally:
+        breaks.join()
+        path.rmdir()
+        (tmp_path / "was").rename(path)  # which the store's destructor needs
     assert caught.value.failed_ranks == ()
     channel.close()
